@@ -1,0 +1,173 @@
+"""The configuration tree: built once by the command line, frozen, handed to each process as JSON.
+
+A component takes the narrowest part that it reads. Names follow vLLM's where the meaning is the same.
+"""
+
+from typing import TypeVar
+
+import msgspec
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all configuration structs."""
+
+
+class ModelConfig(Config):
+    """What is served."""
+
+    path: str
+    """Directory with config.json, safetensors and tokenizer files (GGUF files were converted into one before)."""
+    served_names: tuple[str, ...]
+    """Names clients may use; the first is the one in responses."""
+    dtype: str = "auto"
+    """Weights and activations: auto (the checkpoint's, float32 on CPU) | float32 | float16 | bfloat16."""
+    load_format: str = "auto"
+    """auto | dummy (random weights, uniform in ±1e-3, from config.json alone)."""
+    max_model_len: int = 0
+    """Prompt plus output tokens; 0 is the model's own limit."""
+    tokenizer: str = ""
+    """Directory or tokenizer.json; empty: the model's."""
+    chat_template: str = ""
+    """File with a jinja2 template; empty: the tokenizer's."""
+    seed: int = 0
+    """Of dummy weights."""
+
+
+class CacheConfig(Config):
+    """A worker's KV pool."""
+
+    block_size: int = 16
+    """Tokens per block, a multiple of 16."""
+    num_blocks: int = 0
+    """Per worker; 0: from kv_cache_memory_bytes."""
+    kv_cache_memory_bytes: int = 0
+    """Per worker; 0: a share of the machine's free memory."""
+    enable_prefix_caching: bool = True
+
+
+class BatchConfig(Config):
+    """A worker's iterations."""
+
+    max_num_batched_tokens: int = 0
+    """Token budget of a step; 0: 256 on CPU, 8192 on CUDA. It also bounds a prefill chunk."""
+    max_num_seqs: int = 256
+    """Streams running in one step at most."""
+    depth: int = 1
+    """Steps in flight: 1 on CPU, 2 on CUDA."""
+
+
+class LeaseConfig(Config):
+    """Timing of the KV handoff."""
+
+    unbound_s: float = 10.0
+    """A READY lease that no holder has opened lives this long."""
+    holder_s: float = 5.0
+    """An opened lease lives this long after its holder's last Open."""
+    renew_interval_s: float = 1.0
+    """How often the holder sends Open again, and how often an unanswered Confirm is resent."""
+    remember_s: float = 60.0
+    """A consumed lease answers the same Confirm with Ok for this long; tombstones of cancelled streams live as long."""
+
+
+class WorkerConfig(Config):
+    """One worker process."""
+
+    name: str
+    role: str
+    """prefill | decode | unified."""
+    model: ModelConfig
+    cache: CacheConfig = CacheConfig()
+    batch: BatchConfig = BatchConfig()
+    lease: LeaseConfig = LeaseConfig()
+    device: str = "cpu"
+    """cpu | cuda."""
+    threads: int = 0
+    """Compute threads on CPU; 0: all cores that this process may use."""
+    scheduler: str = ""
+    """ZeroMQ endpoint of the scheduler."""
+    run_dir: str = ""
+    """0700 directory for this worker's sockets."""
+    early_bind_tokens: int = 512
+    """Prompts with at least this many tokens to compute are handed over chunk by chunk while they run."""
+    log_interval_s: float = 10.0
+
+
+class PlacementConfig(Config):
+    """How the scheduler chooses workers."""
+
+    policy: str = "least_loaded"
+    """least_loaded | round_robin."""
+
+
+class SchedulerConfig(Config):
+    """The scheduler process."""
+
+    endpoint: str
+    """ZeroMQ endpoint it binds."""
+    run_dir: str = ""
+    max_waiting: int = 4096
+    """Requests queued for a prefill worker; one more is rejected with 429."""
+    placement: PlacementConfig = PlacementConfig()
+    heartbeat_timeout_s: float = 10.0
+    """No beat for so long: dead. A death on the same host is seen at once, through a pidfd."""
+    stuck_factor: float = 20.0
+    """A step running longer than this times its expectation (and 30 s at least) is stuck."""
+    grace_s: float = 2.0
+    """After a restart: how long claims and holdings may wait for their other half."""
+    reconcile_after_s: float = 3.0
+    """A stream absent from its worker's holdings for so long after its command was applied is retried."""
+    expected_workers: int = 0
+    """Not ready before so many workers are there (the launcher's count at start); 0: any that can serve."""
+    log_interval_s: float = 10.0
+
+
+class FrontendConfig(Config):
+    """One frontend process."""
+
+    name: str
+    model: ModelConfig
+    scheduler: str
+    run_dir: str
+    host: str = "0.0.0.0"
+    port: int = 8000
+    uds: str = ""
+    """Unix socket to serve HTTP on instead of host and port."""
+    root_path: str = ""
+    api_keys: tuple[str, ...] = ()
+    """Bearer keys; empty: no authentication."""
+    max_logprobs: int = 20
+    block_size: int = 16
+    gap_timeout_s: float = 0.5
+    """A row beyond the next expected position waits so long for the missing ones before the stream is retried."""
+    resend_interval_s: float = 1.0
+    """Unanswered Submit and Close are sent again this often."""
+    stalled_client_s: float = 60.0
+    """A client that reads nothing for so long while text is waiting is aborted."""
+    max_request_bytes: int = 16 * 2**20
+    """Largest HTTP body."""
+    shutdown_timeout_s: float = 15.0
+    """After SIGTERM running streams may finish for so long."""
+
+
+class ServeConfig(Config):
+    """Everything that `baton serve` starts."""
+
+    scheduler: SchedulerConfig
+    frontend: FrontendConfig
+    workers: tuple[WorkerConfig, ...]
+    run_dir: str
+    """0700 directory that holds every socket; removed at the end."""
+    shutdown_timeout_s: float = 15.0
+
+
+T = TypeVar("T", bound=Config)
+
+
+def encode(config: Config) -> bytes:
+    """As JSON, for a child process."""
+    return msgspec.json.encode(config)
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """Inverse of encode; msgspec.ValidationError names the field that is wrong."""
+    return msgspec.json.decode(data, type=kind)

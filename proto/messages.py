@@ -1,0 +1,555 @@
+"""Every message that crosses a process boundary, and the closed union each socket decodes.
+
+A message is one frozen msgspec struct, encoded as a msgpack array whose first element is the tag. Fields are only
+appended, with defaults, so that an older peer can read a newer one. Bulk bytes (token ids, hashes) travel as extra
+frames after the message, never inside it. Times named *_s are durations in seconds.
+
+The rules behind the messages, and the failure each closes, are in docs/protocol.md.
+"""
+
+import msgspec
+
+from baton.proto.layout import KVLayout
+
+Sid = tuple[int, int]
+"""Stream id: (frontend incarnation, number). One per output stream, never reused."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
+    """Base of all messages."""
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of structs that appear inside messages."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+class SamplingParams(Record):
+    """How tokens are drawn. Stop strings are not here: they belong to the frontend alone."""
+
+    max_tokens: int
+    """Output tokens at most, counted from prompt_len (a resumed stream keeps its budget)."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    """64-bit key of the counter-based generator; the frontend draws one where the client gave none."""
+    sample_index: int = 0
+    """Which of a request's n samples this stream is; part of the generator's key."""
+    min_tokens: int = 0
+    """stop_token_ids are masked until this many output tokens exist."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the stream: the model's EOS ids (unless ignore_eos) and the client's."""
+    logprobs: int = -1
+    """-1 none, 0 the chosen token's, k also the k best."""
+    logit_bias: dict[int, float] = {}
+
+
+class TokenLogprobs(Record):
+    """Log-probabilities at one output position, from the unmodified logits (before temperature and penalties)."""
+
+    logprob: float
+    """Of the chosen token."""
+    rank: int
+    """1 for the most likely token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob), best first."""
+
+
+class FirstRows(Record):
+    """What the prefill leg sampled; the decode leg's first row repeats it, so that order of sockets does not matter."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class Finish(Record):
+    """The end of a stream at a worker. It counts at the frontend once `final` tokens have been accepted."""
+
+    reason: str
+    """A FinishReason."""
+    final: int
+    """Output tokens of the stream in all."""
+    message: str = ""
+    """For ERROR: what the client is told."""
+
+
+class Ledger(msgspec.Struct, omit_defaults=True):
+    """What was done for a request, by whom, and why anything fell back. Workers send parts, the frontend merges them."""
+
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    computed_tokens: int = 0
+    """Prompt tokens computed by the prefill leg."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefill worker's prefix cache."""
+    decode_cached_tokens: int = 0
+    """Prompt tokens found in the decode worker's prefix cache: not moved."""
+    transport: str = ""
+    """local | shm | … ; empty while nothing was handed over."""
+    moved_blocks: int = 0
+    moved_bytes: int = 0
+    transfer_s: float = 0.0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    """Tokens computed again after a preemption."""
+    attempts: int = 1
+    notes: list[str] = []
+    """Why something fell back, one sentence each."""
+    stages: dict[str, float] = {}
+    """Stage -> seconds on CLOCK_MONOTONIC."""
+
+    def merge(self, part: "Ledger") -> None:
+        """Overlay the fields that `part` sets: a worker sends each field once per attempt."""
+        for field, default in _LEDGER_DEFAULTS.items():
+            value = getattr(part, field)
+            if value != default:
+                setattr(self, field, value)
+        self.notes = [*self.notes, *part.notes]
+        self.stages = {**self.stages, **part.stages}
+
+
+_LEDGER_DEFAULTS = {
+    name: getattr(Ledger(), name) for name in Ledger.__struct_fields__ if name not in ("notes", "stages", "attempts")
+}
+
+
+class Peer(Record):
+    """Where a worker's lease socket and KV plane listen."""
+
+    worker: str
+    incarnation: int
+    endpoint: str
+    """ZeroMQ endpoint of the worker's ROUTER for Open and Confirm."""
+    kv_endpoint: str
+    """Transport address, e.g. 'shm:/run/…/decode-0.kv'."""
+
+
+class Holder(Record):
+    """Who may consume a lease."""
+
+    worker: str
+    incarnation: int
+    sid: Sid
+    attempt: int
+
+
+class Holding(Record):
+    """One stream that a worker keeps resources for."""
+
+    sid: Sid
+    attempt: int
+    leg: str
+    """prefill (also while its lease lives) | decode."""
+
+
+class Claim(Record):
+    """One open stream, as its frontend sees it after the scheduler came back."""
+
+    sid: Sid
+    attempt: int
+    prompt_len: int
+
+
+# ------------------------------------------------------------------------------------------------- frontend ⇄ scheduler
+
+
+class FrontendHello(Message):
+    """F→S, first message on a connection and the answer to WhoAreYou."""
+
+    frontend: int
+    """Incarnation, the first half of its sids."""
+    name: str
+    endpoint: str
+    """Where workers connect to deliver TokenBatch."""
+    pid: int
+    """Watched by the scheduler when the frontend is on the same host; 0 when it is not."""
+    protocol: int
+    claims: tuple[Claim, ...] = ()
+
+
+class Submit(Message):
+    """F→S. Frames: int32 prompt ‖ accepted tokens; block hashes of the whole. Resent until Accepted or Rejected."""
+
+    sid: Sid
+    attempt: int
+    prompt_len: int
+    """Tokens of the original prompt; the rest of the frame are accepted output tokens."""
+    params: SamplingParams
+    timeout_s: float = 0.0
+    """Time left until the client's deadline; 0 is none."""
+    priority: int = 0
+    """Lower is served first, as in vLLM."""
+
+
+class Close(Message):
+    """F→S, the end of a request, resent until CloseAck. The scheduler counts metrics from it."""
+
+    sid: Sid
+    attempt: int
+    outcome: str
+    prompt_tokens: int
+    output_tokens: int
+    ledger: Ledger
+
+
+class MetricsRequest(Message):
+    """F→S: the cluster's metrics as Prometheus text."""
+
+    request: int
+
+
+class Accepted(Message):
+    """S→F: the request is queued; it will end in exactly one Close."""
+
+    sid: Sid
+    attempt: int
+
+
+class Rejected(Message):
+    """S→F: not admitted; nothing was kept."""
+
+    sid: Sid
+    attempt: int
+    code: str
+    """A RejectCode."""
+    message: str
+    retry_after_s: float = 0.0
+
+
+class Retry(Message):
+    """S→F: this attempt can't go on; submit attempt + 1 with what you have accepted."""
+
+    sid: Sid
+    attempt: int
+    reason: str
+
+
+class CloseAck(Message):
+    """S→F."""
+
+    sid: Sid
+
+
+class MetricsReply(Message):
+    """S→F."""
+
+    request: int
+    text: str
+
+
+class WorkerStatus(Record):
+    """One worker as the scheduler sees it."""
+
+    worker: str
+    incarnation: int
+    role: str
+    num_blocks: int
+    free_blocks: int
+    running: int
+    waiting: int
+
+
+class ClusterStatus(Message):
+    """S→F after every change of membership: whether a request can be served, and by whom."""
+
+    epoch: int
+    ready: bool
+    reason: str
+    """What is missing when not ready."""
+    workers: tuple[WorkerStatus, ...]
+
+
+# --------------------------------------------------------------------------------------------------- scheduler ⇄ worker
+
+
+class WorkerHello(Message):
+    """W→S, first message on a connection and the answer to WhoAreYou. PrefillDone of unopened leases follow it."""
+
+    worker: str
+    """Name, e.g. prefill-0; unique in the cluster."""
+    incarnation: int
+    role: str
+    pid: int
+    protocol: int
+    peer: Peer
+    layout: KVLayout
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    holdings: tuple[Holding, ...] = ()
+
+
+class WhoAreYou(Message):
+    """S→W, S→F: the scheduler does not know this peer (it restarted, or the peer is new): say hello."""
+
+    epoch: int
+
+
+class Welcome(Message):
+    """S→W, S→F: registered. Commands of lower epochs are refused from now on."""
+
+    epoch: int
+
+
+class Fenced(Message):
+    """S→W: this incarnation was declared dead. Drop everything, take a new incarnation, say hello."""
+
+    incarnation: int
+    reason: str
+
+
+class StartPrefill(Message):
+    """S→W. Frames: int32 prompt ‖ accepted; block hashes."""
+
+    epoch: int
+    cmd_seq: int
+    sid: Sid
+    attempt: int
+    prompt_len: int
+    params: SamplingParams
+    reply_to: str
+    """The frontend's token-plane endpoint."""
+    continue_decode: bool
+    """True: this worker also decodes (transport `local`, nothing is handed over). False: hold a lease when done."""
+    priority: int = 0
+
+
+class StartDecode(Message):
+    """S→W. Frames: int32 prompt ‖ accepted (without first_rows); block hashes."""
+
+    epoch: int
+    cmd_seq: int
+    sid: Sid
+    attempt: int
+    prompt_len: int
+    params: SamplingParams
+    reply_to: str
+    lease: int
+    owner: Peer
+    num_tokens: int
+    """Tokens whose KV has settled at the owner so far; all of them when first_rows is given."""
+    blocks: tuple[int, ...]
+    """The owner's block ids that hold them, in order."""
+    first_rows: FirstRows | None
+    """None while the prefill is still running: Settled brings it."""
+    priority: int = 0
+
+
+class CancelCommand(Message):
+    """S→W: free what this attempt (and every older one) holds. Also when it overtakes its Start."""
+
+    epoch: int
+    cmd_seq: int
+    sid: Sid
+    attempt: int
+
+
+class Load(Message):
+    """W→S after a change, at most every load_interval_s; with holdings at least every holdings_interval_s."""
+
+    last_cmd_seq: int
+    """The scheduler adds its own later promises to these figures."""
+    used_blocks: int
+    """Held by requests or leases; merely cached ones are free."""
+    free_blocks: int
+    running: int
+    waiting: int
+    queued_tokens: int
+    """Prompt tokens not yet computed."""
+    leases: int
+    computed_tokens: int
+    """Counter since start: prompt tokens computed."""
+    cached_tokens: int
+    """Counter: prompt tokens found in the prefix cache."""
+    pulled_tokens: int
+    """Counter: tokens whose KV came from another worker."""
+    generated_tokens: int
+    """Counter: tokens sampled."""
+    preemptions: int
+    """Counter."""
+    holdings: tuple[Holding, ...] | None = None
+    """All streams this worker keeps, for reconciliation; None in the light reports between."""
+
+
+class Progress(Message):
+    """P→S: part of a long prompt has settled and may be read; asks for early binding. Not for continue_decode."""
+
+    sid: Sid
+    attempt: int
+    lease: int
+    num_tokens: int
+    """Settled."""
+    total_tokens: int
+    blocks: tuple[int, ...]
+    tokens_per_s: float
+    """Current prefill speed, to judge when the rest takes about one transfer."""
+
+
+class PrefillDone(Message):
+    """P→S: every block has settled and the first token was sent to the frontend; the lease is READY."""
+
+    sid: Sid
+    attempt: int
+    lease: int
+    num_tokens: int
+    blocks: tuple[int, ...]
+    first_rows: FirstRows
+
+
+class FirstToken(Message):
+    """W→S for continue_decode: the prefill is over and the stream decodes on."""
+
+    sid: Sid
+    attempt: int
+
+
+class Ended(Message):
+    """W→S: the worker holds nothing for this leg any more."""
+
+    sid: Sid
+    attempt: int
+    leg: str
+    retry: str = ""
+    """Empty: done, handed over or cancelled. Else why the attempt can't go on: the frontend must retry."""
+
+
+class Refused(Message):
+    """W→S: the command was not carried out and will not be; another target may be tried under the same attempt."""
+
+    sid: Sid
+    attempt: int
+    leg: str
+    reason: str
+
+
+class Goodbye(Message):
+    """W→S, F→S: leaving in order (drained or stopped); not a crash."""
+
+    name: str
+    incarnation: int
+
+
+class Beat(Message):
+    """W→S, F→S, from a thread with its own socket. No beat is dead; a step far beyond its expectation is stuck."""
+
+    name: str
+    incarnation: int
+    step: int = 0
+    step_running_s: float = 0.0
+    """How long the step in flight has run; 0 when idle."""
+    expected_s: float = 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- worker ⇄ frontend
+
+
+class TokenBatch(Message):
+    """W→F, one per step and frontend; columnar. An empty one is the idle beat that makes a lost last batch visible."""
+
+    worker: str
+    incarnation: int
+    seq: int
+    """Counts the non-empty batches of this channel; an idle beat repeats the last one's."""
+    n: tuple[int, ...] = ()
+    """Second half of each row's sid."""
+    attempt: tuple[int, ...] = ()
+    pos: tuple[int, ...] = ()
+    """Output index of the row's first token."""
+    count: tuple[int, ...] = ()
+    """Tokens in the row."""
+    tokens: tuple[int, ...] = ()
+    """All rows' tokens, concatenated."""
+    finish: dict[int, Finish] = {}
+    """Row -> end of stream."""
+    logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+    """Row -> one entry per token of the row."""
+    ledgers: dict[int, Ledger] = {}
+    """Row -> part of the request's ledger."""
+
+
+class CancelStream(Message):
+    """F→W: nobody reads this attempt (or older ones) any more; free it."""
+
+    sid: Sid
+    attempt: int
+
+
+# ------------------------------------------------------------------------------------------------------ worker ⇄ worker
+
+
+class Open(Message):
+    """D→P: I hold this lease. Sent when the pull begins and every renew_interval_s as the renewal; answered by Settled
+    or Gone."""
+
+    owner_incarnation: int
+    lease: int
+    holder: Holder
+
+
+class Confirm(Message):
+    """D→P: my copy is complete; may I use it? Answered by Ok or Gone; resent until answered."""
+
+    owner_incarnation: int
+    lease: int
+    holder: Holder
+
+
+class Settled(Message):
+    """P→D: these tokens' blocks may be read. Pushed after each chunk and sent in answer to Open."""
+
+    holder: Holder
+    lease: int
+    num_tokens: int
+    blocks: tuple[int, ...]
+    first_rows: FirstRows | None
+    """Given when the prefill is complete."""
+
+
+class Ok(Message):
+    """P→D: what you copied was valid, and is yours."""
+
+    holder: Holder
+    lease: int
+
+
+class Gone(Message):
+    """P→D: unknown, expired, cancelled or someone else's. Discard what was copied."""
+
+    holder: Holder
+    lease: int
+
+
+# --------------------------------------------------------------------------------------------------- who reads what
+
+ToScheduler = (
+    FrontendHello
+    | Submit
+    | Close
+    | MetricsRequest
+    | WorkerHello
+    | Load
+    | Progress
+    | PrefillDone
+    | FirstToken
+    | Ended
+    | Refused
+    | Goodbye
+    | Beat
+)
+ToFrontend = Accepted | Rejected | Retry | CloseAck | MetricsReply | ClusterStatus | WhoAreYou | Welcome
+ToFrontendTokens = TokenBatch
+ToWorker = WhoAreYou | Welcome | Fenced | StartPrefill | StartDecode | CancelCommand
+ToWorkerFromFrontend = CancelStream
+ToOwner = Open | Confirm
+ToHolder = Settled | Ok | Gone

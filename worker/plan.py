@@ -1,0 +1,70 @@
+"""What stands between the batcher, which knows no tensors, and the model runner, which knows no requests.
+
+Plain data and serialisable, so that the ranks of a group can follow a leader.
+"""
+
+import msgspec
+
+from baton.proto.messages import SamplingParams, Sid, TokenLogprobs
+
+
+class Plain(msgspec.Struct, array_like=True, gc=False):
+    """Base of the structs here."""
+
+
+class SlotInit(Plain):
+    """A stream takes a slot: the runner's row of per-stream state (block table, token counts, parameters)."""
+
+    slot: int
+    sid: Sid
+    attempt: int
+    params: SamplingParams
+    prompt_len: int
+    """Tokens [0, prompt_len) are the prompt, the rest output: penalties tell them apart."""
+    tokens: list[int]
+    """All tokens known when the slot is taken: prompt, then output so far."""
+    block_table: list[int]
+    """Blocks owned when the slot is taken."""
+
+
+class Row(Plain):
+    """One stream's part in a step: tokens at positions [start, start + num_tokens)."""
+
+    slot: int
+    start: int
+    """Position of the first token, equal to the tokens already in the KV cache."""
+    num_tokens: int
+    tokens: list[int]
+    """The token ids, or empty when from_device."""
+    from_device: bool
+    """The single input token is the one sampled for this slot by the step before, still on the device."""
+    new_blocks: list[int]
+    """Appended to the slot's block table before the step."""
+    samples: bool
+    """Whether the last position's logits are sampled. False for a chunk that is not the prompt's last."""
+    output_index: int
+    """Index of the sampled token among the stream's output: the generator's counter."""
+
+
+class StepPlan(Plain):
+    """One iteration of a worker."""
+
+    step: int
+    """Counts from 1; results come back in this order."""
+    rows: list[Row]
+    new_slots: list[SlotInit]
+    """Taken before the step. A slot may be freed and taken again by the same plan; slots need no message to be freed."""
+
+
+class StepResult(Plain):
+    """What came back. Results map through the stored plan, never through slots."""
+
+    step: int
+    tokens: list[list[int]]
+    """Per row of the plan: sampled token ids; empty when the row does not sample."""
+    logprobs: dict[int, tuple[TokenLogprobs, ...]]
+    """Row -> one entry per sampled token, for rows that asked."""
+    started_s: float = 0.0
+    """CLOCK_MONOTONIC when the runner began."""
+    sampled_s: float = 0.0
+    """CLOCK_MONOTONIC when the tokens were on the host."""
