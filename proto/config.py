@@ -119,6 +119,7 @@ class SchedulerConfig(Config):
     expected_workers: int = 0
     """Not ready before so many workers are there (the launcher's count at start); 0: any that can serve."""
     log_interval_s: float = 10.0
+    name: str = "scheduler"
 
 
 class FrontendConfig(Config):

@@ -23,7 +23,7 @@ class KVLayout(msgspec.Struct, frozen=True, array_like=True):
     """Two workers may exchange blocks if and only if their layouts are equal."""
 
     fingerprint: str
-    """Everything the values depend on: weights and their revision, dtype, rope, adapters. Same shape is not same model."""
+    """Everything the values depend on (weights, revision, dtype, rope, adapters): same shape is not same model."""
     groups: tuple[Group, ...]
 
     def mismatch(self, other: "KVLayout") -> str | None:

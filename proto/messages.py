@@ -83,7 +83,7 @@ class Finish(Record):
 
 
 class Ledger(msgspec.Struct, omit_defaults=True):
-    """What was done for a request, by whom, and why anything fell back. Workers send parts, the frontend merges them."""
+    """What was done for a request, by whom, why anything fell back. Workers send parts, the frontend merges them."""
 
     prefill_worker: str = ""
     decode_worker: str = ""

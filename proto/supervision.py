@@ -1,0 +1,158 @@
+"""How a process is started by the launcher and tells it how it is: the child's side of supervision.
+
+    spawned ─► alive ─► ready ─► (SIGTERM: stopping) ─► exit 0
+       └─────────┴────────┴─► failed: one-line summary to the launcher, traceback on stderr, exit 1 (2: UserError)
+
+A child gets `--config FILE` (its config struct as JSON) and `--supervisor-fd N`, its end of a socketpair to the
+launcher. Without the descriptor it was started by hand and reports to nobody. A supervised child can't outlive its
+launcher: the kernel kills it when its parent dies.
+"""
+
+import argparse
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import msgspec
+from setproctitle import setproctitle
+
+from baton.proto import config as config_tree
+from baton.proto.config import FrontendConfig, SchedulerConfig, WorkerConfig
+from baton.proto.errors import UserError
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+_PR_SET_PDEATHSIG = 1
+
+ConfigT = TypeVar("ConfigT", WorkerConfig, FrontendConfig, SchedulerConfig)
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Child to launcher, one packet of JSON each."""
+
+    event: str
+    """alive (the process runs) | ready (it can serve) | failed (it is about to exit)."""
+    error: str = ""
+    """For failed: the exception in one line."""
+    user_error: bool = False
+    """For failed: a UserError, so trying again can't help."""
+
+
+class Supervised:
+    """A process's end of its supervision: reports upwards, stop requests downwards."""
+
+    def __init__(self, launcher: socket.socket | None) -> None:
+        self._launcher = launcher
+        self._stopping = False
+        self.stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Readable, and never read, from the first SIGTERM on: give it to a poller or to loop.add_reader."""
+        signal.signal(signal.SIGTERM, self._on_stop)
+        # Ctrl-C reaches the whole terminal group; a supervised child waits for its launcher to drain it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN if launcher else self._on_stop)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether SIGTERM has arrived: finish what runs, take nothing new, return from main."""
+        return self._stopping
+
+    def alive(self) -> None:
+        """The process runs; run_child says so before main."""
+        self._send(Report("alive"))
+
+    def ready(self) -> None:
+        """The process can do its work."""
+        self._send(Report("ready"))
+
+    def failed(self, error: BaseException) -> None:
+        """The process is about to exit because of `error`."""
+        self._send(Report("failed", summary(error), isinstance(error, UserError)))
+
+    def _on_stop(self, _signum: int, _frame: object) -> None:
+        self._stopping = True
+        os.eventfd_write(self.stop_fd, 1)
+
+    def _send(self, report: Report) -> None:
+        if self._launcher is None:
+            return
+        try:
+            self._launcher.send(msgspec.json.encode(report), socket.MSG_NOSIGNAL)
+        except OSError:
+            logging.getLogger(__name__).warning("the launcher does not take reports; not sent: %s", report)
+
+
+def summary(error: BaseException) -> str:
+    """An exception in one line, as the last line of its traceback would say it."""
+    if isinstance(error, UserError):
+        return str(error)
+    return " ".join("".join(traceback.format_exception_only(error)).split())
+
+
+def run_child(main: Callable[[ConfigT, Supervised], int], kind: type[ConfigT]) -> NoReturn:
+    """Run `main(config, supervised)` as this process and exit with what it returns.
+
+    The config's name becomes the process title and the prefix of its log lines. uvicorn and others install their own
+    SIGTERM handlers: keep them from it, or stop_fd stays silent.
+    """
+    arguments = _parse_arguments()
+    launcher = _tie_to_launcher(arguments.supervisor_fd) if arguments.supervisor_fd >= 0 else None
+    supervised = Supervised(launcher)
+    try:
+        config = config_tree.decode(arguments.config.read_bytes(), kind)
+        _name_process(config.name)
+        supervised.alive()
+        code = main(config, supervised)
+    except Exception as error:
+        code = _report_failure(supervised, error)
+    sys.exit(code)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="A process of Baton; `baton serve` starts it.")
+    parser.add_argument("--config", type=Path, required=True, help="JSON file with the process's configuration")
+    parser.add_argument("--supervisor-fd", type=int, default=-1, help="socket to the launcher; none when by hand")
+    return parser.parse_args()
+
+
+def _tie_to_launcher(fd: int) -> socket.socket:
+    """Die when the launcher does, however it dies, and take its socket over."""
+    launcher = socket.socket(fileno=fd)
+    launcher.set_inheritable(False)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A launcher that died before the prctl is never noticed by the kernel's signal, but its end of the pair is closed.
+    try:
+        orphaned = launcher.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        orphaned = False
+    if orphaned:
+        os._exit(EXIT_FAILED)
+    return launcher
+
+
+def _name_process(name: str) -> None:
+    setproctitle(f"baton: {name}")
+    set_up_logging(name)
+    faulthandler.enable()
+
+
+def set_up_logging(name: str) -> None:
+    """One line per record on stderr, with the process's name."""
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s %(levelname)s [{name}] %(message)s", datefmt="%H:%M:%S", force=True
+    )
+
+
+def _report_failure(supervised: Supervised, error: Exception) -> int:
+    supervised.failed(error)
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    traceback.print_exception(error)
+    return EXIT_FAILED
