@@ -31,6 +31,12 @@ def extend_chain(parent: bytes, token_ids: np.ndarray) -> list[bytes]:
     return hashes
 
 
+def hash_chain(token_ids: np.ndarray, *extra_keys: str) -> list[bytes]:
+    """The whole chain of a sequence: the root first, then one hash per full unit."""
+    root = root_hash(*extra_keys)
+    return [root, *extend_chain(root, token_ids)]
+
+
 def pack_hashes(hashes: list[bytes]) -> bytes:
     """One frame of concatenated hashes."""
     return b"".join(hashes)

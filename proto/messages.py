@@ -177,7 +177,8 @@ class FrontendHello(Message):
 
 
 class Submit(Message):
-    """F→S. Frames: int32 prompt ‖ accepted tokens; block hashes of the whole. Resent until Accepted or Rejected."""
+    """F→S. Frames: int32 prompt ‖ accepted tokens; their hash chain, root first (hashing.hash_chain, pack_hashes).
+    Resent until Accepted or Rejected."""
 
     sid: Sid
     attempt: int
@@ -310,7 +311,7 @@ class Fenced(Message):
 
 
 class StartPrefill(Message):
-    """S→W. Frames: int32 prompt ‖ accepted; block hashes."""
+    """S→W. Frames: int32 prompt ‖ accepted; hash chain, root first."""
 
     epoch: int
     cmd_seq: int
@@ -326,7 +327,7 @@ class StartPrefill(Message):
 
 
 class StartDecode(Message):
-    """S→W. Frames: int32 prompt ‖ accepted (without first_rows); block hashes."""
+    """S→W. Frames: int32 prompt ‖ accepted (without first_rows); hash chain, root first."""
 
     epoch: int
     cmd_seq: int

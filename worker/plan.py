@@ -53,7 +53,7 @@ class StepPlan(Plain):
     """Counts from 1; results come back in this order."""
     rows: list[Row]
     new_slots: list[SlotInit]
-    """Taken before the step. A slot may be freed and taken again by the same plan; slots need no message to be freed."""
+    """Taken before the step. A slot needs no message to be freed: it is simply taken again."""
 
 
 class StepResult(Plain):

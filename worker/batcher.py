@@ -1,0 +1,702 @@
+"""A worker's iterations: which streams enter the next step, with which tokens and blocks.
+
+    StartPrefill ─► WAITING ─► RUNNING ──────────────► OVER              (continue_decode: until the stream ends)
+                       ▲          │ └─ first token ──► LEASED ─► OVER    (hands over: until the lease is consumed)
+                       └──────────┘ preempted: recomputed from its tokens
+    StartDecode ─► WAITING_KV (pulls.py) ─► RUNNING ─► OVER
+
+Events and a clock in, instructions out: `handle`, `schedule`, `complete` and `tick` append to `outbox`, which whoever
+drives the batcher carries out. No sockets, no tensors, no time.time(). At most `depth` steps are in flight; results
+come back in order and map through the stored plan. A stream's length limit is foreseen when a step is planned; its stop
+tokens are found when the result arrives, and what a step in flight still computes for it is dropped then, while a fence
+keeps its blocks from transfers until that step has passed.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from baton.kv_transfer.contract import PullDone
+from baton.kv_transfer.leases import Lease, Leases
+from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig
+from baton.proto.hashing import unpack_hashes
+from baton.proto.lifecycle import FinishReason, Stage
+from baton.proto.messages import (
+    CancelCommand,
+    CancelStream,
+    Confirm,
+    Ended,
+    Finish,
+    FirstRows,
+    FirstToken,
+    Gone,
+    Holder,
+    Holding,
+    Ledger,
+    Load,
+    Ok,
+    Open,
+    Peer,
+    PrefillDone,
+    Progress,
+    Refused,
+    Settled,
+    Sid,
+    StartDecode,
+    StartPrefill,
+    TokenLogprobs,
+    Welcome,
+)
+from baton.worker.block_pool import BlockPool
+from baton.worker.effects import Effect, Emit, ToHolder, ToScheduler
+from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
+from baton.worker.pulls import Pulls
+from baton.worker.request import RemoteKV, Request, State
+
+PREFILL, DECODE = "prefill", "decode"
+
+Command = StartPrefill | StartDecode | CancelCommand
+Event = Welcome | Command | CancelStream | Open | Confirm | Settled | Ok | Gone | PullDone
+
+
+@dataclass(slots=True)
+class Planned:
+    """One row of a plan in flight, with what it meant when it was planned."""
+
+    request: Request
+    residency: int
+    start: int
+    end: int
+    samples: bool
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the row computes a token that this attempt sampled."""
+        return self.start >= self.request.arrived
+
+
+class Batcher:
+    """All streams of one worker incarnation.
+
+    `me` is this worker's own address, `num_blocks` the size of the pool; `max_model_len` bounds a sequence.
+    """
+
+    def __init__(
+        self,
+        me: Peer,
+        num_blocks: int,
+        max_model_len: int,
+        cache: CacheConfig,
+        batch: BatchConfig,
+        lease: LeaseConfig,
+        early_bind_tokens: int,
+    ) -> None:
+        self.me = me
+        self.outbox: list[Effect] = []
+        self.pool = BlockPool(num_blocks, cache.enable_prefix_caching)
+        self.leases = Leases(lease)
+        self._block_size = cache.block_size
+        self._max_model_len = min(max_model_len, num_blocks * cache.block_size)
+        self._budget = batch.max_num_batched_tokens
+        self._max_num_seqs = batch.max_num_seqs
+        self._depth = batch.depth
+        self._remember_s = lease.remember_s
+        self._early_bind_tokens = early_bind_tokens
+        self._pulls = Pulls(self.pool, cache.block_size, lease, self.outbox, self._kv_ready, self._forget)
+        self._requests: dict[tuple[Sid, str], Request] = {}
+        self._waiting: list[Request] = []  # sorted by rank
+        self._kv_here: deque[Request] = deque()
+        self._running: list[Request] = []  # sorted by rank
+        self._leased: dict[int, Request] = {}
+        self._free_slots = list(range(batch.max_num_seqs - 1, -1, -1))
+        self._in_flight: deque[tuple[StepPlan, list[Planned]]] = deque()
+        self._new_slots: list[SlotInit] = []
+        self._tombstones: dict[Sid, tuple[int, float]] = {}  # sid -> (lowest attempt allowed, forget at)
+        self._arrivals = 0
+        self._step = 0
+        self._epoch = 0
+        self._last_cmd_seq = 0
+        self._tokens_per_s = 1.0
+        self.computed_tokens = 0
+        self.cached_tokens = 0
+        self.generated_tokens = 0
+        self.preemptions = 0
+
+    # ------------------------------------------------------------------------------------------------------- events
+
+    def handle(self, event: Event, frames: tuple[bytes | memoryview, ...], now: float) -> None:
+        """Take in one message (with its extra frames) or the end of a transfer."""
+        match event:
+            case StartPrefill() | StartDecode() | CancelCommand():
+                self._command(event, frames, now)
+            case Welcome():
+                self._epoch = max(self._epoch, event.epoch)
+            case CancelStream():
+                self._cancel_stream(event, now)
+            case Open():
+                answer = self._as_owner(event) or self.leases.open(event.lease, event.holder, now)
+                self.outbox.append(ToHolder(event.holder, answer))
+            case Confirm():
+                self._confirm(event, now)
+            case Settled():
+                key = self._lease_key(event)
+                self._pulls.settled(key, event.num_tokens, event.blocks, event.first_rows, now)
+            case Ok():
+                self._pulls.ok(self._lease_key(event), now)
+            case Gone():
+                self._pulls.gone(self._lease_key(event))
+            case PullDone():
+                self._pulls.pull_done(event, now)
+        self._pulls.reserve(now)
+
+    def _command(self, command: Command, frames: tuple[bytes | memoryview, ...], now: float) -> None:
+        if command.epoch < self._epoch:
+            return
+        if command.epoch > self._epoch:
+            self._epoch, self._last_cmd_seq = command.epoch, 0
+        self._last_cmd_seq = max(self._last_cmd_seq, command.cmd_seq)
+        if isinstance(command, CancelCommand):
+            self._cancel(command.sid, command.attempt, now)
+            return
+        allowed, _ = self._tombstones.get(command.sid, (0, 0.0))
+        if command.attempt < allowed:
+            return
+        self._cancel(command.sid, command.attempt - 1, now)
+        leg = PREFILL if isinstance(command, StartPrefill) else DECODE
+        if (command.sid, leg) in self._requests:
+            return
+        request = self._new_request(command, leg, frames)
+        if reason := self._impossible(request):
+            self.outbox.append(ToScheduler(Refused(command.sid, command.attempt, leg, reason)))
+        elif isinstance(command, StartPrefill):
+            self._start_prefill(request, command, now)
+        else:
+            self._start_decode(request, command, now)
+
+    def _new_request(
+        self, command: StartPrefill | StartDecode, leg: str, frames: tuple[bytes | memoryview, ...]
+    ) -> Request:
+        tokens = np.frombuffer(frames[0], dtype=np.int32).tolist()
+        self._arrivals += 1
+        return Request(
+            sid=command.sid,
+            attempt=command.attempt,
+            leg=leg,
+            prompt_len=command.prompt_len,
+            params=command.params,
+            reply_to=command.reply_to,
+            tokens=tokens,
+            arrived=len(tokens),
+            chain=unpack_hashes(frames[1]),
+            priority=command.priority,
+            order=self._arrivals,
+            emitted=len(tokens) - command.prompt_len,
+        )
+
+    def _impossible(self, request: Request) -> str | None:
+        """Why this worker could never serve the request."""
+        if len(request.tokens) >= self._max_model_len:
+            return f"{len(request.tokens)} tokens leave no room for output: this worker holds {self._max_model_len}"
+        return None
+
+    def _start_prefill(self, request: Request, command: StartPrefill, now: float) -> None:
+        request.hands_over = not command.continue_decode
+        request.ledger = Ledger(prefill_worker=self.me.worker, stages={Stage.STARTED: now})
+        if not request.hands_over:
+            request.ledger.decode_worker, request.ledger.transport = self.me.worker, "local"
+        self._requests[request.key] = request
+        self._enqueue(request)
+
+    def _start_decode(self, request: Request, command: StartDecode, now: float) -> None:
+        request.ledger = Ledger(decode_worker=self.me.worker, stages={Stage.BOUND: now})
+        holder = Holder(self.me.worker, self.me.incarnation, command.sid, command.attempt)
+        if command.owner.incarnation == self.me.incarnation:
+            self._take_over(request, command, holder, now)
+            return
+        request.state = State.WAITING_KV
+        request.remote = RemoteKV(
+            lease=command.lease,
+            owner=command.owner,
+            holder=holder,
+            total=len(request.tokens),
+            source=command.blocks,
+            settled=command.num_tokens,
+            first_rows=command.first_rows,
+        )
+        self._requests[request.key] = request
+        self._pulls.start(request, now)
+
+    def _take_over(self, request: Request, command: StartDecode, holder: Holder, now: float) -> None:
+        """Both legs on one worker: references pass from the lease to the stream, no byte moves."""
+        answer, lease = self.leases.confirm(command.lease, holder, now)
+        if not isinstance(answer, Ok) or lease is None:
+            self.outbox.append(
+                ToScheduler(Refused(request.sid, request.attempt, DECODE, "its own prefill is not done"))
+            )
+            return
+        source = self._leased.pop(lease.id)
+        assert lease.first_rows is not None
+        request.blocks, source.blocks = source.blocks, []
+        request.published = source.published
+        request.ledger.transport = "local"
+        request.ledger.stages[Stage.CONFIRMED] = now
+        self._requests[request.key] = request
+        self._over(source, ended=True)
+        self._continue(request, lease.first_rows)
+
+    def _kv_ready(self, request: Request) -> None:
+        """The prompt's KV is here and confirmed: publish it and decode on."""
+        assert request.remote is not None
+        assert request.remote.first_rows is not None
+        self._continue(request, request.remote.first_rows)
+
+    def _continue(self, request: Request, rows: FirstRows) -> None:
+        request.scheduled = request.settled = len(request.tokens)
+        self._publish(request)
+        request.tokens += rows.tokens
+        request.first_rows = rows
+        self._kv_here.append(request)
+
+    def _cancel_stream(self, event: CancelStream, now: float) -> None:
+        for leg in (PREFILL, DECODE):
+            request = self._requests.get((event.sid, leg))
+            if request is not None and request.attempt <= event.attempt:
+                self.outbox.append(ToScheduler(Ended(event.sid, request.attempt, leg)))
+        self._cancel(event.sid, event.attempt, now)
+
+    def _cancel(self, sid: Sid, attempt: int, now: float) -> None:
+        """Free what this attempt and older ones hold, and refuse their commands from now on."""
+        allowed, _ = self._tombstones.pop(sid, (0, 0.0))
+        self._tombstones[sid] = (max(allowed, attempt + 1), now + self._remember_s)  # kept in order of expiry
+        for leg in (PREFILL, DECODE):
+            request = self._requests.get((sid, leg))
+            if request is not None and request.attempt <= attempt:
+                self._drop(request)
+
+    def _drop(self, request: Request) -> None:
+        """End a request in whatever state it is."""
+        match request.state:
+            case State.WAITING:
+                self._waiting.remove(request)
+            case State.WAITING_KV if request in self._kv_here:
+                self._kv_here.remove(request)
+            case State.WAITING_KV:
+                self._pulls.cancel(request)
+            case State.RUNNING:
+                self._leave_running(request)
+            case State.LEASED:
+                assert request.lease is not None
+                del self._leased[request.lease.id]
+        self._over(request)
+
+    def _over(self, request: Request, ended: bool = False) -> None:
+        """Give everything back. Blocks that a step in flight may write carry its fence."""
+        if request.lease is not None and request.lease.live:
+            self.leases.cancel(request.lease)
+        self.pool.release(request.blocks, self._fence(request))
+        request.blocks = []
+        request.state = State.OVER
+        self._forget(request)
+        if ended:
+            self.outbox.append(ToScheduler(Ended(request.sid, request.attempt, request.leg)))
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.key]
+
+    def _fence(self, request: Request) -> int:
+        first_in_flight = self._step - len(self._in_flight) + 1
+        return request.last_step if request.last_step >= first_in_flight else 0
+
+    # ------------------------------------------------------------------------------------------------------- leases
+
+    def _lease_key(self, message: Settled | Ok | Gone) -> tuple[int, int]:
+        request = self._requests.get((message.holder.sid, DECODE))
+        if request is None or request.remote is None or request.remote.holder != message.holder:
+            return 0, 0
+        return request.remote.owner.incarnation, message.lease
+
+    def _as_owner(self, message: Open | Confirm) -> Gone | None:
+        """Gone when the lease belonged to an earlier incarnation of this worker."""
+        return None if message.owner_incarnation == self.me.incarnation else Gone(message.holder, message.lease)
+
+    def _confirm(self, event: Confirm, now: float) -> None:
+        gone = self._as_owner(event)
+        answer, consumed = (gone, None) if gone else self.leases.confirm(event.lease, event.holder, now)
+        self.outbox.append(ToHolder(event.holder, answer))
+        if consumed is not None:
+            self._over(self._leased.pop(consumed.id), ended=True)
+
+    def tick(self, now: float) -> None:
+        """Sweep what the clock ends: leases, renewals, tombstones."""
+        for lease in self.leases.expire(now):
+            request = self._leased.pop(lease.id)
+            self._over(request)
+            self.outbox.append(ToScheduler(Ended(request.sid, request.attempt, PREFILL, "the lease on its KV expired")))
+        self._pulls.tick(now)
+        self._pulls.reserve(now)
+        while self._tombstones:
+            sid, (_, forget_at) = next(iter(self._tombstones.items()))
+            if forget_at > now:
+                break
+            del self._tombstones[sid]
+
+    def next_deadline(self) -> float:
+        """When `tick` has something to do; infinity when never."""
+        oldest = next(iter(self._tombstones.values()), (0, float("inf")))[1]
+        return min(self.leases.next_deadline(), self._pulls.next_deadline(), oldest)
+
+    # ---------------------------------------------------------------------------------------------------- scheduling
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, or None when `depth` are in flight or nothing can run."""
+        if len(self._in_flight) >= self._depth:
+            return None
+        self._new_slots = []
+        rows: list[Row] = []
+        planned: list[Planned] = []
+        budget = self._budget
+        preemptions = self.preemptions
+        for request in list(self._running):
+            if request.state is State.RUNNING and budget > 0:
+                budget -= self._add_row(request, budget, rows, planned)
+        while self._kv_here and self._admit_decode(self._kv_here[0]):
+            budget -= self._add_row(self._kv_here.popleft(), max(budget, 1), rows, planned)
+        calm = self.preemptions == preemptions
+        while calm and self._waiting and budget > 0 and self._admit_prefill(self._waiting[0], now):
+            budget -= self._add_row(self._waiting.pop(0), budget, rows, planned)
+        if not rows:
+            return None
+        self._step += 1
+        for item in planned:
+            item.request.last_step = self._step
+            if item.decodes:
+                item.request.ledger.stages.setdefault(Stage.STEPPED, now)
+        plan = StepPlan(self._step, rows, self._new_slots)
+        self._in_flight.append((plan, planned))
+        return plan
+
+    def _add_row(self, request: Request, budget: int, rows: list[Row], planned: list[Planned]) -> int:
+        """Plan the request's next tokens; returns how many. Preempts the latest arrivals when blocks run out."""
+        count = min(request.total - request.scheduled, budget)
+        if count <= 0 or self._foreseen_end(request):
+            return 0
+        end = request.scheduled + count
+        new_blocks = self._grow(request, end, planned)
+        if new_blocks is None:
+            return 0
+        samples = end == request.total
+        from_device = end > len(request.tokens)
+        start = request.scheduled
+        rows.append(
+            Row(
+                slot=request.slot,
+                start=start,
+                num_tokens=count,
+                tokens=[] if from_device else request.tokens[start:end],
+                from_device=from_device,
+                new_blocks=new_blocks,
+                samples=samples,
+                output_index=request.num_output,
+            )
+        )
+        planned.append(Planned(request, request.residency, start, end, samples))
+        request.scheduled = end
+        request.placeholders += samples
+        return count
+
+    def _foreseen_end(self, request: Request) -> bool:
+        """Whether the steps already planned bring the stream, or this leg of it, to its end."""
+        if request.hands_over and request.placeholders:
+            return True
+        return request.num_output >= request.params.max_tokens or request.total >= self._max_model_len
+
+    def _grow(self, request: Request, end: int, planned: list[Planned]) -> list[int] | None:
+        """Blocks for the tokens up to `end`, or None when the request itself had to give way."""
+        missing = -(-end // self._block_size) - len(request.blocks)
+        if missing <= 0:
+            return []
+        while (blocks := self.pool.allocate(missing)) is None:
+            victim = self._victim(planned) or request
+            self._preempt(victim)
+            if victim is request:
+                return None
+        request.blocks += blocks
+        return blocks
+
+    def _victim(self, planned: list[Planned]) -> Request | None:
+        """The latest arrival that is neither in the step being planned nor about to be handed over."""
+        in_step = {item.request.key for item in planned}
+        for request in reversed(self._running):
+            if request.key not in in_step and not (request.hands_over and request.placeholders):
+                return request
+        return None
+
+    def _preempt(self, request: Request) -> None:
+        """Take the blocks away; the stream is computed again from its tokens, most of them from the prefix cache."""
+        self._leave_running(request)
+        self.pool.release(request.blocks, self._fence(request))
+        request.blocks = []
+        if request.lease is not None:
+            # Its holder may have read blocks that are about to be reused: a new lease, never the same again.
+            self.leases.cancel(request.lease)
+            request.lease = None
+        request.scheduled = request.settled = request.published = 0
+        request.preemptions += 1
+        request.ledger.preemptions = request.preemptions
+        self.preemptions += 1
+        self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        request.state = State.WAITING
+        index = len(self._waiting)
+        while index and self._waiting[index - 1].rank > request.rank:
+            index -= 1
+        self._waiting.insert(index, request)
+
+    def _admit_prefill(self, request: Request, now: float) -> bool:
+        """Move the first waiting request into the running set when a slot and blocks for all its tokens are there."""
+        if not self._free_slots or request.placeholders:
+            return False
+        blocks_needed = -(-len(request.tokens) // self._block_size)
+        # One token at least is computed, because its logits are what is wanted.
+        hits = self.pool.match(request.block_hashes(self._block_size, (len(request.tokens) - 1) // self._block_size))
+        fresh = blocks_needed - len(hits)
+        # Each running stream may soon want a block; without the spare, admission and preemption would alternate.
+        blocks = self.pool.allocate(fresh) if fresh + len(self._running) <= self.pool.num_free else None
+        if blocks is None:
+            self.pool.release(hits)
+            return False
+        request.blocks = hits + blocks
+        request.published = len(hits)
+        request.scheduled = request.settled = len(hits) * self._block_size
+        if request.preemptions:
+            request.ledger.recomputed_tokens += len(request.tokens) - request.scheduled
+        else:
+            request.ledger.cached_tokens = request.scheduled
+            request.ledger.stages[Stage.SCHEDULED] = now
+        self.cached_tokens += request.scheduled
+        if request.hands_over:
+            request.lease = self.leases.create(request.sid, request.attempt)
+        self._enter_running(request)
+        return True
+
+    def _admit_decode(self, request: Request) -> bool:
+        if not self._free_slots:
+            return False
+        self._enter_running(request)
+        return True
+
+    def _enter_running(self, request: Request) -> None:
+        request.state = State.RUNNING
+        request.residency += 1
+        request.slot = self._free_slots.pop()
+        index = len(self._running)
+        while index and self._running[index - 1].rank > request.rank:
+            index -= 1
+        self._running.insert(index, request)
+        self._new_slots.append(
+            SlotInit(
+                slot=request.slot,
+                sid=request.sid,
+                attempt=request.attempt,
+                params=request.params,
+                prompt_len=request.prompt_len,
+                tokens=list(request.tokens),
+                block_table=list(request.blocks),
+            )
+        )
+
+    def _leave_running(self, request: Request) -> None:
+        self._running.remove(request)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+
+    # ------------------------------------------------------------------------------------------------------- results
+
+    def complete(self, result: StepResult, now: float) -> None:
+        """Take in the oldest step's result."""
+        plan, planned = self._in_flight.popleft()
+        if plan.step != result.step:
+            raise AssertionError(
+                f"result of step {result.step} arrived while step {plan.step} was the oldest in flight"
+            )
+        self.pool.step_completed(result.step)
+        self._measure(planned, result)
+        for index, item in enumerate(planned):
+            if item.request.state is State.OVER:
+                continue
+            self._settle(item, now)
+            if item.samples:
+                self._sampled(
+                    item.request, result.tokens[index], result.logprobs.get(index, ()), result.sampled_s or now
+                )
+        self._pulls.reserve(now)
+
+    def _measure(self, planned: list[Planned], result: StepResult) -> None:
+        tokens = sum(item.end - item.start for item in planned if not item.decodes)
+        elapsed = result.sampled_s - result.started_s
+        if tokens and elapsed > 0:
+            self._tokens_per_s = tokens / elapsed
+        self.computed_tokens += tokens
+
+    def _settle(self, item: Planned, now: float) -> None:
+        """The row's KV is in its blocks: publish full ones, and tell whoever reads along."""
+        request = item.request
+        if item.residency != request.residency or request.state is not State.RUNNING:
+            return
+        request.settled = item.end
+        self._publish(request)
+        if not item.decodes:
+            request.computed += item.end - item.start
+        if request.hands_over and not item.samples and len(request.tokens) >= self._early_bind_tokens:
+            self._report_progress(request, now)
+
+    def _publish(self, request: Request) -> None:
+        full = request.settled // self._block_size
+        if not self.pool.caching or full <= request.published:
+            return
+        hashes = request.block_hashes(self._block_size, full)
+        for index in range(request.published, full):
+            self.pool.publish(request.blocks[index], hashes[index])
+        request.published = full
+
+    def _report_progress(self, request: Request, now: float) -> None:
+        lease = request.lease
+        assert lease is not None
+        full = request.settled // self._block_size
+        self.leases.settle(lease, full * self._block_size, request.blocks[:full], None, now)
+        if lease.holder is not None:
+            self.outbox.append(ToHolder(lease.holder, self.leases.settled_message(lease, lease.holder)))
+            return
+        progress = Progress(
+            sid=request.sid,
+            attempt=request.attempt,
+            lease=lease.id,
+            num_tokens=lease.num_tokens,
+            total_tokens=len(request.tokens),
+            blocks=lease.blocks,
+            tokens_per_s=self._tokens_per_s,
+        )
+        self.outbox.append(ToScheduler(progress))
+
+    def _sampled(self, request: Request, tokens: list[int], logprobs: tuple[TokenLogprobs, ...], now: float) -> None:
+        """Accept sampled tokens up to the stream's end, send them, and move the request on."""
+        first_of_leg = not request.generated
+        request.placeholders -= 1
+        reason: FinishReason | None = None
+        taken = 0
+        for token in tokens:
+            request.tokens.append(token)
+            taken += 1
+            reason = self._finish_reason(request, token)
+            if reason:
+                break
+        self.generated_tokens += taken
+        request.generated = True
+        if first_of_leg and request.leg == PREFILL:
+            request.ledger.computed_tokens = request.computed
+            request.ledger.stages[Stage.SAMPLED] = now
+        self._emit(request, tuple(tokens[:taken]), logprobs[:taken], reason)
+        if reason:
+            self._finished(request)
+        elif request.hands_over:
+            self._hand_over(request, FirstRows(tuple(tokens[:taken]), logprobs[:taken]), now)
+        elif first_of_leg and request.leg == PREFILL:
+            self.outbox.append(ToScheduler(FirstToken(request.sid, request.attempt)))
+
+    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
+        if token in request.params.stop_token_ids:
+            return FinishReason.STOP
+        output = len(request.tokens) - request.prompt_len
+        if output >= request.params.max_tokens or len(request.tokens) >= self._max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _emit(
+        self,
+        request: Request,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        reason: FinishReason | None,
+    ) -> None:
+        if request.first_rows is not None:
+            tokens = request.first_rows.tokens + tokens
+            logprobs = request.first_rows.logprobs + logprobs
+            request.first_rows = None
+        finish = Finish(reason, len(request.tokens) - request.prompt_len) if reason else None
+        ledger, request.ledger = request.ledger, Ledger()
+        self.outbox.append(
+            Emit(
+                reply_to=request.reply_to,
+                sid=request.sid,
+                attempt=request.attempt,
+                pos=request.emitted,
+                tokens=tokens,
+                logprobs=logprobs,
+                finish=finish,
+                ledger=ledger if ledger != Ledger() else None,
+            )
+        )
+        request.emitted += len(tokens)
+
+    def _finished(self, request: Request) -> None:
+        if request.state is State.RUNNING:
+            self._leave_running(request)
+        else:  # preempted while its last token was in flight
+            self._waiting.remove(request)
+        self._over(request, ended=True)
+
+    def _hand_over(self, request: Request, rows: FirstRows, now: float) -> None:
+        """The leg is done: the blocks wait under the lease for their reader."""
+        lease = request.lease
+        assert lease is not None
+        self._leave_running(request)
+        request.state = State.LEASED
+        prompt_tokens = len(request.tokens) - len(rows.tokens)
+        self.leases.settle(lease, prompt_tokens, request.blocks, rows, now)
+        self._leased[lease.id] = request
+        if lease.holder is not None:
+            self.outbox.append(ToHolder(lease.holder, self.leases.settled_message(lease, lease.holder)))
+        self.outbox.append(ToScheduler(_prefill_done(lease)))
+
+    # ------------------------------------------------------------------------------------------------------- reports
+
+    def holdings(self) -> tuple[Holding, ...]:
+        """Every stream that this worker keeps something for."""
+        return tuple(Holding(r.sid, r.attempt, r.leg) for r in self._requests.values())
+
+    def load(self, with_holdings: bool) -> Load:
+        """The report for the scheduler."""
+        waiting = len(self._waiting) + len(self._pulls) + len(self._kv_here)
+        pending = sum(r.total - r.scheduled for r in self._waiting)
+        pending += sum(r.total - r.scheduled for r in self._running if r.leg == PREFILL and not r.generated)
+        return Load(
+            last_cmd_seq=self._last_cmd_seq,
+            used_blocks=self.pool.num_used,
+            free_blocks=self.pool.num_free,
+            running=len(self._running),
+            waiting=waiting,
+            queued_tokens=pending,
+            leases=self.leases.num_live,
+            computed_tokens=self.computed_tokens,
+            cached_tokens=self.cached_tokens,
+            pulled_tokens=self._pulls.pulled_tokens,
+            generated_tokens=self.generated_tokens,
+            preemptions=self.preemptions,
+            holdings=self.holdings() if with_holdings else None,
+        )
+
+    def resend_ready(self) -> None:
+        """After a new hello: tell the scheduler again of leases that nobody has opened."""
+        self.outbox += [ToScheduler(_prefill_done(lease)) for lease in self.leases.ready_unopened()]
+
+    @property
+    def idle(self) -> bool:
+        """No step in flight and nothing that could start one."""
+        return not (self._in_flight or self._running or self._waiting or self._kv_here)
+
+
+def _prefill_done(lease: Lease) -> PrefillDone:
+    assert lease.first_rows is not None
+    return PrefillDone(lease.sid, lease.attempt, lease.id, lease.num_tokens, lease.blocks, lease.first_rows)

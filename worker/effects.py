@@ -1,0 +1,61 @@
+"""What the batcher asks its worker to do. The IO loop and the simulation both carry these out."""
+
+from dataclasses import dataclass
+
+from baton.kv_transfer.contract import Pull
+from baton.proto.messages import (
+    Confirm,
+    Finish,
+    Gone,
+    Holder,
+    Ledger,
+    Message,
+    Ok,
+    Open,
+    Peer,
+    Settled,
+    Sid,
+    TokenLogprobs,
+)
+
+
+@dataclass(slots=True, frozen=True)
+class ToScheduler:
+    """Send on the control plane."""
+
+    message: Message
+
+
+@dataclass(slots=True, frozen=True)
+class ToOwner:
+    """Send to the worker that owns a lease."""
+
+    owner: Peer
+    message: Open | Confirm
+
+
+@dataclass(slots=True, frozen=True)
+class ToHolder:
+    """Send to the worker that holds one of our leases."""
+
+    holder: Holder
+    message: Settled | Ok | Gone
+
+
+@dataclass(slots=True, frozen=True)
+class Emit:
+    """One row of a TokenBatch for the stream's frontend."""
+
+    reply_to: str
+    """The frontend's token-plane endpoint."""
+    sid: Sid
+    attempt: int
+    pos: int
+    """Output index of the first token."""
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: Finish | None = None
+    ledger: Ledger | None = None
+
+
+Effect = ToScheduler | ToOwner | ToHolder | Emit | Pull

@@ -1,0 +1,123 @@
+"""One leg of a stream inside a worker's batcher."""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+
+from baton.kv_transfer.leases import Lease
+from baton.proto.hashing import HASH_UNIT, extend_chain
+from baton.proto.messages import FirstRows, Holder, Ledger, Peer, SamplingParams, Sid
+
+
+class State(Enum):
+    """Drawn at the top of batcher.py."""
+
+    WAITING = auto()
+    WAITING_KV = auto()
+    RUNNING = auto()
+    LEASED = auto()
+    OVER = auto()
+
+
+@dataclass(slots=True, eq=False)
+class RemoteKV:
+    """Where a decode leg's KV comes from, and how far its copy is."""
+
+    lease: int
+    owner: Peer
+    holder: Holder
+    total: int
+    """Tokens to have: the whole prompt."""
+    source: tuple[int, ...]
+    """The owner's blocks that have settled so far."""
+    settled: int
+    """Tokens in them."""
+    first_rows: FirstRows | None
+    hit_blocks: int = 0
+    """Leading blocks found in our own prefix cache: not pulled."""
+    asked_blocks: int = 0
+    """Leading blocks that are here or being pulled."""
+    pulling: dict[int, int] = field(default_factory=dict)
+    """Transfer id -> blocks in it."""
+    opened_at: float = 0.0
+    confirm_sent_at: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Counters hold settled <= scheduled <= len(tokens) + placeholders.
+
+    `tokens` are known on the host: prompt, then output. `placeholders` counts tokens that steps in flight will sample.
+    `settled` tokens have their KV in `blocks`; `scheduled` will have it when the steps in flight are done.
+    """
+
+    sid: Sid
+    attempt: int
+    leg: str
+    prompt_len: int
+    params: SamplingParams
+    reply_to: str
+    tokens: list[int]
+    arrived: int
+    """Tokens at the start of this attempt: prompt and accepted output. Later ones are sampled here."""
+    chain: list[bytes]
+    """Root hash, then one per full unit of HASH_UNIT tokens hashed so far."""
+    priority: int = 0
+    order: int = 0
+    """Arrival number: first come, first served within a priority."""
+    hands_over: bool = False
+    """A prefill leg whose KV goes to another worker."""
+    state: State = State.WAITING
+    slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    scheduled: int = 0
+    settled: int = 0
+    published: int = 0
+    """Leading blocks offered to the prefix cache."""
+    placeholders: int = 0
+    last_step: int = 0
+    residency: int = 0
+    """Counts the times it entered the running set; results of an earlier residency settle nothing."""
+    emitted: int = 0
+    """Output index of the next row."""
+    lease: Lease | None = None
+    remote: RemoteKV | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+    """What the next row tells the frontend."""
+    computed: int = 0
+    """Prompt tokens of this attempt computed here, for the ledger."""
+    preemptions: int = 0
+    generated: bool = False
+    """Whether this leg has sampled a token."""
+    first_rows: FirstRows | None = None
+    """The prefill leg's sample, repeated in this leg's first row."""
+
+    @property
+    def key(self) -> tuple[Sid, str]:
+        """A worker may hold both legs of one stream."""
+        return self.sid, self.leg
+
+    @property
+    def total(self) -> int:
+        """Tokens known or being sampled."""
+        return len(self.tokens) + self.placeholders
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens known or being sampled, earlier attempts' included."""
+        return self.total - self.prompt_len
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower is served first and preempted last."""
+        return self.priority, self.order
+
+    def block_hashes(self, block_size: int, num_blocks: int) -> list[bytes]:
+        """Hash of each of the first `num_blocks` blocks, which must be full: that of its last unit."""
+        units = block_size // HASH_UNIT
+        hashed = len(self.chain) - 1
+        if hashed < num_blocks * units:
+            tail = self.tokens[hashed * HASH_UNIT : num_blocks * block_size]
+            self.chain += extend_chain(self.chain[-1], np.asarray(tail, dtype=np.int32))
+        return [self.chain[(i + 1) * units] for i in range(num_blocks)]
