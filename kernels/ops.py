@@ -1,0 +1,66 @@
+"""The contract of the fused operations a model is built from; one class per device implements it.
+
+reference.TorchOps says what each computes, in plain torch; cpu.CpuOps is the same in C.
+"""
+
+from typing import Protocol
+
+import torch
+
+
+class Ops(Protocol):
+    """Operations between the matrix products. None of them allocates state; all may be called from one thread only."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x², -1) + eps) * weight. x [n, hidden] -> [n, hidden]. Zhang & Sennrich, 2019."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """residual + x, normed and as it is: ([n, hidden], [n, hidden]). `residual` may be overwritten."""
+        ...
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up. gate_up [n, 2 * intermediate], gate first -> [n, intermediate]."""
+        ...
+
+    def rope_and_cache(
+        self,
+        qkv: torch.Tensor,
+        num_heads: int,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None,
+    ) -> torch.Tensor:
+        """Rotate queries and keys, write keys and values into their blocks; returns the queries.
+
+        qkv [n, (num_heads + 2 * num_kv_heads) * head_dim], may be overwritten; cos_sin float32 [max_positions,
+        rotary_dim], cosines first; positions int32 [n]; slot_mapping int64 [n]; pool [num_blocks, num_kv_heads,
+        num_layers, 2, block_size, head_dim]. The first rotary_dim elements of a head turn, half against half (the
+        order of Hugging Face checkpoints). qk_norm: RMSNorm of every query and key head before that, as (query weight
+        [head_dim], key weight [head_dim], eps). Returns [n, num_heads, head_dim], maybe a view of qkv.
+        """
+        ...
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        query_start: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_tables: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Causal softmax(scale * q k^T) v of the last tokens of each sequence over all its cached tokens.
+
+        query [n, num_heads, head_dim], last axis dense; query_start int32 [num_seqs + 1]; seq_lens int32 [num_seqs];
+        block_tables int32 [num_seqs, width]. Sequence s has queries [query_start[s], query_start[s + 1]); the last of
+        them is at position seq_lens[s] - 1. Query head h reads KV head h // (num_heads / num_kv_heads).
+        Returns [n, num_heads * head_dim].
+        """
+        ...

@@ -1,0 +1,91 @@
+"""Plain torch versions of every operation: the definition that the kernels are tested against, and the fallback."""
+
+import torch
+from torch.nn import functional
+
+
+class TorchOps:
+    """Implements ops.Ops for any device and dtype."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See Ops."""
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        return weight * normed.to(x.dtype)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Ops."""
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See Ops."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+    def rope_and_cache(
+        self,
+        qkv: torch.Tensor,
+        num_heads: int,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None,
+    ) -> torch.Tensor:
+        """See Ops."""
+        num_kv_heads, block_size, head_dim = pool.shape[1], pool.shape[4], pool.shape[5]
+        heads = qkv.view(qkv.shape[0], -1, head_dim)
+        query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if qk_norm is not None:
+            query_weight, key_weight, eps = qk_norm
+            query, key = self.rms_norm(query, query_weight, eps), self.rms_norm(key, key_weight, eps)
+        table = cos_sin[positions.long()][:, None, :]  # [n, 1, rotary_dim]
+        query, key = _rotate(query, table), _rotate(key, table)
+        blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+        pool[blocks, :, layer, 0, offsets] = key
+        pool[blocks, :, layer, 1, offsets] = value
+        return query
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        query_start: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_tables: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """See Ops. Loops over sequences, not tokens."""
+        block_size = pool.shape[4]
+        starts = query_start.tolist()
+        outputs = []
+        for index, seq_len in enumerate(seq_lens.tolist()):
+            blocks = block_tables[index, : -(-seq_len // block_size)].long()
+            # [blocks, kv_heads, 2, block_size, head_dim] -> [2, kv_heads, seq_len, head_dim]
+            cached = pool[blocks, :, layer].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, :seq_len]
+            rows = query[starts[index] : starts[index + 1]].transpose(0, 1)  # [heads, rows, head_dim]
+            outputs.append(_causal_attention(rows, cached[0], cached[1], scale))
+        return torch.cat(outputs) if outputs else query.flatten(1)
+
+
+def _rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """x [n, heads, head_dim], table float32 [n, 1, rotary_dim]."""
+    cos, sin = table.to(x.dtype).chunk(2, dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """query [heads, rows, d], key and value [kv_heads, len, d]; the rows are the last of len -> [rows, heads * d]."""
+    rows, length = query.shape[1], key.shape[1]
+    visible = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
+    output = functional.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=visible, scale=scale, enable_gqa=True
+    )
+    return output[0].transpose(0, 1).flatten(1)

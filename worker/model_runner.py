@@ -1,0 +1,161 @@
+"""Step plans in, tokens out: the only place where the batcher's rows become tensors.
+
+It runs in the worker's device thread. Per stream it keeps, by slot, the block table, the token sampled last and the
+sampling state; everything else comes with the plan.
+"""
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from baton.kernels.ops import Ops
+from baton.proto.config import WorkerConfig
+from baton.proto.messages import TokenLogprobs
+from baton.worker.batch import Batch
+from baton.worker.kv_layout import kv_layout
+from baton.worker.models.registry import find_model
+from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
+from baton.worker.sampler import Sampler
+from baton.worker.weights import loader
+
+log = logging.getLogger(__name__)
+
+
+class ModelRunner:
+    """Owns the model and the per-slot state.
+
+    Attributes: layout (KVLayout), max_model_len and vocab_size. Raises ValueError when the model can't be served.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.threads = config.threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(self.threads)
+        directory = Path(config.model.path)
+        model_json = loader.read_config(directory)
+        model_class, config_class = find_model(model_json)
+        shape = config_class.from_json(model_json)
+        dtype = loader.choose_dtype(config.model.dtype, model_json, config.device)
+        self.vocab_size: int = shape.vocab_size
+        self.max_model_len: int = config.model.max_model_len or shape.max_position_embeddings
+        self.block_size = config.cache.block_size
+        load_format, seed = config.model.load_format, config.model.seed
+        fingerprint = loader.fingerprint(model_json, directory, dtype, load_format, seed)
+        self.layout = kv_layout(
+            shape.num_kv_heads, shape.num_layers, shape.head_dim, self.block_size, dtype, fingerprint
+        )
+        started = time.monotonic()
+        self.model = model_class(shape, self.max_model_len, _choose_ops(config.device, dtype), dtype)
+        if load_format == "dummy":
+            loader.fill_dummy(self.model, seed)
+        else:
+            loader.load_checkpoint(self.model, directory)
+        log.info("loaded %s in %.1f s, %d threads", directory.name, time.monotonic() - started, self.threads)
+        self._slots = _Slots(config.batch.max_num_seqs, -(-self.max_model_len // self.block_size))
+        self._sampler = Sampler(self.vocab_size, config.batch.max_num_seqs)
+
+    def attach_pool(self, pool: torch.Tensor) -> None:
+        """The KV pool: [num_blocks, *layout.groups[0].shape] of the layout's dtype. The caller keeps owning it."""
+        group = self.layout.groups[0]
+        if tuple(pool.shape[1:]) != tuple(group.shape) or str(pool.dtype) != f"torch.{group.dtype}":
+            raise ValueError(
+                f"pool {list(pool.shape)} {pool.dtype} does not fit the layout {group.shape} {group.dtype}"
+            )
+        self._pool = pool
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Blocks written by it are valid for everyone when this returns."""
+        started = time.monotonic()
+        for init in plan.new_slots:
+            self._slots.take(init)
+            self._sampler.take_slot(init.slot, init.params, init.prompt_len, init.tokens)
+        batch = self._slots.build_batch(plan.rows, self.block_size)
+        hidden = self.model(batch, self._pool)
+        tokens, logprobs = self._sample(plan.rows, hidden)
+        return StepResult(plan.step, tokens, logprobs, started_s=started, sampled_s=time.monotonic())
+
+    def _sample(
+        self, rows: list[Row], hidden: torch.Tensor
+    ) -> tuple[list[list[int]], dict[int, tuple[TokenLogprobs, ...]]]:
+        """hidden [num_sampling_rows, hidden_size] -> the columns of a StepResult."""
+        results: list[list[int]] = [[] for _ in rows]
+        sampling = [index for index, row in enumerate(rows) if row.samples]
+        if not sampling:
+            return results, {}
+        slots = np.array([rows[index].slot for index in sampling])
+        output_indices = np.array([rows[index].output_index for index in sampling])
+        tokens, logprobs = self._sampler.sample(self.model.logits(hidden), slots, output_indices)
+        self._slots.last_token[slots] = tokens
+        for index, token in zip(sampling, tokens.tolist(), strict=True):
+            results[index] = [token]
+        return results, {sampling[row]: (value,) for row, value in logprobs.items()}
+
+
+class _Slots:
+    """Block tables and last tokens of the streams, as arrays indexed by slot."""
+
+    def __init__(self, num_slots: int, max_blocks: int) -> None:
+        self.block_tables = np.zeros((num_slots, max_blocks), dtype=np.int32)
+        self.num_blocks = [0] * num_slots
+        self.last_token = np.zeros(num_slots, dtype=np.int64)
+
+    def take(self, init: SlotInit) -> None:
+        self.num_blocks[init.slot] = 0
+        self._append(init.slot, init.block_table)
+        if init.tokens:
+            self.last_token[init.slot] = init.tokens[-1]
+
+    def _append(self, slot: int, blocks: list[int]) -> None:
+        start = self.num_blocks[slot]
+        self.block_tables[slot, start : start + len(blocks)] = blocks
+        self.num_blocks[slot] = start + len(blocks)
+
+    def build_batch(self, rows: list[Row], block_size: int) -> Batch:
+        """The step's tensors; see Batch for shapes."""
+        for row in rows:
+            if row.new_blocks:
+                self._append(row.slot, row.new_blocks)
+        slots = np.array([row.slot for row in rows])
+        starts = np.array([row.start for row in rows], dtype=np.int32)
+        lengths = np.array([row.num_tokens for row in rows], dtype=np.int32)
+        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=query_start[1:])
+        seq_lens = starts + lengths
+        width = -(-int(seq_lens.max()) // block_size)
+        tables = self.block_tables[slots, :width]
+        sequence = np.repeat(np.arange(len(rows)), lengths)
+        positions = np.arange(query_start[-1], dtype=np.int32) + (starts - query_start[:-1])[sequence]
+        blocks = tables[sequence, positions // block_size].astype(np.int64)
+        samples = np.array([row.samples for row in rows])
+        return Batch(
+            token_ids=torch.from_numpy(self._token_ids(rows, slots, query_start)),
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
+            query_start=torch.from_numpy(query_start),
+            seq_lens=torch.from_numpy(seq_lens),
+            block_tables=torch.from_numpy(tables),
+            logits_indices=torch.from_numpy((query_start[1:][samples] - 1).astype(np.int64)),
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(seq_lens.max()),
+        )
+
+    def _token_ids(self, rows: list[Row], slots: np.ndarray, query_start: np.ndarray) -> np.ndarray:
+        flat: list[int] = []
+        for row in rows:
+            flat.extend(row.tokens or (0,))
+        token_ids = np.array(flat, dtype=np.int64)
+        from_device = np.array([row.from_device for row in rows])
+        token_ids[query_start[:-1][from_device]] = self.last_token[slots[from_device]]
+        return token_ids
+
+
+def _choose_ops(device: str, dtype: torch.dtype) -> Ops:
+    if device != "cpu":
+        raise ValueError(f"device '{device}' is not supported, only cpu")
+    from baton.worker.attention import choose_cpu_ops
+
+    return choose_cpu_ops(dtype)

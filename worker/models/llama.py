@@ -1,0 +1,233 @@
+"""The Llama family: Llama, SmolLM, Mistral, Qwen2 and Qwen3 are one decoder with different data.
+
+Touvron et al., 2023 (Llama); Jiang et al., 2023 (Mistral); Qwen2 and Qwen3 technical reports. Pre-norm transformer with
+RMSNorm, rotary positions, grouped-query attention and a SwiGLU feed-forward.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from baton.kernels.ops import Ops
+from baton.worker.batch import Batch
+from baton.worker.layers.linear import Linear
+from baton.worker.layers.rotary import cos_sin_table
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What config.json says about the shape of the model."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: Mapping[str, Any]
+    """rope_type, rope_theta and the scaling's parameters."""
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """From config.json. Raises ValueError for what this file can't compute."""
+        kind = config["model_type"]
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+        rope |= config.get("rope_parameters") or {}
+        head_dim = config.get("head_dim") or hidden // heads
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act '{config['hidden_act']}' is not supported, only silu")
+        if _sliding_window(config):
+            raise ValueError(f"sliding window attention ({config['sliding_window']} tokens) is not supported")
+        bias = bool(config.get("attention_bias", False))
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=hidden,
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)),
+            rms_norm_eps=config["rms_norm_eps"],
+            max_position_embeddings=config["max_position_embeddings"],
+            rope=rope,
+            qkv_bias=kind == "qwen2" or bias,
+            output_bias=bias and kind != "qwen2",
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+
+
+def _sliding_window(config: Mapping[str, Any]) -> bool:
+    """Whether a window narrower than the context is in use; Qwen states one and switches it off."""
+    window = config.get("sliding_window")
+    in_use = config.get("use_sliding_window", True)
+    return bool(window) and in_use and window < config["max_position_embeddings"]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged KV cache."""
+
+    def __init__(self, config: LlamaConfig, layer: int, ops: Ops, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.ops, self.layer, self.config = ops, layer, config
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, (q_size, kv_size, kv_size), config.qkv_bias, dtype)
+        self.o_proj = Linear(q_size, (config.hidden_size,), config.output_bias, dtype)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
+
+    def forward(self, x: torch.Tensor, batch: Batch, cos_sin: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden] -> [num_tokens, hidden]; writes this layer's KV of the tokens into the pool."""
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.config.qk_norm else None
+        query = self.ops.rope_and_cache(
+            self.qkv_proj(x),
+            self.config.num_heads,
+            cos_sin,
+            batch.positions,
+            batch.slot_mapping,
+            pool,
+            self.layer,
+            norms,
+        )
+        attended = self.ops.paged_attention(
+            query,
+            pool,
+            self.layer,
+            batch.query_start,
+            batch.seq_lens,
+            batch.block_tables,
+            self.config.head_dim**-0.5,
+        )
+        return self.o_proj(attended)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, config: LlamaConfig, ops: Ops, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.ops = ops
+        inner = config.intermediate_size
+        self.gate_up_proj = Linear(config.hidden_size, (inner, inner), config.mlp_bias, dtype)
+        self.down_proj = Linear(inner, (config.hidden_size,), config.mlp_bias, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden] -> [num_tokens, hidden]."""
+        return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
+
+
+class RMSNorm(nn.Module):
+    """The weight and epsilon of a norm; the operation is in Ops."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+        self.eps = eps
+
+
+class Layer(nn.Module):
+    """One decoder layer. The residual stream stays un-normed beside the normed input of the next part."""
+
+    def __init__(self, config: LlamaConfig, layer: int, ops: Ops, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.ops = ops
+        self.self_attn = Attention(config, layer, ops, dtype)
+        self.mlp = MLP(config, ops, dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        batch: Batch,
+        cos_sin: torch.Tensor,
+        pool: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [num_tokens, hidden] is what the layer before adds to the residual (None before the first layer)."""
+        norm = self.input_layernorm
+        if residual is None:
+            residual, x = x, self.ops.rms_norm(x, norm.weight, norm.eps)
+        else:
+            x, residual = self.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
+        x = self.self_attn(x, batch, cos_sin, pool)
+        norm = self.post_attention_layernorm
+        x, residual = self.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
+        return self.mlp(x), residual
+
+
+class Embedding(nn.Module):
+    """Token id -> vector."""
+
+    def __init__(self, size: int, hidden: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, hidden, dtype=dtype), requires_grad=False)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [n] -> [n, hidden]."""
+        return nn.functional.embedding(token_ids, self.weight)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and the last norm: the checkpoint's `model.`"""
+
+    def __init__(self, config: LlamaConfig, max_model_len: int, ops: Ops, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.ops = ops
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nn.ModuleList(Layer(config, index, ops, dtype) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.cos_sin = cos_sin_table(config.rope, config.rotary_dim, max_model_len, config.max_position_embeddings)
+
+    def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
+        """See LlamaForCausalLM.forward."""
+        x = self.embed_tokens(batch.token_ids)
+        residual = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, batch, self.cos_sin, pool)
+        x, residual = x[batch.logits_indices], residual[batch.logits_indices]
+        return self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)[0]
+
+
+class LlamaForCausalLM(nn.Module):
+    """Tokens and a KV pool in, hidden states and logits out; knows nothing of requests."""
+
+    fused: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+    """Our parameter -> the checkpoint's, whose rows it holds one after the other."""
+
+    def __init__(self, config: LlamaConfig, max_model_len: int, ops: Ops, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = Decoder(config, max_model_len, ops, dtype)
+        self.lm_head = Linear(config.hidden_size, (config.vocab_size,), False, dtype)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the last norm of the tokens in batch.logits_indices: [num_samples, hidden].
+
+        pool: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], written for every token of the batch.
+        """
+        return self.model(batch, pool)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_samples, hidden] -> float32 [num_samples, vocab_size]."""
+        return self.lm_head(hidden).float()

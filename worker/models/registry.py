@@ -1,0 +1,23 @@
+"""Which class serves an architecture named in config.json. Classes are imported when they are needed."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+_MODELS = {
+    "LlamaForCausalLM": ("llama", "LlamaForCausalLM", "LlamaConfig"),
+    "MistralForCausalLM": ("llama", "LlamaForCausalLM", "LlamaConfig"),
+    "Qwen2ForCausalLM": ("llama", "LlamaForCausalLM", "LlamaConfig"),
+    "Qwen3ForCausalLM": ("llama", "LlamaForCausalLM", "LlamaConfig"),
+}
+
+
+def find_model(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(model class, its config class) for config.json's content. Raises ValueError naming what is supported."""
+    names = config.get("architectures") or []
+    for name in names:
+        if name in _MODELS:
+            file, model, model_config = _MODELS[name]
+            module = importlib.import_module(f"baton.worker.models.{file}")
+            return getattr(module, model), getattr(module, model_config)
+    raise ValueError(f"architecture {', '.join(names) or '(none)'} is not supported; supported: {', '.join(_MODELS)}")
