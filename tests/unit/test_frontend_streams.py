@@ -1,0 +1,481 @@
+"""The frontend's streams on a virtual clock: which rows become text, and what is sent when."""
+
+import random
+
+import numpy as np
+import pytest
+
+from baton.frontend.instructions import Deliver, Finished, Instruction, SendToScheduler, SendToWorker
+from baton.frontend.streams import Limits, Streams
+from baton.proto.hashing import extend_chain, pack_hashes, root_hash
+from baton.proto.lifecycle import Outcome, RejectCode
+from baton.proto.messages import (
+    Accepted,
+    CancelStream,
+    Claim,
+    Close,
+    CloseAck,
+    ClusterStatus,
+    Finish,
+    FrontendHello,
+    Ledger,
+    Rejected,
+    Retry,
+    SamplingParams,
+    Sid,
+    Submit,
+    TokenBatch,
+    TokenLogprobs,
+    Welcome,
+    WhoAreYou,
+    WorkerStatus,
+)
+
+PROMPT = np.arange(100, 140, dtype=np.int32)
+PREFILL, DECODE = ("prefill-0", 1), ("decode-0", 1)
+LIMITS = Limits()
+
+
+class Frontend:
+    """A Streams with everything that it said, and one channel number per worker."""
+
+    def __init__(self) -> None:
+        self.streams = Streams(LIMITS, FrontendHello(7, "frontend-0", "ipc:///tokens", 1, 1))
+        self.streams.on_message(Welcome(epoch=1), 0.0)
+        self.now = 0.0
+        self.said: list[Instruction] = []
+        self.seq: dict[tuple[str, int], int] = {}
+
+    def do(self, instructions: list[Instruction]) -> list[Instruction]:
+        self.said += instructions
+        return instructions
+
+    def submit(self, max_tokens: int = 100, *, timeout_s: float = 0.0, accepted: bool = True) -> Sid:
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=(2,))
+        sid, said = self.streams.submit(PROMPT, params, self.now, timeout_s=timeout_s)
+        self.do(said)
+        if accepted:
+            self.message(Accepted(sid, 1))
+        return sid
+
+    def message(self, message: object) -> list[Instruction]:
+        return self.do(self.streams.on_message(message, self.now))  # type: ignore[arg-type]
+
+    def row(
+        self,
+        sid: Sid,
+        pos: int,
+        tokens: list[int],
+        *,
+        final: int = 0,
+        attempt: int = 1,
+        worker: tuple[str, int] = DECODE,
+        skip: int = 0,
+        reason: str = "length",
+        ledger: Ledger | None = None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> list[Instruction]:
+        """One row in a batch of its own; `skip` batches before it were lost."""
+        seq = self.seq[worker] = self.seq.get(worker, 0) + 1 + skip
+        batch = TokenBatch(
+            *worker,
+            seq,
+            (sid[1],),
+            (attempt,),
+            (pos,),
+            (len(tokens),),
+            tuple(tokens),
+            finish={0: Finish(reason, final, "broken" if reason == "error" else "")} if final else {},
+            ledgers={0: ledger} if ledger else {},
+            logprobs={0: logprobs} if logprobs else {},
+        )
+        return self.do(self.streams.on_token_batch(batch, self.now))
+
+    def beat(self, worker: tuple[str, int], seq: int) -> list[Instruction]:
+        return self.do(self.streams.on_token_batch(TokenBatch(*worker, seq), self.now))
+
+    def sleep(self, seconds: float) -> list[Instruction]:
+        """Let time pass, waking exactly when the machine asks to be woken."""
+        end, said = self.now + seconds, []
+        while (at := self.streams.next_deadline()) <= end:
+            self.now = max(self.now, at)
+            said += self.do(self.streams.tick(self.now))
+        self.now = end
+        return said
+
+    def text(self, sid: Sid) -> list[int]:
+        return [token for i in self.said if isinstance(i, Deliver) and i.sid == sid for token in i.tokens]
+
+    def ends(self, sid: Sid) -> list[Finished]:
+        return [i for i in self.said if isinstance(i, Finished) and i.sid == sid]
+
+
+def sent(said: list[Instruction], kind: type) -> list:
+    """Messages of one type to the scheduler."""
+    return [i.message for i in said if isinstance(i, SendToScheduler) and isinstance(i.message, kind)]
+
+
+def cancels(said: list[Instruction]) -> list[tuple[tuple[str, int], CancelStream]]:
+    return [(i.worker, i.message) for i in said if isinstance(i, SendToWorker)]
+
+
+@pytest.fixture
+def frontend() -> Frontend:
+    return Frontend()
+
+
+def test_submit_carries_the_prompt_and_its_hashes(frontend: Frontend) -> None:
+    frontend.submit()
+    submit = frontend.said[0]
+    assert isinstance(submit, SendToScheduler)
+    assert isinstance(submit.message, Submit)
+    assert submit.message.prompt_len == 40
+    assert submit.frames == (PROMPT.tobytes(), pack_hashes(extend_chain(root_hash(), PROMPT)))
+
+
+def test_submit_is_resent_until_it_is_answered(frontend: Frontend) -> None:
+    sid = frontend.submit(accepted=False)
+    assert len(sent(frontend.sleep(3.5), Submit)) == 3
+    frontend.message(Accepted(sid, 1))
+    assert sent(frontend.sleep(10), Submit) == []
+
+
+def test_a_row_answers_a_submit(frontend: Frontend) -> None:
+    sid = frontend.submit(accepted=False)
+    frontend.row(sid, 0, [5])
+    assert sent(frontend.sleep(10), Submit) == []
+
+
+def test_rows_become_text_and_the_finish_ends_the_stream_once(frontend: Frontend) -> None:
+    sid = frontend.submit(max_tokens=3)
+    frontend.row(sid, 0, [11], worker=PREFILL)
+    frontend.row(sid, 0, [11, 12])
+    said = frontend.row(sid, 2, [13], final=3)
+    assert frontend.text(sid) == [11, 12, 13]
+    assert [type(i) for i in said] == [Deliver, SendToScheduler, Finished]
+    (end,) = frontend.ends(sid)
+    assert (end.outcome, end.output_tokens, end.message) == (Outcome.LENGTH, 3, "")
+    assert cancels(frontend.said) == []
+
+
+@pytest.mark.parametrize("late_first", [False, True])
+def test_the_first_token_may_come_from_either_worker_first(frontend: Frontend, late_first: bool) -> None:
+    sid = frontend.submit()
+    if late_first:
+        frontend.row(sid, 0, [11, 12])
+        frontend.row(sid, 0, [11], worker=PREFILL)
+    else:
+        frontend.row(sid, 0, [11], worker=PREFILL)
+        frontend.row(sid, 0, [11, 12])
+    assert frontend.text(sid) == [11, 12]
+
+
+def test_overlap_is_trimmed_with_its_logprobs(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    marks = tuple(TokenLogprobs(-float(i), 1) for i in range(4))
+    frontend.row(sid, 0, [10, 11], logprobs=marks[:2])
+    (deliver,) = frontend.row(sid, 1, [11, 12, 13], logprobs=marks[1:])
+    assert deliver == Deliver(sid, (12, 13), marks[2:])
+
+
+def test_a_gap_that_closes_in_time_costs_nothing(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.row(sid, 0, [10])
+    frontend.row(sid, 2, [12], final=3)
+    frontend.sleep(0.4)
+    frontend.row(sid, 1, [11])
+    assert frontend.text(sid) == [10, 11, 12]
+    assert frontend.ends(sid)[0].outcome is Outcome.LENGTH
+
+
+def test_a_gap_that_stays_open_raises_the_attempt_from_the_accepted_tokens(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.row(sid, 0, [10])
+    frontend.row(sid, 2, [12])
+    said = frontend.sleep(0.5)
+    assert cancels(said) == [(DECODE, CancelStream(sid, 1))]
+    (submit,) = [i for i in said if isinstance(i, SendToScheduler)]
+    assert (submit.message.attempt, submit.message.prompt_len) == (2, 40)  # type: ignore[union-attr]
+    tokens = np.append(PROMPT, np.int32(10))
+    assert submit.frames == (tokens.tobytes(), pack_hashes(extend_chain(root_hash(), tokens)))
+
+
+def test_rows_of_an_older_attempt_are_dropped_and_their_sender_is_told(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.row(sid, 0, [10])
+    frontend.message(Retry(sid, 1, "decode-0 died"))
+    said = frontend.row(sid, 1, [99], attempt=1)
+    assert cancels(said) == [(DECODE, CancelStream(sid, 1))]
+    frontend.row(sid, 1, [11], attempt=2, worker=("decode-1", 1))
+    assert frontend.text(sid) == [10, 11]
+
+
+def test_a_retry_of_another_attempt_is_ignored(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.message(Retry(sid, 1, "once"))
+    assert frontend.message(Retry(sid, 1, "and again")) == []
+
+
+def test_resubmitted_hashes_cover_the_accepted_tokens(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    output = list(range(200, 230))
+    frontend.row(sid, 0, output)
+    (instruction,) = [i for i in frontend.message(Retry(sid, 1, "")) if isinstance(i, SendToScheduler)]
+    tokens = np.concatenate([PROMPT, np.array(output, dtype=np.int32)])
+    assert instruction.frames[1] == pack_hashes(extend_chain(root_hash(), tokens))
+    assert len(instruction.frames[1]) == 4 * 16
+
+
+def test_a_retry_of_a_complete_stream_ends_it(frontend: Frontend) -> None:
+    stopped, full = frontend.submit(), frontend.submit(max_tokens=2)
+    frontend.row(stopped, 0, [10, 2])
+    frontend.row(full, 0, [10, 11])
+    frontend.message(Retry(stopped, 1, "died with the finish unsent"))
+    frontend.message(Retry(full, 1, "died with the finish unsent"))
+    assert frontend.ends(stopped)[0].outcome is Outcome.STOP
+    assert frontend.ends(full)[0].outcome is Outcome.LENGTH
+
+
+def test_attempts_without_progress_are_spaced_and_bounded(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    times = []
+    while not frontend.ends(sid):
+        attempt = 1 + len(times)
+        frontend.message(Retry(sid, attempt, "decode-0 died"))
+        while not frontend.ends(sid) and sent(frontend.said, Submit)[-1].attempt != attempt + 1:
+            frontend.sleep(0.01)
+        times.append(frontend.now)
+    (end,) = frontend.ends(sid)
+    assert end.outcome is Outcome.FAILED
+    assert "9 attempts" in end.message
+    assert "decode-0 died" in end.message
+    assert times[-1] > 2
+
+
+def test_a_new_token_resets_the_bound_on_attempts(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    for attempt in range(1, 30):
+        frontend.row(sid, attempt - 1, [100 + attempt], attempt=attempt)
+        frontend.message(Retry(sid, attempt, ""))
+    assert not frontend.ends(sid)
+    assert frontend.text(sid) == list(range(101, 130))
+
+
+def test_a_lost_last_batch_is_seen_by_the_idle_beat(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.row(sid, 0, [10])
+    frontend.beat(DECODE, 1)
+    assert sent(frontend.sleep(10), Submit) == []
+    frontend.beat(DECODE, 2)
+    (submit,) = sent(frontend.sleep(0.5), Submit)
+    assert submit.attempt == 2
+
+
+def test_a_stream_that_goes_on_after_lost_rows_is_left_alone(frontend: Frontend) -> None:
+    mine, other = frontend.submit(), frontend.submit()
+    frontend.row(mine, 0, [10])
+    frontend.row(other, 0, [10])
+    frontend.row(mine, 1, [11], skip=1)
+    retried = {(submit.sid, submit.attempt) for submit in sent(frontend.sleep(2), Submit)}
+    assert retried == {(other, 2)}
+
+
+def test_a_stream_whose_only_row_was_lost_is_found_too(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.row(sid, 0, [10], worker=PREFILL)
+    frontend.beat(DECODE, 1)
+    assert sent(frontend.sleep(4.9), Submit) == []
+    assert [submit.attempt for submit in sent(frontend.sleep(0.2), Submit)] == [2]
+
+
+def test_a_stream_fed_by_a_worker_that_left_goes_on_elsewhere(frontend: Frontend) -> None:
+    def status(*workers: tuple[str, int]) -> ClusterStatus:
+        return ClusterStatus(1, True, "", tuple(WorkerStatus(*worker, "decode", 1, 1, 0, 0) for worker in workers))
+
+    sid = frontend.submit()
+    frontend.message(status(PREFILL, DECODE))
+    frontend.row(sid, 0, [10])
+    frontend.message(status(PREFILL))
+    assert {submit.attempt for submit in sent(frontend.sleep(6), Submit)} == {2}
+
+
+def test_rejection_ends_the_stream_with_its_reason(frontend: Frontend) -> None:
+    sid = frontend.submit(accepted=False)
+    frontend.message(Rejected(sid, 1, RejectCode.QUEUE_FULL, "4096 requests are waiting", 2.0))
+    (end,) = frontend.ends(sid)
+    assert (end.outcome, end.reject_code, end.retry_after_s) == (Outcome.REJECTED, "queue_full", 2.0)
+
+
+def test_a_running_stream_outlasts_a_busy_moment_but_not_a_long_one(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.row(sid, 0, [10])
+    frontend.message(Retry(sid, 1, "died"))
+    for _ in range(20):
+        frontend.message(Rejected(sid, 2, RejectCode.NO_WORKERS, "no decode worker"))
+        assert sent(frontend.sleep(1), Submit)[-1].attempt == 2
+    assert not frontend.ends(sid)
+    frontend.sleep(10)
+    frontend.message(Rejected(sid, 2, RejectCode.NO_WORKERS, "no decode worker"))
+    assert frontend.ends(sid)[0].outcome is Outcome.FAILED
+
+
+def test_close_is_resent_until_acknowledged(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.row(sid, 0, [10, 2], final=2, reason="stop")
+    assert len(sent(frontend.sleep(3.5), Close)) == 3
+    frontend.message(CloseAck(sid))
+    assert sent(frontend.sleep(10), Close) == []
+    assert frontend.streams.closing == 0
+    assert len(frontend.ends(sid)) == 1
+
+
+@pytest.mark.parametrize("state", ["submitting", "queued", "prefilled", "decoding", "held", "recovering"])
+def test_abort_from_every_state_cancels_and_closes(frontend: Frontend, state: str) -> None:
+    sid = frontend.submit(accepted=state != "submitting")
+    if state in ("prefilled", "decoding", "held", "recovering"):
+        frontend.row(sid, 0, [10], worker=PREFILL)
+    if state in ("decoding", "held"):
+        frontend.row(sid, 0, [10, 11])
+    if state == "held":
+        frontend.row(sid, 5, [15])
+    if state == "recovering":
+        frontend.message(Retry(sid, 1, ""))
+    said = frontend.do(frontend.streams.abort(sid, frontend.now))
+    assert [close.outcome for close in sent(said, Close)] == ["aborted"]
+    source = {"prefilled": PREFILL, "decoding": DECODE, "held": DECODE}.get(state)
+    assert [worker for worker, _ in cancels(said)] == ([source] if source else [])
+    assert frontend.do(frontend.streams.abort(sid, frontend.now)) == []
+    late = frontend.row(sid, 6, [16])
+    assert [type(i) for i in late] == [SendToWorker]
+    frontend.message(CloseAck(sid))
+    assert frontend.streams.next_deadline() == float("inf") or frontend.sleep(100) == []
+    assert len(frontend.ends(sid)) == 1
+
+
+def test_a_stop_string_ends_as_stop(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.row(sid, 0, [10, 11])
+    frontend.do(frontend.streams.end(sid, Outcome.STOP, frontend.now))
+    assert frontend.ends(sid)[0].outcome is Outcome.STOP
+    assert cancels(frontend.said) == [(DECODE, CancelStream(sid, 1))]
+
+
+def test_deadline_ends_the_stream_and_travels_with_submit(frontend: Frontend) -> None:
+    sid = frontend.submit(timeout_s=5.0, accepted=False)
+    frontend.sleep(1.5)
+    assert [submit.timeout_s for submit in sent(frontend.said, Submit)] == [5.0, 4.0]
+    frontend.sleep(4)
+    (end,) = frontend.ends(sid)
+    assert end.outcome is Outcome.TIMEOUT
+    assert end.ledger.stages["finished"] == 5.0
+
+
+def test_a_worker_error_reaches_the_client(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.row(sid, 0, [10])
+    frontend.row(sid, 1, [], final=1, reason="error")
+    (end,) = frontend.ends(sid)
+    assert (end.outcome, end.message) == (Outcome.FAILED, "broken")
+
+
+def test_a_restarted_scheduler_gets_claims_and_fresh_attempts_of_what_was_unanswered(frontend: Frontend) -> None:
+    running = frontend.submit()
+    frontend.row(running, 0, [10])
+    unanswered = frontend.submit(accepted=False)
+    closed = frontend.submit()
+    frontend.do(frontend.streams.abort(closed, frontend.now))
+    said = frontend.message(WhoAreYou(epoch=2))
+    assert sent(said, FrontendHello)[0].claims == (Claim(running, 1, 40),)
+    assert [(submit.sid, submit.attempt) for submit in sent(said, Submit)] == [(unanswered, 2)]
+    assert [close.sid for close in sent(said, Close)] == [closed]
+
+
+def test_the_same_scheduler_asking_again_gets_the_same_attempt(frontend: Frontend) -> None:
+    sid = frontend.submit(accepted=False)
+    said = frontend.message(WhoAreYou(epoch=1))
+    assert [(submit.sid, submit.attempt) for submit in sent(said, Submit)] == [(sid, 1)]
+
+
+def test_a_retry_of_a_stream_that_is_over_is_answered_with_its_end(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.do(frontend.streams.abort(sid, frontend.now))
+    frontend.message(CloseAck(sid))
+    said = frontend.message(Retry(sid, 1, "worker died"))
+    assert [close.sid for close in sent(said, Close)] == [sid]
+
+
+def test_the_ledger_merges_parts_and_times_every_stage(frontend: Frontend) -> None:
+    frontend.now = 1.0
+    sid = frontend.submit()
+    frontend.now = 2.0
+    frontend.row(sid, 0, [10], worker=PREFILL, ledger=Ledger(prefill_worker="prefill-0", cached_tokens=16))
+    frontend.message(Retry(sid, 1, "decode-0 died"))
+    frontend.now = 3.0
+    frontend.row(sid, 1, [11], attempt=2, ledger=Ledger(prefill_worker="prefill-1", stages={"sampled": 2.5}))
+    frontend.now = 4.0
+    frontend.row(sid, 2, [12], attempt=2, final=3, ledger=Ledger(decode_worker="decode-1", transport="shm"))
+    ledger = frontend.ends(sid)[0].ledger
+    assert (ledger.prefill_worker, ledger.decode_worker, ledger.transport) == ("prefill-1", "decode-1", "shm")
+    assert ledger.attempts == 2
+    assert ledger.cached_tokens == 0
+    assert ledger.notes == ["attempt 1 ended at token 1: decode-0 died"]
+    assert ledger.stages == {"received": 1.0, "submitted": 1.0, "first_token": 2.0, "sampled": 2.5, "finished": 4.0}
+    assert sent(frontend.said, Close)[0].ledger == ledger
+
+
+def test_a_batch_whose_columns_disagree_is_refused(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    with pytest.raises(ValueError, match="decode-0"):
+        frontend.streams.on_token_batch(TokenBatch(*DECODE, 1, (sid[1],), (1,), (0,), (2,), (5,)), 0.0)
+
+
+def worker_rows(
+    rng: random.Random, submit: Submit, accepted: list[int], total: int
+) -> list[tuple[int, list[int], int]]:
+    """What an attempt would stream: tokens that depend on the attempt, cut at random, the last with the finish."""
+    tokens = [submit.attempt * 1000 + pos for pos in range(total)]
+    tokens[: len(accepted)] = accepted
+    rows, pos = [], len(accepted)
+    while pos < total:
+        count = rng.randint(1, 4)
+        start = rng.randint(max(len(accepted), pos - 2), pos)
+        rows.append((start, tokens[start : pos + count], total if pos + count >= total else 0))
+        pos += count
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_text_is_never_spliced_under_loss_reorder_and_duplication(seed: int) -> None:
+    """Every attempt draws other tokens, so that one row of a wrong attempt would show."""
+    rng = random.Random(seed)
+    frontend, total = Frontend(), 40
+    sid = frontend.submit(max_tokens=total, accepted=False)
+    expected: list[int] = []
+    flying: list[tuple[float, int, AttemptRow]] = []
+    served = 0
+    for _ in range(2000):
+        if frontend.ends(sid):
+            break
+        for i in frontend.said:
+            if isinstance(i, SendToScheduler) and isinstance(i.message, Submit) and i.message.attempt > served:
+                served = i.message.attempt
+                accepted = np.frombuffer(i.frames[0], dtype=np.int32)[i.message.prompt_len :].tolist()
+                assert accepted == frontend.text(sid), "the new attempt continues from what was delivered"
+                expected = accepted + [served * 1000 + pos for pos in range(len(accepted), total)]
+                at = frontend.now
+                for row in worker_rows(rng, i.message, accepted, total):
+                    at += 0.01
+                    copies = rng.choice([0, 1, 1, 1, 1, 1, 1, 1, 2])
+                    flying += [(at + rng.random() * 0.1, served, row) for _ in range(copies)]
+        if rng.random() < 0.01:
+            frontend.message(Retry(sid, served, "a worker died"))
+        frontend.sleep(0.01)
+        due = [item for item in flying if item[0] <= frontend.now]
+        flying = [item for item in flying if item[0] > frontend.now]
+        for _, attempt, (pos, tokens, final) in due:
+            frontend.row(sid, pos, tokens, final=final, attempt=attempt, worker=(f"decode-{attempt}", 1))
+        if not flying:
+            frontend.beat((f"decode-{served}", 1), frontend.seq.get((f"decode-{served}", 1), 0) + 1)
+    (end,) = frontend.ends(sid)
+    assert end.outcome is Outcome.LENGTH
+    assert frontend.text(sid) == expected
