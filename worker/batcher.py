@@ -692,9 +692,9 @@ class Batcher:
         self.outbox += [ToScheduler(_prefill_done(lease)) for lease in self.leases.ready_unopened()]
 
     @property
-    def idle(self) -> bool:
-        """No step in flight and nothing that could start one."""
-        return not (self._in_flight or self._running or self._waiting or self._kv_here)
+    def steps_in_flight(self) -> int:
+        """Plans whose results have not come back."""
+        return len(self._in_flight)
 
 
 def _prefill_done(lease: Lease) -> PrefillDone:

@@ -1,0 +1,47 @@
+"""The worker process: load the model once, then serve, one incarnation after the other."""
+
+import logging
+import time
+
+import zmq
+
+from baton.proto.channels import LINGER_MS
+from baton.proto.config import WorkerConfig
+from baton.proto.supervision import Supervised, run_child
+from baton.worker.device import Device
+from baton.worker.engine import Core
+from baton.worker.session import Session
+
+log = logging.getLogger(__name__)
+
+
+def main(config: WorkerConfig, supervised: Supervised) -> int:
+    """Serve until SIGTERM. An exception in a step ends the process: its launcher starts another."""
+    started = time.monotonic()
+    core = Core(config)
+    log.info(
+        "%s loaded in %.1f s; KV pool of %d blocks, %d tokens",
+        config.model.served_names[0],
+        time.monotonic() - started,
+        core.num_blocks,
+        core.num_blocks * config.cache.block_size,
+    )
+    device = Device(core.runner)
+    context = zmq.Context(io_threads=1)
+    try:
+        again = True
+        while again:
+            session = Session(core, device, context, supervised)
+            try:
+                again = session.run()
+            finally:
+                session.close()
+    finally:
+        device.close()
+        context.destroy(linger=LINGER_MS)
+        core.close()
+    return 0
+
+
+if __name__ == "__main__":
+    run_child(main, WorkerConfig)

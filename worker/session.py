@@ -1,0 +1,269 @@
+"""The life of one incarnation of a worker: its sockets, its batcher, and the loop between them.
+
+One iteration: wait for a socket, the device, a transfer or a timer; hand every event to the batcher; submit the next
+steps; carry out what the batcher asked for. Nothing here decides anything.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from baton.kv_transfer.contract import Pull
+from baton.kv_transfer.shm import Greeting, ShmSink, ShmSource
+from baton.proto import PROTOCOL_VERSION
+from baton.proto.channels import Body, Dealer, Router, identity
+from baton.proto.messages import (
+    Beat,
+    CancelCommand,
+    Fenced,
+    Goodbye,
+    Message,
+    Peer,
+    StartDecode,
+    StartPrefill,
+    ToHolder,
+    ToOwner,
+    ToWorker,
+    Welcome,
+    WhoAreYou,
+    WorkerHello,
+)
+from baton.proto.supervision import Supervised
+from baton.worker import effects
+from baton.worker.device import Device
+from baton.worker.engine import Core
+from baton.worker.token_plane import TokenPlane
+
+log = logging.getLogger(__name__)
+
+BEAT_INTERVAL_S = 0.5
+LOAD_INTERVAL_S = 0.05
+HOLDINGS_INTERVAL_S = 1.0
+HELLO_INTERVAL_S = 1.0
+"""An unanswered hello is sent again this often: the scheduler may not be there yet."""
+
+
+class Session:
+    """Everything that carries this incarnation's name."""
+
+    def __init__(self, core: Core, device: Device, context: zmq.Context, supervised: Supervised) -> None:
+        config = core.config
+        self._core = core
+        self._device = device
+        self._context = context
+        self._supervised = supervised
+        self._incarnation = int.from_bytes(os.urandom(7), "big")
+        stem = Path(config.run_dir) / f"{config.name}-{self._incarnation:014x}"
+        self._poller = zmq.Poller()
+        self._me_bytes = identity(config.name, self._incarnation)
+        greeting = Greeting(core.layout, config.name, self._incarnation, core.num_blocks)
+        self._source = ShmSource(stem.with_suffix(".kv"), greeting, core.pool.memfd)
+        self._sink = ShmSink(greeting, core.pool.address, core.pool.block_bytes)
+        self._peers: Router[ToOwner] = Router(context, f"ipc://{stem}.peer", ToOwner)
+        self._peer_path = stem.with_suffix(".peer")
+        self._me = Peer(config.name, self._incarnation, self._peers.endpoint, self._source.address)
+        self._scheduler: Dealer[ToWorker] = Dealer(context, config.scheduler, self._me_bytes, ToWorker)
+        self._owners: dict[str, Dealer[ToHolder]] = {}
+        self._tokens = TokenPlane(context, self._poller, config.name, self._incarnation)
+        self._batcher = core.new_batcher(self._me)
+        self._fenced = False
+        self._welcome = False
+        self._hello_at = -HELLO_INTERVAL_S
+        self._load_at = 0.0
+        self._holdings_at = 0.0
+        self._load_due = True
+        for source in (self._peers.socket, self._scheduler.socket, device, self._sink, supervised.stop_fd):
+            self._poller.register(source, zmq.POLLIN)
+        self._beats = _Beats(context, config.scheduler, config.name, self._incarnation, device)
+        self._dispatch: dict[type, Callable[[Any, Body], None]] = {
+            StartPrefill: self._to_batcher,
+            StartDecode: self._to_batcher,
+            CancelCommand: self._to_batcher,
+            Welcome: self._on_welcome,
+            WhoAreYou: self._on_who_are_you,
+            Fenced: self._on_fenced,
+        }
+
+    def run(self) -> bool:
+        """Serve until stopped (False) or fenced (True: go on with a new incarnation)."""
+        while not self._supervised.stopping and not self._fenced:
+            self._poller.poll(self._timeout_ms())
+            self._receive()
+            self._compute()
+            self._report(time.monotonic())
+        if not self._fenced:
+            self._scheduler.send(Goodbye(self._core.config.name, self._incarnation))
+        return self._fenced
+
+    def close(self) -> None:
+        """Leave no socket, file or thread; the device and the sink finish what they are doing first."""
+        self._device.finish()
+        self._beats.close()
+        self._sink.close()
+        self._source.close()
+        self._tokens.close()
+        for owner in self._owners.values():
+            owner.close(0)
+        self._scheduler.close()
+        self._peers.close(0)
+        self._peer_path.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------------------------------ one turn
+
+    def _timeout_ms(self) -> int:
+        now = time.monotonic()
+        at = min(self._batcher.next_deadline(), self._tokens.next_beat(), self._holdings_at + HOLDINGS_INTERVAL_S)
+        if not self._welcome:
+            at = min(at, self._hello_at + HELLO_INTERVAL_S)
+        if self._load_due:
+            at = min(at, self._load_at + LOAD_INTERVAL_S)
+        return max(0, int((at - now) * 1000) + 1)
+
+    def _receive(self) -> None:
+        now = time.monotonic()
+        for message, frames in self._scheduler.drain():
+            self._dispatch[type(message)](message, frames)
+        for _peer, lease_message, _frames in self._peers.drain():
+            self._batcher.handle(lease_message, (), now)
+            self._load_due = True
+        for owner in self._owners.values():
+            for answer, _frames in owner.drain():
+                self._batcher.handle(answer, (), now)
+        for cancel in self._tokens.cancels():
+            self._batcher.handle(cancel, (), now)
+        for done in self._sink.completed():
+            if not done.ok:
+                log.warning("transfer %d failed: %s", done.transfer, done.reason)
+            self._batcher.handle(done, (), now)
+
+    def _compute(self) -> None:
+        for result in self._device.results():
+            self._batcher.complete(result, time.monotonic())
+            self._load_due = True
+        now = time.monotonic()
+        if self._batcher.next_deadline() <= now:
+            self._batcher.tick(now)
+        while (plan := self._batcher.schedule(now)) is not None:
+            self._device.submit(plan)
+            self._load_due = True
+        self._carry_out(now)
+
+    def _carry_out(self, now: float) -> None:
+        rows: list[effects.Emit] = []
+        for effect in self._batcher.outbox:
+            match effect:
+                case effects.Emit():
+                    rows.append(effect)
+                case effects.ToScheduler():
+                    self._scheduler.send(effect.message)
+                case effects.ToOwner():
+                    self._owner(effect.owner).send(effect.message)
+                case effects.ToHolder():
+                    # A holder that is gone asks again, or its lease expires.
+                    self._peers.send(identity(effect.holder.worker, effect.holder.incarnation), effect.message)
+                case Pull():
+                    self._sink.start(effect)
+        self._batcher.outbox.clear()
+        self._tokens.send(rows, now)
+        self._tokens.beat(now)
+
+    def _owner(self, owner: Peer) -> Dealer[ToHolder]:
+        dealer = self._owners.get(owner.endpoint)
+        if dealer is None:
+            for endpoint in [e for e, d in self._owners.items() if _worker_of(e) == _worker_of(owner.endpoint)]:
+                # An earlier incarnation of the same worker: its socket file is gone.
+                self._poller.unregister(self._owners[endpoint].socket)
+                self._owners.pop(endpoint).close(0)
+            dealer = self._owners[owner.endpoint] = Dealer(self._context, owner.endpoint, self._me_bytes, ToHolder)
+            self._poller.register(dealer.socket, zmq.POLLIN)
+        return dealer
+
+    def _report(self, now: float) -> None:
+        if not self._welcome:
+            if now - self._hello_at >= HELLO_INTERVAL_S:
+                self._hello(now)
+            return
+        with_holdings = now - self._holdings_at >= HOLDINGS_INTERVAL_S
+        if with_holdings or (self._load_due and now - self._load_at >= LOAD_INTERVAL_S):
+            self._scheduler.send(self._batcher.load(with_holdings))
+            self._load_at, self._load_due = now, False
+            if with_holdings:
+                self._holdings_at = now
+
+    # ------------------------------------------------------------------------------------------- scheduler's messages
+
+    def _to_batcher(self, message: StartPrefill | StartDecode | CancelCommand, frames: Body) -> None:
+        self._batcher.handle(message, frames, time.monotonic())
+        self._load_due = True
+
+    def _on_welcome(self, message: Welcome, _frames: Body) -> None:
+        if not self._welcome:
+            log.info("registered with the scheduler")
+            self._supervised.ready()
+        self._welcome = True
+        self._batcher.handle(message, (), time.monotonic())
+
+    def _on_who_are_you(self, _message: WhoAreYou, _frames: Body) -> None:
+        self._hello(time.monotonic())
+
+    def _on_fenced(self, message: Fenced, _frames: Body) -> None:
+        if message.incarnation == self._incarnation:
+            log.warning("fenced by the scheduler (%s): starting over as a new incarnation", message.reason)
+            self._fenced = True
+
+    def _hello(self, now: float) -> None:
+        config = self._core.config
+        self._hello_at = now
+        hello = WorkerHello(
+            worker=config.name,
+            incarnation=self._incarnation,
+            role=config.role,
+            pid=os.getpid(),
+            protocol=PROTOCOL_VERSION,
+            peer=self._me,
+            layout=self._core.layout,
+            num_blocks=self._core.num_blocks,
+            block_size=config.cache.block_size,
+            max_model_len=self._core.max_model_len,
+            max_num_seqs=self._core.batch.max_num_seqs,
+            max_num_batched_tokens=self._core.batch.max_num_batched_tokens,
+            holdings=self._batcher.holdings(),
+        )
+        self._scheduler.send(hello)
+        self._batcher.resend_ready()
+
+
+class _Beats:
+    """The heartbeat: a thread with a socket of its own, so that a busy loop does not look dead."""
+
+    def __init__(self, context: zmq.Context, scheduler: str, name: str, incarnation: int, device: Device) -> None:
+        self._args = (context, scheduler, name, incarnation, device)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="beats", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        context, scheduler, name, incarnation, device = self._args
+        me = identity(name, incarnation) + b":beat"
+        dealer: Dealer[Message] = Dealer(context, scheduler, me, ToWorker)
+        while not self._stop.wait(BEAT_INTERVAL_S):
+            step, started, expected = device.running or (0, 0.0, 0.0)
+            running_s = time.monotonic() - started if step else 0.0
+            dealer.send(Beat(name, incarnation, step, running_s, expected))
+            for _ in dealer.drain():  # answers go to the main socket
+                pass
+        dealer.close(0)
+
+
+def _worker_of(endpoint: str) -> str:
+    return Path(endpoint).name.rsplit("-", 1)[0]

@@ -1,0 +1,97 @@
+"""Sampled tokens on their way to the frontends: one TokenBatch per step and frontend, on a socket per frontend."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import zmq
+
+from baton.proto.channels import Dealer, identity
+from baton.proto.messages import CancelStream, TokenBatch, ToWorkerFromFrontend
+from baton.worker.effects import Emit
+
+BEAT_INTERVAL_S = 0.5
+"""An idle link repeats its last sequence number this often, so that a frontend sees that a batch was lost."""
+LINK_IDLE_S = 60.0
+"""A link without rows for so long is closed; the next row opens it again."""
+
+
+class _Link:
+    def __init__(self, dealer: Dealer[CancelStream]) -> None:
+        self.dealer = dealer
+        self.sent_at = 0.0
+        self.rows_at = 0.0
+
+
+class TokenPlane:
+    """Links of one worker incarnation to every frontend it has rows for."""
+
+    def __init__(self, context: zmq.Context, poller: zmq.Poller, worker: str, incarnation: int) -> None:
+        self._context = context
+        self._poller = poller
+        self._worker = worker
+        self._incarnation = incarnation
+        self._links: dict[str, _Link] = {}
+        self._seq: dict[str, int] = defaultdict(int)  # outlives a link: a reopened one goes on counting
+
+    def send(self, rows: list[Emit], now: float) -> None:
+        """Deliver one step's rows, grouped by frontend."""
+        by_frontend: dict[str, list[Emit]] = defaultdict(list)
+        for row in rows:
+            by_frontend[row.reply_to].append(row)
+        for endpoint, group in by_frontend.items():
+            link = self._link(endpoint)
+            self._seq[endpoint] += 1
+            link.rows_at = link.sent_at = now
+            link.dealer.send(self._batch(self._seq[endpoint], group))
+
+    def beat(self, now: float) -> None:
+        """Send the idle beats that are due, and close links that nobody needs."""
+        for endpoint, link in list(self._links.items()):
+            if now - link.rows_at >= LINK_IDLE_S:
+                self._close(endpoint)
+            elif now - link.sent_at >= BEAT_INTERVAL_S:
+                link.sent_at = now
+                link.dealer.send(TokenBatch(self._worker, self._incarnation, self._seq[endpoint]))
+
+    def next_beat(self) -> float:
+        """When `beat` has something to do; infinity without links."""
+        return min((link.sent_at for link in self._links.values()), default=float("inf")) + BEAT_INTERVAL_S
+
+    def cancels(self) -> Iterator[CancelStream]:
+        """What the frontends no longer want."""
+        for link in self._links.values():
+            for message, _frames in link.dealer.drain():
+                yield message
+
+    def close(self) -> None:
+        """Close every link."""
+        for endpoint in list(self._links):
+            self._close(endpoint)
+
+    def _link(self, endpoint: str) -> _Link:
+        link = self._links.get(endpoint)
+        if link is None:
+            me = identity(self._worker, self._incarnation)
+            link = self._links[endpoint] = _Link(Dealer(self._context, endpoint, me, ToWorkerFromFrontend))
+            self._poller.register(link.dealer.socket, zmq.POLLIN)
+        return link
+
+    def _close(self, endpoint: str) -> None:
+        link = self._links.pop(endpoint)
+        self._poller.unregister(link.dealer.socket)
+        link.dealer.close()
+
+    def _batch(self, seq: int, rows: list[Emit]) -> TokenBatch:
+        return TokenBatch(
+            worker=self._worker,
+            incarnation=self._incarnation,
+            seq=seq,
+            n=tuple(row.sid[1] for row in rows),
+            attempt=tuple(row.attempt for row in rows),
+            pos=tuple(row.pos for row in rows),
+            count=tuple(len(row.tokens) for row in rows),
+            tokens=tuple(token for row in rows for token in row.tokens),
+            finish={i: row.finish for i, row in enumerate(rows) if row.finish},
+            logprobs={i: row.logprobs for i, row in enumerate(rows) if row.logprobs},
+            ledgers={i: row.ledger for i, row in enumerate(rows) if row.ledger},
+        )
