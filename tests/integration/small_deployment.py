@@ -1,0 +1,32 @@
+"""Runs the real launcher over supervised_child.py processes: `small_deployment.py NAME=BEHAVIOUR …`."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from baton.frontend.launcher import Launcher
+from baton.frontend.processes import ProcessSpec, StopOrder
+from baton.frontend.run_dir import RunDir
+from baton.proto.config import SchedulerConfig
+from baton.proto.supervision import set_up_logging
+
+CHILD = str(Path(__file__).with_name("supervised_child.py"))
+ORDER = {"frontend": StopOrder.FRONTEND, "worker": StopOrder.WORKER, "scheduler": StopOrder.SCHEDULER}
+
+
+def main() -> int:
+    """Exit code of the launcher."""
+    set_up_logging("launcher")
+    with RunDir() as run_dir:
+        specs = []
+        for argument in sys.argv[1:]:
+            name, _, behaviour = argument.partition("=")
+            config = SchedulerConfig(name=name, endpoint=f"{run_dir.path}/{name}.starts")
+            specs.append(ProcessSpec(config, (CHILD,), ORDER[name], {"BEHAVIOUR": behaviour}))
+        print(f"run_dir {run_dir.path}", flush=True)
+        launcher = Launcher(specs, run_dir.path, lambda _: print("ready", flush=True), drain_s=1.0)
+        return asyncio.run(launcher.run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
