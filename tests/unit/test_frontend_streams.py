@@ -429,9 +429,11 @@ def test_a_batch_whose_columns_disagree_is_refused(frontend: Frontend) -> None:
         frontend.streams.on_token_batch(TokenBatch(*DECODE, 1, (sid[1],), (1,), (0,), (2,), (5,)), 0.0)
 
 
-def worker_rows(
-    rng: random.Random, submit: Submit, accepted: list[int], total: int
-) -> list[tuple[int, list[int], int]]:
+AttemptRow = tuple[int, list[int], int]
+"""Position, tokens, and the stream's final length on the last row."""
+
+
+def worker_rows(rng: random.Random, submit: Submit, accepted: list[int], total: int) -> list[AttemptRow]:
     """What an attempt would stream: tokens that depend on the attempt, cut at random, the last with the finish."""
     tokens = [submit.attempt * 1000 + pos for pos in range(total)]
     tokens[: len(accepted)] = accepted
