@@ -120,6 +120,8 @@ class SchedulerConfig(Config):
     """Not ready before so many workers are there (the launcher's count at start); 0: any that can serve."""
     log_interval_s: float = 10.0
     name: str = "scheduler"
+    no_workers_s: float = 30.0
+    """A request waits so long for workers that could serve it to come (back); then it is rejected."""
 
 
 class FrontendConfig(Config):

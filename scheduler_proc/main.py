@@ -1,0 +1,125 @@
+"""The scheduler's process: one socket, one poll loop, and the cluster's instructions carried out.
+
+python -m baton.scheduler_proc.main --config scheduler.json
+"""
+
+import logging
+import math
+import os
+import time
+
+import zmq
+from prometheus_client import disable_created_metrics
+
+from baton.proto.channels import Router
+from baton.proto.config import SchedulerConfig
+from baton.proto.errors import UserError
+from baton.proto.messages import MetricsReply, MetricsRequest, ToScheduler
+from baton.proto.supervision import Supervised, run_child
+from baton.scheduler_proc.activity import Activity
+from baton.scheduler_proc.cluster import Cluster
+from baton.scheduler_proc.instructions import Instruction, Log, Observe, Send, Unwatch, Watch
+from baton.scheduler_proc.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Sockets and clocks around one Cluster. Owns the router and the pidfds; close() frees them."""
+
+    def __init__(self, config: SchedulerConfig, router: Router, stop_fd: int) -> None:
+        self._cluster = Cluster(config, epoch=time.time_ns())
+        self._metrics = Metrics()
+        self._activity = Activity(self._cluster, config.log_interval_s)
+        self._router = router
+        self._stop_fd = stop_fd
+        self._pidfds: dict[bytes, int] = {}
+        self._peers: dict[int, bytes] = {}  # pidfd -> identity
+        self._poller = zmq.Poller()
+        self._poller.register(router.socket, zmq.POLLIN)
+        self._poller.register(stop_fd, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Until stop_fd is readable. Frontends drain before; nothing here needs finishing."""
+        while True:
+            wait_s = max(self._cluster.next_deadline() - time.monotonic(), 0.0)
+            ready = dict(self._poller.poll(math.ceil(wait_s * 1000)))
+            # What a process said before it died comes before its death.
+            self._drain()
+            for fd in [fd for fd in ready if fd in self._peers]:
+                self._carry_out(self._cluster.peer_lost(self._peers[fd], "its process has died", time.monotonic()))
+                self._unwatch(self._peers.get(fd, b""))
+            now = time.monotonic()
+            self._carry_out(self._cluster.tick(now))
+            self._activity.tick(now)
+            if self._stop_fd in ready:
+                return
+
+    def close(self) -> None:
+        """Free descriptors and the socket."""
+        for peer in list(self._pidfds):
+            self._unwatch(peer)
+        self._router.close()
+
+    def _drain(self) -> None:
+        for sender, message, frames in self._router.drain():
+            if isinstance(message, MetricsRequest):
+                self._metrics.set_queued(len(self._cluster.queue))
+                self._router.send(sender, MetricsReply(message.request, self._metrics.text()))
+            else:
+                self._carry_out(self._cluster.handle(sender, message, frames, time.monotonic()))
+
+    def _carry_out(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Send():
+                    self._router.send(instruction.peer, instruction.message, *instruction.frames)
+                case Observe():
+                    self._metrics.observe(instruction.event)
+                case Log():
+                    log.log(instruction.level, instruction.text)
+                case Watch():
+                    self._watch(instruction.peer, instruction.pid)
+                case Unwatch():
+                    self._unwatch(instruction.peer)
+
+    def _watch(self, peer: bytes, pid: int) -> None:
+        self._unwatch(peer)
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError as error:
+            log.info("%s is not watched as process %d (%s); its beats say whether it lives", peer.decode(), pid, error)
+            return
+        self._pidfds[peer] = fd
+        self._peers[fd] = peer
+        self._poller.register(fd, zmq.POLLIN)
+
+    def _unwatch(self, peer: bytes) -> None:
+        fd = self._pidfds.pop(peer, None)
+        if fd is None:
+            return
+        del self._peers[fd]
+        self._poller.unregister(fd)
+        os.close(fd)
+
+
+def main(config: SchedulerConfig, supervised: Supervised) -> int:
+    """The whole life of the process."""
+    disable_created_metrics()  # a second series for each counter and histogram that nobody reads
+    context = zmq.Context()
+    try:
+        router: Router = Router(context, config.endpoint, ToScheduler)
+    except zmq.ZMQError as error:
+        raise UserError(f"the scheduler can't listen on {config.endpoint}: {error}") from error
+    scheduler = Scheduler(config, router, supervised.stop_fd)
+    try:
+        supervised.ready()
+        scheduler.run()
+    finally:
+        scheduler.close()
+        context.term()
+    return 0
+
+
+if __name__ == "__main__":
+    run_child(main, SchedulerConfig)

@@ -1,0 +1,220 @@
+"""Who joins, who lives, who is out, and what everybody is told about it.
+
+    unknown ── WhoAreYou ─► hello ─► member ── no beat, a stuck step, a death, a newer incarnation ─► lost (Fenced)
+                                        └──── Goodbye ─► left
+
+A worker incarnation that was declared lost is never listened to again: it is told so (Fenced), drops everything and
+comes back as a new one. A lost frontend may come back as it is: its streams are claims then.
+"""
+
+import logging
+from collections.abc import Callable
+
+from baton.proto import PROTOCOL_VERSION
+from baton.proto.channels import identity
+from baton.proto.config import SchedulerConfig
+from baton.proto.messages import (
+    Beat,
+    ClusterStatus,
+    Fenced,
+    FrontendHello,
+    Goodbye,
+    Welcome,
+    WhoAreYou,
+    WorkerHello,
+)
+from baton.scheduler_proc.instructions import Observe, Outbox, Unwatch, Watch, WorkerJoined, WorkerLeft
+from baton.scheduler_proc.registry import Frontend, Registry, Worker
+
+STATUS_INTERVAL_S = 2.0
+"""ClusterStatus is sent this often also without a change: one may be lost, and figures age."""
+ASK_INTERVAL_S = 0.5
+"""An unknown peer is asked who it is no more often than this."""
+STUCK_STEP_S = 30.0
+"""No step is called stuck before it has run so long."""
+
+
+class Membership:
+    """Calls `worker_lost` and `frontend_lost` after a member was removed."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        epoch: int,
+        registry: Registry,
+        outbox: Outbox,
+        worker_lost: Callable[[Worker, str, float], None],
+        frontend_lost: Callable[[Frontend, float], None],
+    ) -> None:
+        self.ready = False
+        self._config = config
+        self._epoch = epoch
+        self._registry = registry
+        self._outbox = outbox
+        self._worker_lost = worker_lost
+        self._frontend_lost = frontend_lost
+        self._served_at: float | None = None
+        self._changed = False
+        self._complete_once = False
+        self._status_at = float("-inf")
+        self._swept_at: float | None = None
+        self._asked: dict[bytes, float] = {}
+
+    # ------------------------------------------------------------------------------------------------------- joining
+
+    def worker_hello(self, sender: bytes, hello: WorkerHello, now: float) -> Worker | None:
+        """The member, new or known; None when it may not join."""
+        if not self._may_join(sender, hello.worker, hello.incarnation, hello.protocol, now):
+            return None
+        known = self._registry.workers.get(sender)
+        if known is not None:
+            known.heard_at = now
+            self._outbox.send(sender, Welcome(self._epoch))
+            return known
+        earlier = self._registry.worker_named(hello.worker)
+        if earlier is not None:
+            self.lost(earlier.identity, "a newer incarnation has registered", now)
+        worker = Worker(sender, hello, joined_at=now, heard_at=now)
+        self._join(worker, hello.pid)
+        self._outbox.add(Observe(WorkerJoined(worker.name, worker.role)))
+        self._outbox.log(f"{worker.name} joined: {worker.role}, {hello.num_blocks} blocks of {hello.block_size} tokens")
+        for other, why in self._registry.mismatches_of(worker):
+            self._outbox.log(f"{worker.name} and {other.name} can't exchange KV: {why}", logging.ERROR)
+        return worker
+
+    def frontend_hello(self, sender: bytes, hello: FrontendHello, now: float) -> bool:
+        """Whether it is a member now."""
+        if not self._may_join(sender, hello.name, hello.frontend, hello.protocol, now):
+            return False
+        earlier = self._registry.frontend_named(hello.name)
+        if earlier is not None and earlier.identity != sender:
+            self.lost(earlier.identity, "a newer incarnation has registered", now)
+        if earlier is None or earlier.identity != sender:
+            self._outbox.log(f"{hello.name} joined with {len(hello.claims)} open streams")
+        self._join(Frontend(sender, hello, heard_at=now), hello.pid)
+        return True
+
+    def _may_join(self, sender: bytes, name: str, incarnation: int, protocol: int, now: float) -> bool:
+        if self._fence(sender, incarnation):
+            return False
+        if protocol == PROTOCOL_VERSION:
+            return True
+        if self._should_ask(sender, now):
+            self._outbox.log(f"{name} speaks protocol {protocol}, this is {PROTOCOL_VERSION}: refused", logging.ERROR)
+        return False
+
+    def _join(self, member: Worker | Frontend, pid: int) -> None:
+        self._registry.add(member)
+        self._changed = True
+        self._asked.pop(member.identity, None)
+        self._outbox.send(member.identity, Welcome(self._epoch))
+        if pid:
+            self._outbox.add(Watch(member.identity, pid))
+
+    # -------------------------------------------------------------------------------------------------------- living
+
+    def heard(self, sender: bytes, now: float) -> Worker | Frontend | None:
+        """The member that spoke; whoever is none is asked to say hello, or told that it is out."""
+        member = self._registry.member(sender)
+        if member is not None:
+            member.heard_at = now
+        elif not self._fence(sender, _incarnation(sender)) and self._should_ask(sender, now):
+            self._outbox.send(sender, WhoAreYou(self._epoch))
+        return member
+
+    def beat(self, beat: Beat, now: float) -> None:
+        """A sign of life, from a socket of its own."""
+        member = self.heard(identity(beat.name, beat.incarnation), now)
+        expected = max(STUCK_STEP_S, self._config.stuck_factor * beat.expected_s)
+        if isinstance(member, Worker) and beat.step_running_s > expected:
+            why = f"step {beat.step} has run for {beat.step_running_s:.0f} s, {beat.expected_s:.3f} were expected"
+            self.lost(member.identity, why, now)
+
+    def _should_ask(self, sender: bytes, now: float) -> bool:
+        if now - self._asked.get(sender, float("-inf")) < ASK_INTERVAL_S:
+            return False
+        self._asked[sender] = now
+        return True
+
+    def _fence(self, sender: bytes, incarnation: int) -> bool:
+        """Whether the sender is out. One that left in order gets no answer."""
+        reason = self._registry.fence_reason(sender)
+        if reason:
+            self._outbox.send(sender, Fenced(incarnation, reason))
+        return reason is not None
+
+    # ------------------------------------------------------------------------------------------------------- leaving
+
+    def goodbye(self, message: Goodbye, now: float) -> None:
+        """It leaves in order; what it still has goes elsewhere."""
+        peer = identity(message.name, message.incarnation)
+        self._remove(peer, "has left", fence_reason="", now=now)
+
+    def lost(self, peer: bytes, reason: str, now: float) -> None:
+        """A member is out, whether it knows it or not."""
+        if peer in self._registry.workers:
+            self._outbox.send(peer, Fenced(_incarnation(peer), reason))
+        self._remove(peer, reason, fence_reason=reason, now=now)
+
+    def _remove(self, peer: bytes, reason: str, fence_reason: str, now: float) -> None:
+        member = self._registry.member(peer)
+        if member is None:
+            return
+        self._registry.remove(member)
+        self._outbox.add(Unwatch(peer))
+        self._changed = True
+        if isinstance(member, Worker):
+            self._registry.remember_gone(peer, fence_reason)
+            self._outbox.add(Observe(WorkerLeft(member.name, member.role)))
+            self._outbox.log(f"{member.name}: {reason}; {len(member.streams)} streams go elsewhere", logging.WARNING)
+            self._worker_lost(member, reason, now)
+        else:
+            self._outbox.log(f"{member.hello.name}: {reason}", logging.WARNING)
+            self._frontend_lost(member, now)
+
+    # -------------------------------------------------------------------------------------------------------- timers
+
+    def sweep(self, now: float) -> None:
+        """Beats that are overdue."""
+        timeout = self._config.heartbeat_timeout_s
+        paused = self._swept_at is not None and now - self._swept_at > timeout / 2
+        self._swept_at = now
+        for member in self._registry.members():
+            if paused:  # it was this process that stood still: nobody could be heard
+                member.heard_at = now
+            elif now - member.heard_at > timeout:
+                self.lost(member.identity, f"no beat for {timeout:.0f} s", now)
+        self._asked = {peer: at for peer, at in self._asked.items() if now - at < ASK_INTERVAL_S}
+
+    # -------------------------------------------------------------------------------------------------------- status
+
+    def unserved_s(self, now: float) -> float:
+        """How long there has been no way for a request from prompt to end."""
+        if self._served_at is None or not self._registry.missing():
+            self._served_at = now
+        return now - self._served_at
+
+    def publish(self, now: float) -> None:
+        """Tell frontends who is there, when that has changed and every STATUS_INTERVAL_S."""
+        if not self._changed and now - self._status_at < STATUS_INTERVAL_S:
+            return
+        reason = self._not_ready_because()
+        self.ready = not reason
+        self._complete_once |= self.ready
+        self._changed, self._status_at = False, now
+        workers = tuple(worker.status() for worker in self._registry.workers.values())
+        status = ClusterStatus(self._epoch, self.ready, reason, workers)
+        for frontend in self._registry.frontends:
+            self._outbox.send(frontend, status)
+
+    def _not_ready_because(self) -> str:
+        expected, present = self._config.expected_workers, len(self._registry.workers)
+        if not self._complete_once and present < expected:
+            return f"{present} of {expected} workers are there"
+        return self._registry.missing()
+
+
+def _incarnation(peer: bytes) -> int:
+    """The second half of an identity; 0 for a peer that named itself otherwise."""
+    _, _, incarnation = peer.rpartition(b":")
+    return int(incarnation) if incarnation.isdigit() else 0

@@ -1,0 +1,218 @@
+"""Who is in the cluster: workers with their load and what was promised to them, frontends, and those who left."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from baton.proto.lifecycle import Role
+from baton.proto.messages import FrontendHello, Load, Sid, WorkerHello, WorkerStatus
+
+PREFILL_BACKLOG_STEPS = 4
+"""Steps' worth of prompt tokens that a worker may have before it: enough to stay busy, few enough to place late."""
+GONE_MEMORY = 1024
+"""Incarnations remembered after they left, so that a late message of theirs is fenced."""
+
+
+@dataclass(slots=True, frozen=True)
+class Promise:
+    """What a command will cost its worker, until a Load that has seen the command says it better."""
+
+    streams: int
+    tokens: int
+    """To be computed."""
+    blocks: int
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One incarnation of one worker."""
+
+    identity: bytes
+    hello: WorkerHello
+    joined_at: float
+    heard_at: float
+    load: Load | None = None
+    promises: dict[int, Promise] = field(default_factory=dict)
+    """By cmd_seq, ascending."""
+    streams: dict[Sid, None] = field(default_factory=dict)
+    """With a leg here."""
+    holdings: dict[tuple[Sid, int], str] = field(default_factory=dict)
+    """(sid, attempt) -> leg, as last reported."""
+
+    @property
+    def name(self) -> str:
+        """As in Hello."""
+        return self.hello.worker
+
+    @property
+    def role(self) -> str:
+        """A Role."""
+        return self.hello.role
+
+    @property
+    def prefills(self) -> bool:
+        """Whether prefill legs may be sent here."""
+        return self.role in (Role.PREFILL, Role.UNIFIED)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether decode legs may be sent here."""
+        return self.role in (Role.DECODE, Role.UNIFIED)
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Prompt tokens not yet computed, reported and promised."""
+        reported = self.load.queued_tokens if self.load else 0
+        return reported + sum(promise.tokens for promise in self.promises.values())
+
+    @property
+    def free_blocks(self) -> int:
+        """Reported less promised; negative when more was promised than there is."""
+        reported = self.load.free_blocks if self.load else self.hello.num_blocks
+        return reported - sum(promise.blocks for promise in self.promises.values())
+
+    @property
+    def num_streams(self) -> int:
+        """Running, waiting and promised."""
+        reported = self.load.running + self.load.waiting if self.load else 0
+        return reported + sum(promise.streams for promise in self.promises.values())
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens here."""
+        return -(-num_tokens // self.hello.block_size)
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a stream with so many tokens and one to come can ever run here."""
+        needed = num_tokens + 1
+        return needed <= self.hello.max_model_len and self.blocks_for(needed) <= self.hello.num_blocks
+
+    def has_prefill_room(self, num_tokens: int) -> bool:
+        """Whether to send a prompt now rather than keep it queued, where another worker may yet take it."""
+        if self.role == Role.UNIFIED and self.num_streams >= self.hello.max_num_seqs:
+            return False
+        backlog = self.outstanding_tokens
+        return backlog == 0 or backlog + num_tokens <= PREFILL_BACKLOG_STEPS * self.hello.max_num_batched_tokens
+
+    def take_load(self, load: Load) -> None:
+        """Believe a report; promises that it has seen are part of it."""
+        self.load = load
+        for cmd_seq in [seq for seq in self.promises if seq <= load.last_cmd_seq]:
+            del self.promises[cmd_seq]
+
+    def status(self) -> WorkerStatus:
+        """For ClusterStatus."""
+        running, waiting = (self.load.running, self.load.waiting) if self.load else (0, 0)
+        hello = self.hello
+        return WorkerStatus(
+            hello.worker, hello.incarnation, hello.role, hello.num_blocks, max(self.free_blocks, 0), running, waiting
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Frontend:
+    """One incarnation of one frontend."""
+
+    identity: bytes
+    hello: FrontendHello
+    heard_at: float
+
+
+class Registry:
+    """Members by identity, in the order in which they joined."""
+
+    def __init__(self) -> None:
+        self.workers: dict[bytes, Worker] = {}
+        self.frontends: dict[bytes, Frontend] = {}
+        self._gone: dict[bytes, str] = {}
+        self._mismatches: dict[tuple[bytes, bytes], str | None] = {}
+        # Derived from the membership, forgotten when it changes.
+        self._prefill_workers: list[Worker] | None = None
+        self._decode_workers: dict[bytes, list[Worker]] = {}
+
+    def member(self, identity: bytes) -> Worker | Frontend | None:
+        """Who speaks under this identity."""
+        return self.workers.get(identity) or self.frontends.get(identity)
+
+    def members(self) -> list[Worker | Frontend]:
+        """Everybody."""
+        return [*self.workers.values(), *self.frontends.values()]
+
+    def add(self, member: Worker | Frontend) -> None:
+        """A member has said hello."""
+        self._forget_derived()
+        if isinstance(member, Worker):
+            self.workers[member.identity] = member
+        else:
+            self.frontends[member.identity] = member
+
+    def remove(self, member: Worker | Frontend) -> None:
+        """A member has left."""
+        self.workers.pop(member.identity, None)
+        self.frontends.pop(member.identity, None)
+        self._forget_derived()
+        self._mismatches = {pair: why for pair, why in self._mismatches.items() if member.identity not in pair}
+
+    def remember_gone(self, identity: bytes, fence_reason: str) -> None:
+        """Answer late messages of a removed worker with Fenced, or with silence when the reason is empty."""
+        self._gone[identity] = fence_reason
+        if len(self._gone) > GONE_MEMORY:
+            del self._gone[next(iter(self._gone))]
+
+    def fence_reason(self, identity: bytes) -> str | None:
+        """Why this incarnation is out; None when it is not."""
+        return self._gone.get(identity)
+
+    def worker_named(self, name: str) -> Worker | None:
+        """The registered incarnation of a worker."""
+        return next((worker for worker in self.workers.values() if worker.name == name), None)
+
+    def frontend_named(self, name: str) -> Frontend | None:
+        """The registered incarnation of a frontend."""
+        return next((frontend for frontend in self.frontends.values() if frontend.hello.name == name), None)
+
+    def mismatches_of(self, worker: Worker) -> Iterator[tuple[Worker, str]]:
+        """Workers that can't exchange blocks with this one although their roles would, and why."""
+        for other in self.workers.values():
+            if other is worker or not ((worker.prefills and other.decodes) or (worker.decodes and other.prefills)):
+                continue
+            why = self.mismatch(worker, other)
+            if why is not None:
+                yield other, why
+
+    def mismatch(self, one: Worker, other: Worker) -> str | None:
+        """Why blocks can't cross between two workers, or None. Compared once per pair."""
+        pair = (one.identity, other.identity)
+        if pair not in self._mismatches:
+            self._mismatches[pair] = one.hello.layout.mismatch(other.hello.layout)
+        return self._mismatches[pair]
+
+    def prefill_workers(self) -> list[Worker]:
+        """Workers from which a stream can go all the way."""
+        if self._prefill_workers is None:
+            workers = self.workers.values()
+            self._prefill_workers = [w for w in workers if w.prefills and (w.decodes or self.decode_workers(w))]
+        return self._prefill_workers
+
+    def decode_workers(self, owner: Worker) -> list[Worker]:
+        """Workers that can take over what `owner` has prefilled."""
+        if owner.identity not in self._decode_workers:
+            others = [w for w in self.workers.values() if w.decodes and w is not owner]
+            self._decode_workers[owner.identity] = [w for w in others if self.mismatch(owner, w) is None]
+        return self._decode_workers[owner.identity]
+
+    def _forget_derived(self) -> None:
+        self._prefill_workers = None
+        self._decode_workers.clear()
+
+    def missing(self) -> str:
+        """What stands between now and the first complete path; empty when there is one."""
+        if self.prefill_workers():
+            return ""
+        prefills = [worker.name for worker in self.workers.values() if worker.prefills]
+        decodes = [worker.name for worker in self.workers.values() if worker.decodes]
+        if not prefills and not decodes:
+            return "waiting for workers"
+        if not prefills:
+            return f"waiting for a prefill worker beside {', '.join(decodes)}"
+        if not decodes:
+            return f"waiting for a decode worker beside {', '.join(prefills)}"
+        return f"the KV layouts of {', '.join(prefills)} and {', '.join(decodes)} differ"
