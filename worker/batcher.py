@@ -3,7 +3,7 @@
     StartPrefill ─► WAITING ─► RUNNING ──────────────► OVER              (continue_decode: until the stream ends)
                        ▲          │ └─ first token ──► LEASED ─► OVER    (hands over: until the lease is consumed)
                        └──────────┘ preempted: recomputed from its tokens
-    StartDecode ─► WAITING_KV (pulls.py) ─► RUNNING ─► OVER
+    StartDecode ─► WAITING_KV (pulls.py) ─► KV_HERE ─► RUNNING ─► OVER
 
 Events and a clock in, instructions out: `handle`, `schedule`, `complete` and `tick` append to `outbox`, which whoever
 drives the batcher carries out. No sockets, no tensors, no time.time(). At most `depth` steps are in flight; results
@@ -11,9 +11,6 @@ come back in order and map through the stored plan. A stream's length limit is f
 tokens are found when the result arrives, and what a step in flight still computes for it is dropped then, while a fence
 keeps its blocks from transfers until that step has passed.
 """
-
-from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -50,30 +47,15 @@ from baton.proto.messages import (
 )
 from baton.worker.block_pool import BlockPool
 from baton.worker.effects import Effect, Emit, ToHolder, ToScheduler
-from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
+from baton.worker.plan import StepPlan, StepResult
 from baton.worker.pulls import Pulls
 from baton.worker.request import RemoteKV, Request, State
+from baton.worker.step_scheduler import Planned, StepScheduler
 
 PREFILL, DECODE = "prefill", "decode"
 
 Command = StartPrefill | StartDecode | CancelCommand
 Event = Welcome | Command | CancelStream | Open | Confirm | Settled | Ok | Gone | PullDone
-
-
-@dataclass(slots=True)
-class Planned:
-    """One row of a plan in flight, with what it meant when it was planned."""
-
-    request: Request
-    residency: int
-    start: int
-    end: int
-    samples: bool
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the row computes a token that this attempt sampled."""
-        return self.start >= self.request.arrived
 
 
 class Batcher:
@@ -98,30 +80,19 @@ class Batcher:
         self.leases = Leases(lease)
         self._block_size = cache.block_size
         self._max_model_len = min(max_model_len, num_blocks * cache.block_size)
-        self._budget = batch.max_num_batched_tokens
-        self._max_num_seqs = batch.max_num_seqs
-        self._depth = batch.depth
         self._remember_s = lease.remember_s
         self._early_bind_tokens = early_bind_tokens
+        self._steps = StepScheduler(self.pool, self.leases, cache.block_size, self._max_model_len, batch)
         self._pulls = Pulls(self.pool, cache.block_size, lease, self.outbox, self._kv_ready, self._forget)
         self._requests: dict[tuple[Sid, str], Request] = {}
-        self._waiting: list[Request] = []  # sorted by rank
-        self._kv_here: deque[Request] = deque()
-        self._running: list[Request] = []  # sorted by rank
         self._leased: dict[int, Request] = {}
-        self._free_slots = list(range(batch.max_num_seqs - 1, -1, -1))
-        self._in_flight: deque[tuple[StepPlan, list[Planned]]] = deque()
-        self._new_slots: list[SlotInit] = []
         self._tombstones: dict[Sid, tuple[int, float]] = {}  # sid -> (lowest attempt allowed, forget at)
         self._arrivals = 0
-        self._step = 0
         self._epoch = 0
         self._last_cmd_seq = 0
         self._tokens_per_s = 1.0
         self.computed_tokens = 0
-        self.cached_tokens = 0
         self.generated_tokens = 0
-        self.preemptions = 0
 
     # ------------------------------------------------------------------------------------------------------- events
 
@@ -206,7 +177,12 @@ class Batcher:
         if not request.hands_over:
             request.ledger.decode_worker, request.ledger.transport = self.me.worker, "local"
         self._requests[request.key] = request
-        self._enqueue(request)
+        if request.num_output >= request.params.max_tokens:
+            # All its tokens reached the frontend in an earlier attempt; only the word that it is over was lost.
+            self._emit(request, (), (), FinishReason.LENGTH)
+            self._over(request, ended=True)
+            return
+        self._steps.enqueue(request)
 
     def _start_decode(self, request: Request, command: StartDecode, now: float) -> None:
         request.ledger = Ledger(decode_worker=self.me.worker, stages={Stage.BOUND: now})
@@ -256,7 +232,7 @@ class Batcher:
         self._publish(request)
         request.tokens += rows.tokens
         request.first_rows = rows
-        self._kv_here.append(request)
+        self._steps.arrive(request)
 
     def _cancel_stream(self, event: CancelStream, now: float) -> None:
         for leg in (PREFILL, DECODE):
@@ -277,14 +253,10 @@ class Batcher:
     def _drop(self, request: Request) -> None:
         """End a request in whatever state it is."""
         match request.state:
-            case State.WAITING:
-                self._waiting.remove(request)
-            case State.WAITING_KV if request in self._kv_here:
-                self._kv_here.remove(request)
+            case State.WAITING | State.KV_HERE | State.RUNNING:
+                self._steps.remove(request)
             case State.WAITING_KV:
                 self._pulls.cancel(request)
-            case State.RUNNING:
-                self._leave_running(request)
             case State.LEASED:
                 assert request.lease is not None
                 del self._leased[request.lease.id]
@@ -294,7 +266,7 @@ class Batcher:
         """Give everything back. Blocks that a step in flight may write carry its fence."""
         if request.lease is not None and request.lease.live:
             self.leases.cancel(request.lease)
-        self.pool.release(request.blocks, self._fence(request))
+        self.pool.release(request.blocks, self._steps.fence(request))
         request.blocks = []
         request.state = State.OVER
         self._forget(request)
@@ -303,10 +275,6 @@ class Batcher:
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.key]
-
-    def _fence(self, request: Request) -> int:
-        first_in_flight = self._step - len(self._in_flight) + 1
-        return request.last_step if request.last_step >= first_in_flight else 0
 
     # ------------------------------------------------------------------------------------------------------- leases
 
@@ -346,182 +314,15 @@ class Batcher:
         oldest = next(iter(self._tombstones.values()), (0, float("inf")))[1]
         return min(self.leases.next_deadline(), self._pulls.next_deadline(), oldest)
 
-    # ---------------------------------------------------------------------------------------------------- scheduling
-
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None when `depth` are in flight or nothing can run."""
-        if len(self._in_flight) >= self._depth:
-            return None
-        self._new_slots = []
-        rows: list[Row] = []
-        planned: list[Planned] = []
-        budget = self._budget
-        preemptions = self.preemptions
-        for request in list(self._running):
-            if request.state is State.RUNNING and budget > 0:
-                budget -= self._add_row(request, budget, rows, planned)
-        while self._kv_here and self._admit_decode(self._kv_here[0]):
-            budget -= self._add_row(self._kv_here.popleft(), max(budget, 1), rows, planned)
-        calm = self.preemptions == preemptions
-        while calm and self._waiting and budget > 0 and self._admit_prefill(self._waiting[0], now):
-            budget -= self._add_row(self._waiting.pop(0), budget, rows, planned)
-        if not rows:
-            return None
-        self._step += 1
-        for item in planned:
-            item.request.last_step = self._step
-            if item.decodes:
-                item.request.ledger.stages.setdefault(Stage.STEPPED, now)
-        plan = StepPlan(self._step, rows, self._new_slots)
-        self._in_flight.append((plan, planned))
-        return plan
-
-    def _add_row(self, request: Request, budget: int, rows: list[Row], planned: list[Planned]) -> int:
-        """Plan the request's next tokens; returns how many. Preempts the latest arrivals when blocks run out."""
-        count = min(request.total - request.scheduled, budget)
-        if count <= 0 or self._foreseen_end(request):
-            return 0
-        end = request.scheduled + count
-        new_blocks = self._grow(request, end, planned)
-        if new_blocks is None:
-            return 0
-        samples = end == request.total
-        from_device = end > len(request.tokens)
-        start = request.scheduled
-        rows.append(
-            Row(
-                slot=request.slot,
-                start=start,
-                num_tokens=count,
-                tokens=[] if from_device else request.tokens[start:end],
-                from_device=from_device,
-                new_blocks=new_blocks,
-                samples=samples,
-                output_index=request.num_output,
-            )
-        )
-        planned.append(Planned(request, request.residency, start, end, samples))
-        request.scheduled = end
-        request.placeholders += samples
-        return count
-
-    def _foreseen_end(self, request: Request) -> bool:
-        """Whether the steps already planned bring the stream, or this leg of it, to its end."""
-        if request.hands_over and request.placeholders:
-            return True
-        return request.num_output >= request.params.max_tokens or request.total >= self._max_model_len
-
-    def _grow(self, request: Request, end: int, planned: list[Planned]) -> list[int] | None:
-        """Blocks for the tokens up to `end`, or None when the request itself had to give way."""
-        missing = -(-end // self._block_size) - len(request.blocks)
-        if missing <= 0:
-            return []
-        while (blocks := self.pool.allocate(missing)) is None:
-            victim = self._victim(planned) or request
-            self._preempt(victim)
-            if victim is request:
-                return None
-        request.blocks += blocks
-        return blocks
-
-    def _victim(self, planned: list[Planned]) -> Request | None:
-        """The latest arrival that is neither in the step being planned nor about to be handed over."""
-        in_step = {item.request.key for item in planned}
-        for request in reversed(self._running):
-            if request.key not in in_step and not (request.hands_over and request.placeholders):
-                return request
-        return None
-
-    def _preempt(self, request: Request) -> None:
-        """Take the blocks away; the stream is computed again from its tokens, most of them from the prefix cache."""
-        self._leave_running(request)
-        self.pool.release(request.blocks, self._fence(request))
-        request.blocks = []
-        if request.lease is not None:
-            # Its holder may have read blocks that are about to be reused: a new lease, never the same again.
-            self.leases.cancel(request.lease)
-            request.lease = None
-        request.scheduled = request.settled = request.published = 0
-        request.preemptions += 1
-        request.ledger.preemptions = request.preemptions
-        self.preemptions += 1
-        self._enqueue(request)
-
-    def _enqueue(self, request: Request) -> None:
-        request.state = State.WAITING
-        index = len(self._waiting)
-        while index and self._waiting[index - 1].rank > request.rank:
-            index -= 1
-        self._waiting.insert(index, request)
-
-    def _admit_prefill(self, request: Request, now: float) -> bool:
-        """Move the first waiting request into the running set when a slot and blocks for all its tokens are there."""
-        if not self._free_slots or request.placeholders:
-            return False
-        blocks_needed = -(-len(request.tokens) // self._block_size)
-        # One token at least is computed, because its logits are what is wanted.
-        hits = self.pool.match(request.block_hashes(self._block_size, (len(request.tokens) - 1) // self._block_size))
-        fresh = blocks_needed - len(hits)
-        # Each running stream may soon want a block; without the spare, admission and preemption would alternate.
-        blocks = self.pool.allocate(fresh) if fresh + len(self._running) <= self.pool.num_free else None
-        if blocks is None:
-            self.pool.release(hits)
-            return False
-        request.blocks = hits + blocks
-        request.published = len(hits)
-        request.scheduled = request.settled = len(hits) * self._block_size
-        if request.preemptions:
-            request.ledger.recomputed_tokens += len(request.tokens) - request.scheduled
-        else:
-            request.ledger.cached_tokens = request.scheduled
-            request.ledger.stages[Stage.SCHEDULED] = now
-        self.cached_tokens += request.scheduled
-        if request.hands_over:
-            request.lease = self.leases.create(request.sid, request.attempt)
-        self._enter_running(request)
-        return True
-
-    def _admit_decode(self, request: Request) -> bool:
-        if not self._free_slots:
-            return False
-        self._enter_running(request)
-        return True
-
-    def _enter_running(self, request: Request) -> None:
-        request.state = State.RUNNING
-        request.residency += 1
-        request.slot = self._free_slots.pop()
-        index = len(self._running)
-        while index and self._running[index - 1].rank > request.rank:
-            index -= 1
-        self._running.insert(index, request)
-        self._new_slots.append(
-            SlotInit(
-                slot=request.slot,
-                sid=request.sid,
-                attempt=request.attempt,
-                params=request.params,
-                prompt_len=request.prompt_len,
-                tokens=list(request.tokens),
-                block_table=list(request.blocks),
-            )
-        )
-
-    def _leave_running(self, request: Request) -> None:
-        self._running.remove(request)
-        self._free_slots.append(request.slot)
-        request.slot = -1
+        return self._steps.schedule(now)
 
     # ------------------------------------------------------------------------------------------------------- results
 
     def complete(self, result: StepResult, now: float) -> None:
         """Take in the oldest step's result."""
-        plan, planned = self._in_flight.popleft()
-        if plan.step != result.step:
-            raise AssertionError(
-                f"result of step {result.step} arrived while step {plan.step} was the oldest in flight"
-            )
-        self.pool.step_completed(result.step)
+        planned = self._steps.completed(result.step)
         self._measure(planned, result)
         for index, item in enumerate(planned):
             if item.request.state is State.OVER:
@@ -641,17 +442,14 @@ class Batcher:
         request.emitted += len(tokens)
 
     def _finished(self, request: Request) -> None:
-        if request.state is State.RUNNING:
-            self._leave_running(request)
-        else:  # preempted while its last token was in flight
-            self._waiting.remove(request)
+        self._steps.remove(request)  # from waiting when it was preempted with its last token in flight
         self._over(request, ended=True)
 
     def _hand_over(self, request: Request, rows: FirstRows, now: float) -> None:
         """The leg is done: the blocks wait under the lease for their reader."""
         lease = request.lease
         assert lease is not None
-        self._leave_running(request)
+        self._steps.leave(request)
         request.state = State.LEASED
         prompt_tokens = len(request.tokens) - len(rows.tokens)
         self.leases.settle(lease, prompt_tokens, request.blocks, rows, now)
@@ -668,22 +466,19 @@ class Batcher:
 
     def load(self, with_holdings: bool) -> Load:
         """The report for the scheduler."""
-        waiting = len(self._waiting) + len(self._pulls) + len(self._kv_here)
-        pending = sum(r.total - r.scheduled for r in self._waiting)
-        pending += sum(r.total - r.scheduled for r in self._running if r.leg == PREFILL and not r.generated)
         return Load(
             last_cmd_seq=self._last_cmd_seq,
             used_blocks=self.pool.num_used,
             free_blocks=self.pool.num_free,
-            running=len(self._running),
-            waiting=waiting,
-            queued_tokens=pending,
+            running=len(self._steps.running),
+            waiting=len(self._steps.waiting) + len(self._steps.kv_here) + len(self._pulls),
+            queued_tokens=self._steps.queued_tokens,
             leases=self.leases.num_live,
             computed_tokens=self.computed_tokens,
-            cached_tokens=self.cached_tokens,
+            cached_tokens=self._steps.cached_tokens,
             pulled_tokens=self._pulls.pulled_tokens,
             generated_tokens=self.generated_tokens,
-            preemptions=self.preemptions,
+            preemptions=self._steps.preemptions,
             holdings=self.holdings() if with_holdings else None,
         )
 
@@ -694,7 +489,7 @@ class Batcher:
     @property
     def steps_in_flight(self) -> int:
         """Plans whose results have not come back."""
-        return len(self._in_flight)
+        return self._steps.steps_in_flight
 
 
 def _prefill_done(lease: Lease) -> PrefillDone:

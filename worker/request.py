@@ -15,6 +15,7 @@ class State(Enum):
 
     WAITING = auto()
     WAITING_KV = auto()
+    KV_HERE = auto()
     RUNNING = auto()
     LEASED = auto()
     OVER = auto()

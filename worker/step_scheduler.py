@@ -1,0 +1,263 @@
+"""Which streams enter a worker's next step, with which tokens and which blocks.
+
+    enqueue ─► waiting ─► running ─► leave         (prefill, or recompute after a preemption: blocks for all its tokens)
+                  ▲          │
+                  └──────────┘ preempted: the latest arrival gives way when a running stream needs a block
+    arrive ──► kv_here ─► running                  (the KV came from another worker: it needs only a slot)
+
+A step takes running streams first, so that none waits for a newcomer's prompt, then fills its token budget with chunks
+of prompts in order of arrival. At most `depth` steps are in flight; their results come back in order.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from baton.kv_transfer.leases import Leases
+from baton.proto.config import BatchConfig
+from baton.proto.lifecycle import Stage
+from baton.worker.block_pool import BlockPool
+from baton.worker.plan import Row, SlotInit, StepPlan
+from baton.worker.request import Request, State
+
+
+@dataclass(slots=True)
+class Planned:
+    """One row of a plan in flight, with what it meant when it was planned."""
+
+    request: Request
+    residency: int
+    start: int
+    end: int
+    samples: bool
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the row computes a token that this attempt sampled."""
+        return self.start >= self.request.arrived
+
+
+class StepScheduler:
+    """The sets of streams that can enter steps, and the steps in flight. `max_model_len` bounds a sequence."""
+
+    def __init__(
+        self, pool: BlockPool, leases: Leases, block_size: int, max_model_len: int, batch: BatchConfig
+    ) -> None:
+        self._pool = pool
+        self._leases = leases
+        self._block_size = block_size
+        self._max_model_len = max_model_len
+        self._budget = batch.max_num_batched_tokens
+        self._depth = batch.depth
+        self.waiting: list[Request] = []  # sorted by rank
+        self.kv_here: deque[Request] = deque()
+        self.running: list[Request] = []  # sorted by rank
+        self._free_slots = list(range(batch.max_num_seqs - 1, -1, -1))
+        self._in_flight: deque[tuple[StepPlan, list[Planned]]] = deque()
+        self._new_slots: list[SlotInit] = []
+        self._step = 0
+        self.cached_tokens = 0
+        self.preemptions = 0
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, or None when `depth` are in flight or nothing can run."""
+        if len(self._in_flight) >= self._depth:
+            return None
+        self._new_slots = []
+        rows: list[Row] = []
+        planned: list[Planned] = []
+        budget = self._budget
+        preemptions = self.preemptions
+        for request in list(self.running):
+            if request.state is State.RUNNING and budget > 0:
+                budget -= self._add_row(request, budget, rows, planned)
+        while self.kv_here and self._admit_decode(self.kv_here[0]):
+            budget -= self._add_row(self.kv_here.popleft(), max(budget, 1), rows, planned)
+        calm = self.preemptions == preemptions
+        while calm and self.waiting and budget > 0 and self._admit_prefill(self.waiting[0], now):
+            budget -= self._add_row(self.waiting.pop(0), budget, rows, planned)
+        if not rows:
+            return None
+        self._step += 1
+        for item in planned:
+            item.request.last_step = self._step
+            if item.decodes:
+                item.request.ledger.stages.setdefault(Stage.STEPPED, now)
+        plan = StepPlan(self._step, rows, self._new_slots)
+        self._in_flight.append((plan, planned))
+        return plan
+
+    def _add_row(self, request: Request, budget: int, rows: list[Row], planned: list[Planned]) -> int:
+        """Plan the request's next tokens; returns how many. Preempts the latest arrivals when blocks run out."""
+        count = min(request.total - request.scheduled, budget)
+        if count <= 0 or self._foreseen_end(request):
+            return 0
+        end = request.scheduled + count
+        new_blocks = self._grow(request, end, planned)
+        if new_blocks is None:
+            return 0
+        samples = end == request.total
+        from_device = end > len(request.tokens)
+        start = request.scheduled
+        rows.append(
+            Row(
+                slot=request.slot,
+                start=start,
+                num_tokens=count,
+                tokens=[] if from_device else request.tokens[start:end],
+                from_device=from_device,
+                new_blocks=new_blocks,
+                samples=samples,
+                output_index=request.num_output,
+            )
+        )
+        planned.append(Planned(request, request.residency, start, end, samples))
+        request.scheduled = end
+        request.placeholders += samples
+        return count
+
+    def _foreseen_end(self, request: Request) -> bool:
+        """Whether the steps already planned bring the stream, or this leg of it, to its end."""
+        if request.hands_over and request.placeholders:
+            return True
+        return request.num_output >= request.params.max_tokens or request.total >= self._max_model_len
+
+    def _grow(self, request: Request, end: int, planned: list[Planned]) -> list[int] | None:
+        """Blocks for the tokens up to `end`, or None when the request itself had to give way."""
+        missing = -(-end // self._block_size) - len(request.blocks)
+        if missing <= 0:
+            return []
+        while (blocks := self._pool.allocate(missing)) is None:
+            victim = self._victim(planned) or request
+            self._preempt(victim)
+            if victim is request:
+                return None
+        request.blocks += blocks
+        return blocks
+
+    def _victim(self, planned: list[Planned]) -> Request | None:
+        """The latest arrival that is neither in the step being planned nor about to be handed over."""
+        in_step = {item.request.key for item in planned}
+        for request in reversed(self.running):
+            if request.key not in in_step and not (request.hands_over and request.placeholders):
+                return request
+        return None
+
+    @property
+    def steps_in_flight(self) -> int:
+        """Plans whose results have not come back."""
+        return len(self._in_flight)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens not yet given to a step."""
+        prompts = [r for r in self.running if not r.generated and r.remote is None]
+        return sum(request.total - request.scheduled for request in [*self.waiting, *prompts])
+
+    def _preempt(self, request: Request) -> None:
+        """Take the blocks away; the stream is computed again from its tokens, most of them from the prefix cache."""
+        self.leave(request)
+        self._pool.release(request.blocks, self.fence(request))
+        request.blocks = []
+        if request.lease is not None:
+            # Its holder may have read blocks that are about to be reused: a new lease, never the same again.
+            self._leases.cancel(request.lease)
+            request.lease = None
+        request.scheduled = request.settled = request.published = 0
+        request.preemptions += 1
+        request.ledger.preemptions = request.preemptions
+        self.preemptions += 1
+        self.enqueue(request)
+
+    def enqueue(self, request: Request) -> None:
+        """A request whose tokens are to be computed; it also returns here when it is preempted."""
+        request.state = State.WAITING
+        index = len(self.waiting)
+        while index and self.waiting[index - 1].rank > request.rank:
+            index -= 1
+        self.waiting.insert(index, request)
+
+    def _admit_prefill(self, request: Request, now: float) -> bool:
+        """Move the first waiting request into the running set when a slot and blocks for all its tokens are there."""
+        if not self._free_slots or request.placeholders:
+            return False
+        blocks_needed = -(-len(request.tokens) // self._block_size)
+        # One token at least is computed, because its logits are what is wanted.
+        hits = self._pool.match(request.block_hashes(self._block_size, (len(request.tokens) - 1) // self._block_size))
+        fresh = blocks_needed - len(hits)
+        # Each running stream may soon want a block; without the spare, admission and preemption would alternate.
+        blocks = self._pool.allocate(fresh) if fresh + len(self.running) <= self._pool.num_free else None
+        if blocks is None:
+            self._pool.release(hits)
+            return False
+        request.blocks = hits + blocks
+        request.published = len(hits)
+        request.scheduled = request.settled = len(hits) * self._block_size
+        if request.preemptions:
+            request.ledger.recomputed_tokens += len(request.tokens) - request.scheduled
+        else:
+            request.ledger.cached_tokens = request.scheduled
+            request.ledger.stages[Stage.SCHEDULED] = now
+        self.cached_tokens += request.scheduled
+        if request.hands_over:
+            request.lease = self._leases.create(request.sid, request.attempt)
+        self._enter_running(request)
+        return True
+
+    def _admit_decode(self, request: Request) -> bool:
+        if not self._free_slots:
+            return False
+        self._enter_running(request)
+        return True
+
+    def _enter_running(self, request: Request) -> None:
+        request.state = State.RUNNING
+        request.residency += 1
+        request.slot = self._free_slots.pop()
+        index = len(self.running)
+        while index and self.running[index - 1].rank > request.rank:
+            index -= 1
+        self.running.insert(index, request)
+        self._new_slots.append(
+            SlotInit(
+                slot=request.slot,
+                sid=request.sid,
+                attempt=request.attempt,
+                params=request.params,
+                prompt_len=request.prompt_len,
+                tokens=list(request.tokens),
+                block_table=list(request.blocks),
+            )
+        )
+
+    def arrive(self, request: Request) -> None:
+        """A request whose tokens' KV is in its blocks already."""
+        request.state = State.KV_HERE
+        self.kv_here.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Take the request out of whichever set it is in. Its blocks stay its own."""
+        if request.state is State.RUNNING:
+            self.leave(request)
+        elif request.state is State.WAITING:
+            self.waiting.remove(request)
+        else:
+            self.kv_here.remove(request)
+
+    def leave(self, request: Request) -> None:
+        """Out of the running set; the slot is free for the next step."""
+        self.running.remove(request)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+
+    def completed(self, step: int) -> list[Planned]:
+        """What the oldest step in flight was planned to do, now that its result is here."""
+        plan, planned = self._in_flight.popleft()
+        if plan.step != step:
+            raise AssertionError(f"result of step {step} arrived while step {plan.step} was the oldest in flight")
+        self._pool.step_completed(step)
+        return planned
+
+    def fence(self, request: Request) -> int:
+        """The last step in flight that may still write the request's blocks; 0 when none is."""
+        first_in_flight = self._step - len(self._in_flight) + 1
+        return request.last_step if request.last_step >= first_in_flight else 0
