@@ -125,7 +125,7 @@ def _tie_to_launcher(fd: int) -> socket.socket:
     """Die when the launcher does, however it dies, and take its socket over."""
     launcher = socket.socket(fileno=fd)
     launcher.set_inheritable(False)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     # A launcher that died before the prctl is never noticed by the kernel's signal, but its end of the pair is closed.
     try:
         orphaned = launcher.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
@@ -134,6 +134,11 @@ def _tie_to_launcher(fd: int) -> socket.socket:
     if orphaned:
         os._exit(EXIT_FAILED)
     return launcher
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _name_process(name: str) -> None:

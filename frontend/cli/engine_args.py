@@ -1,0 +1,135 @@
+"""Flags that describe a model and a worker, shared by the commands that start workers; vLLM's names where they fit."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from baton.proto.config import BatchConfig, CacheConfig, ModelConfig
+from baton.proto.errors import UserError
+from baton.proto.supervision import die_with_parent
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is served."""
+    group = parser.add_argument_group("model")
+    group.add_argument("model", nargs="?", help="Hugging Face directory, .gguf file, hub id, or 'demo'")
+    group.add_argument("--tokenizer", default="", help="directory or tokenizer.json; default: the model's")
+    group.add_argument("--revision", default="", help="branch, tag or commit of a hub model")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="of weights and activations; auto: the checkpoint's, float32 on CPU",
+    )
+    group.add_argument(
+        "--load-format",
+        default="auto",
+        choices=("auto", "dummy"),
+        help="dummy: random weights of the shape in config.json",
+    )
+    group.add_argument("--max-model-len", type=positive, help="prompt plus output tokens; default: the model's limit")
+    group.add_argument("--seed", type=int, default=0, help="of dummy weights")
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a worker runs it."""
+    group = parser.add_argument_group("worker")
+    group.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    group.add_argument("--block-size", type=block_size, default=16, help="tokens per KV block, a multiple of 16")
+    group.add_argument(
+        "--num-blocks", "--num-gpu-blocks-override", type=positive, help="KV blocks of each worker", dest="num_blocks"
+    )
+    group.add_argument(
+        "--kv-cache-memory-bytes", type=size, help="KV pool of each worker, for example 512M; default: up to 1 GiB"
+    )
+    group.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--max-num-batched-tokens", type=positive, help="token budget of a step; default: 256 on CPU")
+    group.add_argument("--max-num-seqs", type=positive, default=256, help="streams in one step at most")
+    group.add_argument("--threads", type=positive, help="compute threads of each CPU worker; default: all cores")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return value
+
+
+def block_size(text: str) -> int:
+    """A positive multiple of 16."""
+    value = positive(text)
+    if value % 16:
+        raise argparse.ArgumentTypeError(f"expected a multiple of 16, got {value}")
+    return value
+
+
+def size(text: str) -> int:
+    """Bytes: 1073741824, 512M, 1GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", text.strip().lower())
+    value = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 512M or 2GiB, got {text!r}")
+    return value
+
+
+def resolve_model(args: argparse.Namespace) -> Path:
+    """The local directory of args.model, obtained and converted where needed, with progress on stderr.
+
+    A worker's module does it, in a process of its own: this one loads neither torch nor gguf.
+    """
+    if args.model is None:
+        raise UserError("MODEL is missing: give a directory, a .gguf file, a hub id, or 'demo'")
+    dtype = "float32" if args.dtype == "auto" else args.dtype
+    command = [sys.executable, "-P", "-m", "baton.worker.weights.resolve", "--dtype", dtype]
+    if args.revision:
+        command += ["--revision", args.revision]
+    done = subprocess.run(
+        [*command, "--", args.model], stdout=subprocess.PIPE, text=True, check=False, preexec_fn=die_with_parent
+    )
+    if done.returncode:
+        # It has printed the one line that explains.
+        raise SystemExit(2)
+    return Path(json.loads(done.stdout)["path"])
+
+
+def model_config(args: argparse.Namespace, path: Path, max_model_len: int) -> ModelConfig:
+    """What is served, for workers and frontends."""
+    return ModelConfig(
+        path=str(path),
+        served_names=tuple(getattr(args, "served_model_name", None) or (args.model,)),
+        dtype=args.dtype,
+        load_format=args.load_format,
+        max_model_len=max_model_len,
+        tokenizer=_absolute(args.tokenizer, "--tokenizer"),
+        chat_template=_absolute(getattr(args, "chat_template", ""), "--chat-template"),
+        seed=args.seed,
+    )
+
+
+def cache_config(args: argparse.Namespace, pool_bytes: int) -> CacheConfig:
+    """A worker's pool."""
+    return CacheConfig(
+        block_size=args.block_size,
+        num_blocks=args.num_blocks or 0,
+        kv_cache_memory_bytes=pool_bytes,
+        enable_prefix_caching=args.enable_prefix_caching,
+    )
+
+
+def batch_config(args: argparse.Namespace) -> BatchConfig:
+    """A worker's iterations."""
+    return BatchConfig(max_num_batched_tokens=args.max_num_batched_tokens or 0, max_num_seqs=args.max_num_seqs)
+
+
+def _absolute(path: str, flag: str) -> str:
+    if not path:
+        return ""
+    if not Path(path).exists():
+        raise UserError(f"{flag} {path}: no such file or directory")
+    return str(Path(path).resolve())

@@ -1,0 +1,88 @@
+"""The `baton` command. A subcommand is a module with add_arguments(parser) and run(args) -> exit code."""
+
+import argparse
+import importlib
+import sys
+from typing import NamedTuple
+
+from baton.proto import __version__
+from baton.proto.errors import UserError
+
+
+class Command(NamedTuple):
+    """A subcommand, imported only when it is called."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "serve": Command("baton.frontend.cli.serve", "serve a model over HTTP with separate prefill and decode workers"),
+    "worker": Command("baton.frontend.cli.worker", "start one more worker for a running `baton serve` on this host"),
+    "generate": Command("baton.frontend.cli.generate", "complete prompts in one process, without a server"),
+    "bench serve": Command("baton.frontend.cli.bench_serve", "measure throughput and latency of a running server"),
+}
+
+USAGE = "\n".join(
+    [
+        "usage: baton COMMAND …",
+        "",
+        *(f"  baton {name:<12} {command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "  baton COMMAND --help   a command's options",
+        "  baton --version",
+    ]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 2 for what the user can mend, with one line that says how."""
+    words = sys.argv[1:] if argv is None else argv
+    if words in (["--version"], ["-V"]):
+        print(f"baton {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    for length in (1, 2):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return _run(name, words[length:])
+    print(f"error: no command 'baton {words[0]}'; commands are {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
+
+
+def _run(name: str, words: list[str]) -> int:
+    module = importlib.import_module(COMMANDS[name].module)
+    parser = OneLineParser(prog=f"baton {name}", description=module.__doc__)
+    try:
+        module.add_arguments(parser)
+        return module.run(parser.parse(words))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and that takes defaults from a YAML file when it has --config."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """argparse prints the whole usage first; the one line that matters is enough."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, words: list[str]) -> argparse.Namespace:
+        """The command line wins over the file that --config names."""
+        if "--config" not in self._option_string_actions:
+            return self.parse_args(words)
+        from baton.frontend.cli import config_file
+
+        return config_file.parse(self, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Serve a model over an OpenAI-compatible HTTP API, prompts prefilled in some processes and decoded in others."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from setproctitle import setproctitle
+
+from baton.frontend.cli import engine_args, sizing
+from baton.frontend.launcher import Launcher
+from baton.frontend.processes import specs
+from baton.frontend.run_dir import RunDir
+from baton.proto.config import (
+    FrontendConfig,
+    PlacementConfig,
+    SchedulerConfig,
+    ServeConfig,
+    WorkerConfig,
+)
+from baton.proto.errors import UserError
+from baton.proto.lifecycle import Role
+from baton.proto.supervision import set_up_logging
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `baton serve`."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; the command line wins")
+    engine_args.add_model_arguments(parser)
+    engine_args.add_worker_arguments(parser)
+    _add_processes(parser.add_argument_group("processes"))
+    _add_http(parser.add_argument_group("HTTP"))
+
+
+def _add_processes(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--prefill", type=count, metavar="N", help="prefill workers; default 1 without --unified")
+    group.add_argument("--decode", type=count, metavar="M", help="decode workers; default 1 without --unified")
+    group.add_argument("--unified", type=count, default=0, metavar="K", help="workers that do both")
+    group.add_argument("--placement", default="least_loaded", choices=("least_loaded", "round_robin"))
+    group.add_argument(
+        "--max-waiting", type=engine_args.positive, default=4096, help="queued requests; one more is answered with 429"
+    )
+    group.add_argument(
+        "--shutdown-timeout", type=seconds, default=15.0, metavar="S", help="running streams may take so long to finish"
+    )
+
+
+def _add_http(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--host", default="0.0.0.0")
+    group.add_argument("--port", type=port_number, default=8000, help="0 takes a free one")
+    group.add_argument("--uds", default="", metavar="PATH", help="Unix socket instead of host and port")
+    group.add_argument("--root-path", default="", help="prefix under which a proxy serves the API")
+    group.add_argument("--api-key", nargs="+", default=[], metavar="KEY", help="bearer keys that are accepted")
+    group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names for clients; default: MODEL")
+    group.add_argument("--chat-template", default="", metavar="FILE", help="jinja2 file; default: the tokenizer's")
+    group.add_argument("--max-logprobs", type=count, default=20, help="most logprobs a client may ask for")
+
+
+def count(text: str) -> int:
+    """A whole number from 0."""
+    return 0 if text == "0" else engine_args.positive(text)
+
+
+def seconds(text: str) -> float:
+    """A finite time from 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def port_number(text: str) -> int:
+    """0 to 65535."""
+    value = count(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"a port is at most 65535, got {value}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what can be checked, start everything, keep it running; the exit code."""
+    setproctitle("baton: launcher")
+    set_up_logging("launcher")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    roles = worker_roles(args)
+    args.port = claim_address(args)
+    directory = engine_args.resolve_model(args)
+    size = sizing.read_model_size(directory, args.dtype, args.load_format)
+    plan = sizing.plan(args, size, len(roles))
+    if plan.note:
+        log.info(plan.note)
+    with RunDir() as run_dir:
+        config = serve_config(args, directory, plan, roles, run_dir)
+        launcher = Launcher(specs(config), run_dir.path, lambda took: _announce(args, took), config.shutdown_timeout_s)
+        return asyncio.run(launcher.run())
+
+
+def worker_roles(args: argparse.Namespace) -> list[Role]:
+    """The role of each worker. Raises UserError for a set that can't serve."""
+    default = 0 if args.unified else 1
+    prefill = default if args.prefill is None else args.prefill
+    decode = default if args.decode is None else args.decode
+    if bool(prefill) != bool(decode):
+        raise UserError(f"--prefill {prefill} --decode {decode}: the two roles need each other, or use --unified alone")
+    if not prefill and not args.unified:
+        raise UserError("no worker: give --prefill and --decode, or --unified")
+    return [Role.PREFILL] * prefill + [Role.DECODE] * decode + [Role.UNIFIED] * args.unified
+
+
+def claim_address(args: argparse.Namespace) -> int:
+    """The port to serve on, or 0 with --uds. Raises UserError when another process has it."""
+    if args.uds:
+        _check_unix_socket(Path(args.uds))
+        return 0
+    try:
+        family, _, _, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return probe.getsockname()[1]
+    except OSError as error:
+        raise UserError(f"can't serve on {args.host}:{args.port}: {error.strerror}; choose another --port") from error
+
+
+def _check_unix_socket(path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--uds {path}: {path.absolute().parent} is not a directory")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+        except OSError as error:
+            raise UserError(f"--uds {path}: {error.strerror or error}") from error
+    raise UserError(f"--uds {path} is in use by another process")
+
+
+def serve_config(
+    args: argparse.Namespace, directory: Path, plan: sizing.Plan, roles: list[Role], run_dir: RunDir
+) -> ServeConfig:
+    """The whole configuration tree, built here once."""
+    scheduler = run_dir.endpoint("scheduler")
+    private = str(run_dir.path)
+    model = engine_args.model_config(args, directory, plan.max_model_len)
+    return ServeConfig(
+        scheduler=SchedulerConfig(
+            endpoint=scheduler,
+            run_dir=private,
+            max_waiting=args.max_waiting,
+            placement=PlacementConfig(args.placement),
+            expected_workers=len(roles),
+        ),
+        frontend=FrontendConfig(
+            name="frontend-0",
+            model=model,
+            scheduler=scheduler,
+            run_dir=private,
+            host=args.host,
+            port=args.port,
+            uds=args.uds and str(Path(args.uds).absolute()),
+            root_path=args.root_path,
+            api_keys=tuple(args.api_key),
+            max_logprobs=args.max_logprobs,
+            block_size=args.block_size,
+            shutdown_timeout_s=args.shutdown_timeout,
+        ),
+        workers=tuple(
+            WorkerConfig(
+                name=f"{role}-{roles[:index].count(role)}",
+                role=role,
+                model=model,
+                cache=engine_args.cache_config(args, plan.pool_bytes),
+                batch=engine_args.batch_config(args),
+                device=args.device,
+                threads=args.threads or 0,
+                scheduler=scheduler,
+                run_dir=private,
+            )
+            for index, role in enumerate(roles)
+        ),
+        run_dir=private,
+        shutdown_timeout_s=args.shutdown_timeout,
+    )
+
+
+def _announce(args: argparse.Namespace, took_s: float) -> None:
+    host = {"0.0.0.0": "localhost", "::": "localhost", "": "localhost"}.get(args.host, args.host)
+    url = f"unix:{args.uds}" if args.uds else f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
+    sys.stdout.write(f"ready at {url} after {took_s:.1f} s\n")
+    sys.stdout.flush()

@@ -1,0 +1,59 @@
+"""Start one worker by hand for a running `baton serve` on this host; it rejoins when the scheduler restarts."""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+
+from setproctitle import setproctitle
+
+from baton.frontend.cli import engine_args, sizing
+from baton.frontend.launcher import Launcher
+from baton.frontend.processes import worker_spec
+from baton.frontend.run_dir import RunDir
+from baton.proto.config import WorkerConfig
+from baton.proto.errors import UserError
+from baton.proto.lifecycle import Role
+from baton.proto.supervision import set_up_logging
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `baton worker`."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; the command line wins")
+    parser.add_argument("--role", choices=[role.value for role in Role], help="what the scheduler sends it")
+    parser.add_argument("--scheduler", metavar="ENDPOINT", help="the scheduler's, for example ipc:///run/…/scheduler")
+    parser.add_argument("--name", default="", help="unique in the cluster; default: from role and process id")
+    engine_args.add_model_arguments(parser)
+    engine_args.add_worker_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the worker and keep it running; the exit code."""
+    if not args.role or not args.scheduler:
+        raise UserError("--role and --scheduler are needed: what this worker does, and for whom")
+    name = args.name or f"{args.role}-{os.getpid()}"
+    setproctitle(f"baton: launcher of {name}")
+    set_up_logging("launcher")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    directory = engine_args.resolve_model(args)
+    plan = sizing.plan(args, sizing.read_model_size(directory, args.dtype, args.load_format), num_workers=1)
+    with RunDir() as run_dir:
+        config = WorkerConfig(
+            name=name,
+            role=args.role,
+            model=engine_args.model_config(args, directory, plan.max_model_len),
+            cache=engine_args.cache_config(args, plan.pool_bytes),
+            batch=engine_args.batch_config(args),
+            device=args.device,
+            threads=args.threads or 0,
+            scheduler=args.scheduler,
+            run_dir=str(run_dir.path),
+        )
+        launcher = Launcher([worker_spec(config)], run_dir.path, lambda took: _announce(name, took), drain_s=0.0)
+        return asyncio.run(launcher.run())
+
+
+def _announce(name: str, took_s: float) -> None:
+    sys.stdout.write(f"{name} is ready after {took_s:.1f} s\n")
+    sys.stdout.flush()
