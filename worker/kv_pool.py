@@ -43,4 +43,5 @@ class HostPool:
 
     def close(self) -> None:
         """Let go of the file; the mapping follows when the last tensor view of it is gone."""
+        del self.tensor, self._mapping
         os.close(self.memfd)
