@@ -212,9 +212,10 @@ class ShmSink(Sink):
             answer = msgspec.msgpack.decode(data, type=Greeting | Refusal)
             if isinstance(answer, Refusal):
                 raise ValueError(answer.reason)
-            if answer.incarnation != pull.owner.incarnation:
-                raise ValueError(f"{pull.owner.worker} has restarted since the pull was planned")
             mapping = _map_readable(descriptors[0])
+            if answer.incarnation != pull.owner.incarnation:
+                mapping.close()
+                raise ValueError(f"{pull.owner.worker} has restarted since the pull was planned")
         except BaseException:
             connection.close()
             raise
