@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from baton.frontend.instructions import Worker
-from baton.proto.hashing import HASH_BYTES, HASH_UNIT, extend_chain, pack_hashes, root_hash
+from baton.proto.hashing import HASH_BYTES, HASH_UNIT, extend_chain, pack_hashes
 from baton.proto.lifecycle import FinishReason, Outcome, Stage
 from baton.proto.messages import Close, Finish, Ledger, SamplingParams, Sid, Submit, TokenLogprobs
 
@@ -132,7 +132,6 @@ class Stream:
 
 
 def _extend_hashes(packed: bytes, tokens: np.ndarray) -> bytes:
-    """Continue the packed chain over the full units of `tokens` (int32 [n]) that it does not cover yet."""
-    covered = len(packed) // HASH_BYTES * HASH_UNIT
-    parent = packed[-HASH_BYTES:] if packed else root_hash()
-    return packed + pack_hashes(extend_chain(parent, tokens[covered:]))
+    """Continue the packed chain, root first, over the full units of `tokens` (int32 [n]) that it does not cover yet."""
+    covered = (len(packed) // HASH_BYTES - 1) * HASH_UNIT
+    return packed + pack_hashes(extend_chain(packed[-HASH_BYTES:], tokens[covered:]))

@@ -29,7 +29,7 @@ import numpy as np
 
 from baton.frontend.instructions import Deliver, Finished, Instruction, SendToScheduler, SendToWorker, Worker
 from baton.frontend.stream import Row, Stream
-from baton.proto.hashing import extend_chain, pack_hashes, root_hash
+from baton.proto.hashing import hash_chain, pack_hashes
 from baton.proto.lifecycle import FinishReason, Outcome, RejectCode, Stage
 from baton.proto.messages import (
     Accepted,
@@ -127,7 +127,7 @@ class Streams:
         """
         prompt = np.ascontiguousarray(prompt, dtype=np.int32)
         if prompt_hashes is None:
-            prompt_hashes = pack_hashes(extend_chain(root_hash(), prompt))
+            prompt_hashes = pack_hashes(hash_chain(prompt))
         sid = (self._hello.frontend, self._next_n)
         self._next_n += 1
         ledger = Ledger(stages={Stage.RECEIVED.value: now if received_s is None else received_s})

@@ -7,7 +7,7 @@ import pytest
 
 from baton.frontend.instructions import Deliver, Finished, Instruction, SendToScheduler, SendToWorker
 from baton.frontend.streams import Limits, Streams
-from baton.proto.hashing import extend_chain, pack_hashes, root_hash
+from baton.proto.hashing import hash_chain, pack_hashes
 from baton.proto.lifecycle import Outcome, RejectCode
 from baton.proto.messages import (
     Accepted,
@@ -130,7 +130,7 @@ def test_submit_carries_the_prompt_and_its_hashes(frontend: Frontend) -> None:
     assert isinstance(submit, SendToScheduler)
     assert isinstance(submit.message, Submit)
     assert submit.message.prompt_len == 40
-    assert submit.frames == (PROMPT.tobytes(), pack_hashes(extend_chain(root_hash(), PROMPT)))
+    assert submit.frames == (PROMPT.tobytes(), pack_hashes(hash_chain(PROMPT)))
 
 
 def test_submit_is_resent_until_it_is_answered(frontend: Frontend) -> None:
@@ -197,7 +197,7 @@ def test_a_gap_that_stays_open_raises_the_attempt_from_the_accepted_tokens(front
     (submit,) = [i for i in said if isinstance(i, SendToScheduler)]
     assert (submit.message.attempt, submit.message.prompt_len) == (2, 40)  # type: ignore[union-attr]
     tokens = np.append(PROMPT, np.int32(10))
-    assert submit.frames == (tokens.tobytes(), pack_hashes(extend_chain(root_hash(), tokens)))
+    assert submit.frames == (tokens.tobytes(), pack_hashes(hash_chain(tokens)))
 
 
 def test_rows_of_an_older_attempt_are_dropped_and_their_sender_is_told(frontend: Frontend) -> None:
@@ -222,7 +222,7 @@ def test_resubmitted_hashes_cover_the_accepted_tokens(frontend: Frontend) -> Non
     frontend.row(sid, 0, output)
     (instruction,) = [i for i in frontend.message(Retry(sid, 1, "")) if isinstance(i, SendToScheduler)]
     tokens = np.concatenate([PROMPT, np.array(output, dtype=np.int32)])
-    assert instruction.frames[1] == pack_hashes(extend_chain(root_hash(), tokens))
+    assert instruction.frames[1] == pack_hashes(hash_chain(tokens))
     assert len(instruction.frames[1]) == 4 * 16
 
 
