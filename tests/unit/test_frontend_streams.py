@@ -223,7 +223,7 @@ def test_resubmitted_hashes_cover_the_accepted_tokens(frontend: Frontend) -> Non
     (instruction,) = [i for i in frontend.message(Retry(sid, 1, "")) if isinstance(i, SendToScheduler)]
     tokens = np.concatenate([PROMPT, np.array(output, dtype=np.int32)])
     assert instruction.frames[1] == pack_hashes(hash_chain(tokens))
-    assert len(instruction.frames[1]) == 4 * 16
+    assert len(instruction.frames[1]) == (1 + 4) * 16
 
 
 def test_a_retry_of_a_complete_stream_ends_it(frontend: Frontend) -> None:
