@@ -1,0 +1,161 @@
+"""Token ids to text as they come: never half a character, never text that may still become a stop string."""
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from baton.frontend.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"
+_MAX_PENDING_TOKENS = 32
+"""A window that has been incomplete for so many tokens is no character in the making."""
+
+
+class Decoder(Protocol):
+    """Token ids in, text out; what both give over time is the decoding of the whole."""
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes."""
+
+    def flush(self) -> str:
+        """What is left at the end: incomplete bytes become U+FFFD."""
+
+
+class ByteLevelDecoder:
+    """For tokenizers whose tokens are fixed bytes: constant work per token."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._bytes_of = tokenizer.token_bytes
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def feed(self, token: int) -> str:
+        return "" if token in self._skip else self._decode(self._bytes_of(token))
+
+    def flush(self) -> str:
+        return self._decode(b"", True)
+
+
+class WindowDecoder:
+    """For all others, whose tokens may look different in company: decodes a window of the latest tokens twice, with and
+    without the new ones, and emits the difference once it does not end inside a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._window: list[int] = []
+        self._emitted = 0
+        """Tokens of the window whose text is out."""
+
+    def feed(self, token: int) -> str:
+        if self._skip and token in self._tokenizer.special_ids:
+            return ""
+        self._window.append(token)
+        before, text = self._texts()
+        pending = len(self._window) - self._emitted
+        if len(text) <= len(before) or (text.endswith(REPLACEMENT) and pending <= _MAX_PENDING_TOKENS):
+            return ""
+        del self._window[: self._emitted]
+        self._emitted = len(self._window)
+        return text[len(before) :]
+
+    def flush(self) -> str:
+        before, text = self._texts()
+        self._emitted = len(self._window)
+        return text[len(before) :]
+
+    def _texts(self) -> tuple[str, str]:
+        before = self._tokenizer.decode(self._window[: self._emitted], skip_special_tokens=False)
+        return before, self._tokenizer.decode(self._window, skip_special_tokens=False)
+
+
+class Detokenizer:
+    """One output stream's text."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        """A stop string ends the text before itself, or after it with include_stop. The text of the first `min_tokens`
+        tokens is not searched."""
+        self._decoder: Decoder = (ByteLevelDecoder if tokenizer.byte_level else WindowDecoder)(
+            tokenizer, skip_special_tokens
+        )
+        self._stop = StopStrings(stop, include_stop) if stop else None
+        self._min_tokens = min_tokens
+        self.num_tokens = 0
+        """Tokens taken so far; after a stop, up to and with the one that completed the stop string."""
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stop.found if self._stop else None
+
+    def feed(self, tokens: Sequence[int]) -> str:
+        """The text that is certain after these tokens; those behind a stop string are not looked at."""
+        parts = []
+        for token in tokens:
+            if self.stopped is not None:
+                break
+            self.num_tokens += 1
+            text = self._decoder.feed(token)
+            if text:
+                parts.append(self._search(text))
+        return "".join(parts)
+
+    def flush(self) -> str:
+        """The rest, when no more tokens come."""
+        if self.stopped is not None:
+            return ""
+        text = self._decoder.flush()
+        if self._stop is None:
+            return text
+        text = self._stop.feed(text)
+        return text + self._stop.flush()
+
+    def _search(self, text: str) -> str:
+        if self._stop is None or self.num_tokens <= self._min_tokens:
+            return text
+        return self._stop.feed(text)
+
+
+class StopStrings:
+    """Looks for the first stop string in a text that comes in pieces."""
+
+    def __init__(self, stop: Sequence[str], include: bool) -> None:
+        self._stop = tuple(stop)
+        self._include = include
+        self._held = ""
+        self.found: str | None = None
+
+    def feed(self, text: str) -> str:
+        """What can't be part of a stop string any more; up to the stop string when one is complete."""
+        text = self._held + text
+        matches = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if matches:
+            at, self.found = min(matches, key=lambda match: match[0])
+            self._held = ""
+            return text[: at + len(self.found)] if self._include else text[:at]
+        keep = self._partial(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """The held text, when nothing follows that could complete a stop string."""
+        text, self._held = self._held, ""
+        return text
+
+    def _partial(self, text: str) -> int:
+        """Length of the longest end of `text` that is the beginning of a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest
