@@ -3,13 +3,34 @@
 reference.TorchOps says what each computes, in plain torch; cpu.CpuOps is the same in C.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight [rows, features] in the order that the device's product wants; only its Ops can read `data`."""
+
+    data: torch.Tensor
+    rows: int
+
+
 class Ops(Protocol):
-    """Operations between the matrix products. None of them allocates state; all may be called from one thread only."""
+    """What the layers call. No operation keeps state; all of a model's are called from one thread."""
+
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        """weight [rows, features] of a linear layer or an embedding, which may be dropped afterwards."""
+        ...
+
+    def linear(self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [n, features] W^T + bias [rows] -> [n, rows]."""
+        ...
+
+    def embedding(self, token_ids: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+        """token_ids int64 [n] -> the weight's rows [n, features]."""
+        ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x², -1) + eps) * weight. x [n, hidden] -> [n, hidden]. Zhang & Sennrich, 2019."""

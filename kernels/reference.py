@@ -3,9 +3,23 @@
 import torch
 from torch.nn import functional
 
+from baton.kernels.ops import PackedWeight
+
 
 class TorchOps:
     """Implements ops.Ops for any device and dtype."""
+
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        """See Ops: as it is."""
+        return PackedWeight(weight, len(weight))
+
+    def linear(self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        """See Ops."""
+        return functional.linear(x, packed.data, bias)
+
+    def embedding(self, token_ids: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+        """See Ops."""
+        return functional.embedding(token_ids, packed.data)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See Ops."""

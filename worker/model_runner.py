@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from baton.kernels.ops import Ops
 from baton.proto.config import WorkerConfig
 from baton.proto.messages import TokenLogprobs
+from baton.worker.attention import choose_ops
 from baton.worker.batch import Batch
 from baton.worker.kv_layout import kv_layout
 from baton.worker.models.registry import find_model
@@ -48,11 +48,12 @@ class ModelRunner:
             shape.num_kv_heads, shape.num_layers, shape.head_dim, self.block_size, dtype, fingerprint
         )
         started = time.monotonic()
-        self.model = model_class(shape, self.max_model_len, _choose_ops(config.device, dtype), dtype)
+        self.model = model_class(shape, self.max_model_len, choose_ops(config.device, dtype, shape.head_dim), dtype)
         if load_format == "dummy":
             loader.fill_dummy(self.model, seed)
         else:
             loader.load_checkpoint(self.model, directory)
+        self.model.pack()
         log.info("loaded %s in %.1f s, %d threads", directory.name, time.monotonic() - started, self.threads)
         self._slots = _Slots(config.batch.max_num_seqs, -(-self.max_model_len // self.block_size))
         self._sampler = Sampler(self.vocab_size, config.batch.max_num_seqs)
@@ -151,11 +152,3 @@ class _Slots:
         from_device = np.array([row.from_device for row in rows])
         token_ids[query_start[:-1][from_device]] = self.last_token[slots[from_device]]
         return token_ids
-
-
-def _choose_ops(device: str, dtype: torch.dtype) -> Ops:
-    if device != "cpu":
-        raise ValueError(f"device '{device}' is not supported, only cpu")
-    from baton.worker.attention import choose_cpu_ops
-
-    return choose_cpu_ops(dtype)

@@ -1,4 +1,4 @@
-"""Which implementation of the fused operations, paged attention first, serves a device and dtype."""
+"""Which implementation of the fused operations, paged attention first, serves a device, dtype and head size."""
 
 import logging
 
@@ -9,8 +9,30 @@ from baton.kernels.ops import Ops
 log = logging.getLogger(__name__)
 
 
-def choose_cpu_ops(dtype: torch.dtype) -> Ops:
-    """Plain torch."""
+def choose_ops(device: str, dtype: torch.dtype, head_dim: int) -> Ops:
+    """The fastest that can; says so when that is not the intended one. Raises ValueError for an unknown device."""
+    if device not in _FACTORIES:
+        raise ValueError(f"device '{device}' is not supported; supported: {', '.join(_FACTORIES)}")
+    return _FACTORIES[device](dtype, head_dim)
+
+
+def _cpu(dtype: torch.dtype, head_dim: int) -> Ops:
+    from baton.kernels.cpu.build import BuildError, build
+    from baton.kernels.cpu.ops import MAX_HEAD_DIM, CpuOps
     from baton.kernels.reference import TorchOps
 
+    reason = ""
+    if dtype != torch.float32:
+        reason = f"they compute in float32, not {str(dtype).removeprefix('torch.')}"
+    elif head_dim % 16 != 0 or head_dim > MAX_HEAD_DIM:
+        reason = f"head size {head_dim} is no multiple of 16 up to {MAX_HEAD_DIM}"
+    else:
+        try:
+            return CpuOps(build(), torch.get_num_threads())
+        except (BuildError, OSError) as error:
+            reason = str(error)
+    log.warning("C kernels are not used, plain torch operations are (several times slower): %s", reason)
     return TorchOps()
+
+
+_FACTORIES = {"cpu": _cpu}

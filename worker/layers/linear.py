@@ -1,24 +1,51 @@
-"""Linear layers whose weights may come from several checkpoint tensors."""
+"""Layers that own a matrix: loaded row by row from a checkpoint, then packed for the device's products."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from baton.kernels.ops import Ops, PackedWeight
 
-class Linear(nn.Module):
-    """y = x W^T + b for x [num_tokens, in_features].
 
-    `shards` are the output rows of each checkpoint tensor that is merged into this one, in order.
-    """
+class Matrix(nn.Module):
+    """A weight [rows, features]. It is a parameter while it is filled, and packed from then on."""
 
-    def __init__(self, in_features: int, shards: Sequence[int], bias: bool, dtype: torch.dtype) -> None:
+    packed: PackedWeight
+
+    def __init__(self, rows: int, features: int, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
+        self.ops = ops
+        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(rows, features, dtype=dtype), requires_grad=False)
+
+    def pack(self) -> None:
+        """Replace the parameter by its packed form."""
+        if self.weight is not None:
+            self.packed = self.ops.pack(self.weight.data)
+            self.weight = None
+
+
+class Linear(Matrix):
+    """y = x W^T + b. `shards` are the output rows of each checkpoint tensor merged into this one, in order."""
+
+    def __init__(self, features: int, shards: Sequence[int], bias: bool, ops: Ops, dtype: torch.dtype) -> None:
         self.shards = tuple(shards)
         rows = sum(self.shards)
-        self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype), requires_grad=False)
+        super().__init__(rows, features, ops, dtype)
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, in_features] -> [num_tokens, out_features]."""
-        return nn.functional.linear(x, self.weight, self.bias)
+        """[num_tokens, features] -> [num_tokens, rows]."""
+        return self.ops.linear(x, self.packed, self.bias)
+
+
+class Embedding(Matrix):
+    """Token id -> vector, and vector -> logits where the checkpoint ties the two."""
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [n] -> [n, features]."""
+        return self.ops.embedding(token_ids, self.packed)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, features] -> [n, rows]."""
+        return self.ops.linear(x, self.packed, None)

@@ -13,7 +13,7 @@ from torch import nn
 
 from baton.kernels.ops import Ops
 from baton.worker.batch import Batch
-from baton.worker.layers.linear import Linear
+from baton.worker.layers.linear import Embedding, Linear, Matrix
 from baton.worker.layers.rotary import cos_sin_table
 
 
@@ -86,8 +86,8 @@ class Attention(nn.Module):
         super().__init__()
         self.ops, self.layer, self.config = ops, layer, config
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, (q_size, kv_size, kv_size), config.qkv_bias, dtype)
-        self.o_proj = Linear(q_size, (config.hidden_size,), config.output_bias, dtype)
+        self.qkv_proj = Linear(config.hidden_size, (q_size, kv_size, kv_size), config.qkv_bias, ops, dtype)
+        self.o_proj = Linear(q_size, (config.hidden_size,), config.output_bias, ops, dtype)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
@@ -124,8 +124,8 @@ class MLP(nn.Module):
         super().__init__()
         self.ops = ops
         inner = config.intermediate_size
-        self.gate_up_proj = Linear(config.hidden_size, (inner, inner), config.mlp_bias, dtype)
-        self.down_proj = Linear(inner, (config.hidden_size,), config.mlp_bias, dtype)
+        self.gate_up_proj = Linear(config.hidden_size, (inner, inner), config.mlp_bias, ops, dtype)
+        self.down_proj = Linear(inner, (config.hidden_size,), config.mlp_bias, ops, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden] -> [num_tokens, hidden]."""
@@ -172,25 +172,13 @@ class Layer(nn.Module):
         return self.mlp(x), residual
 
 
-class Embedding(nn.Module):
-    """Token id -> vector."""
-
-    def __init__(self, size: int, hidden: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, hidden, dtype=dtype), requires_grad=False)
-
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [n] -> [n, hidden]."""
-        return nn.functional.embedding(token_ids, self.weight)
-
-
 class Decoder(nn.Module):
     """Embedding, layers and the last norm: the checkpoint's `model.`"""
 
     def __init__(self, config: LlamaConfig, max_model_len: int, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
         self.ops = ops
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, ops, dtype)
         self.layers = nn.ModuleList(Layer(config, index, ops, dtype) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.cos_sin = cos_sin_table(config.rope, config.rotary_dim, max_model_len, config.max_position_embeddings)
@@ -217,9 +205,15 @@ class LlamaForCausalLM(nn.Module):
     def __init__(self, config: LlamaConfig, max_model_len: int, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = Decoder(config, max_model_len, ops, dtype)
-        self.lm_head = Linear(config.hidden_size, (config.vocab_size,), False, dtype)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, (config.vocab_size,), False, ops, dtype)
+        self.tied = config.tie_word_embeddings
+
+    def pack(self) -> None:
+        """To be called once the parameters are filled, before the first forward."""
+        for module in self.modules():
+            if isinstance(module, Matrix):
+                module.pack()
 
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         """Hidden states after the last norm of the tokens in batch.logits_indices: [num_samples, hidden].
@@ -230,4 +224,5 @@ class LlamaForCausalLM(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_samples, hidden] -> float32 [num_samples, vocab_size]."""
-        return self.lm_head(hidden).float()
+        logits = self.model.embed_tokens.logits(hidden) if self.tied else self.lm_head(hidden)
+        return logits.float()

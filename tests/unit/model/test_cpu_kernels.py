@@ -1,0 +1,132 @@
+"""The C kernels compute what the plain torch operations compute, on fresh random input."""
+
+import random
+
+import pytest
+import torch
+
+from baton.kernels.cpu.build import BuildError, build
+from baton.kernels.cpu.ops import CpuOps
+from baton.kernels.reference import TorchOps
+
+reference = TorchOps()
+
+
+@pytest.fixture(scope="module")
+def ops() -> CpuOps:
+    try:
+        return CpuOps(build(), torch.get_num_threads())
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 12, 13, 31, 64])
+@pytest.mark.parametrize(("features", "outputs"), [(576, 960), (37, 50), (128, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(ops: CpuOps, rows: int, features: int, outputs: int, bias: bool) -> None:
+    x, weight = torch.randn(rows, features), torch.randn(outputs, features)
+    b = torch.randn(outputs) if bias else None
+    expected = reference.linear(x, reference.pack(weight), b)
+    torch.testing.assert_close(ops.linear(x, ops.pack(weight), b), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_row_of_a_product_has_the_same_bits_in_every_batch(ops: CpuOps) -> None:
+    x, packed = torch.randn(40, 96), ops.pack(torch.randn(70, 96))
+    whole = ops.linear(x, packed, None)
+    for start, end in [(0, 1), (3, 20), (39, 40)]:
+        assert torch.equal(ops.linear(x[start:end], packed, None), whole[start:end])
+
+
+def test_embedding_reads_packed_rows(ops: CpuOps) -> None:
+    weight, ids = torch.randn(100, 24), torch.tensor([0, 99, 31, 32, 32])
+    assert torch.equal(ops.embedding(ids, ops.pack(weight)), weight[ids])
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 576), (3, 50), (300, 512)])
+def test_norms(ops: CpuOps, rows: int, size: int) -> None:
+    x, residual, weight = torch.randn(rows, size), torch.randn(rows, size), torch.randn(size)
+    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    expected = reference.add_rms_norm(x, residual, weight, 1e-5)
+    actual = ops.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1536), (4, 50), (200, 512)])
+def test_silu_and_mul(ops: CpuOps, rows: int, size: int) -> None:
+    gate_up = torch.randn(rows, 2 * size) * 20
+    gate_up[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -87.5])
+    torch.testing.assert_close(ops.silu_and_mul(gate_up), reference.silu_and_mul(gate_up), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("rotary", [1.0, 0.5])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_and_cache(ops: CpuOps, head_dim: int, rotary: float, normed: bool) -> None:
+    tokens, heads, kv_heads, layers, block_size = 70, 6, 2, 3, 16
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim)
+    cos_sin = torch.randn(500, int(head_dim * rotary))
+    positions = torch.randint(0, 500, (tokens,), dtype=torch.int32)
+    slots = torch.randperm(9 * block_size)[:tokens]
+    norm = (torch.randn(head_dim), torch.randn(head_dim), 1e-6) if normed else None
+    pool = torch.zeros(9, kv_heads, layers, 2, block_size, head_dim)
+    expected_pool = pool.clone()
+    expected = reference.rope_and_cache(qkv, heads, cos_sin, positions, slots, expected_pool, 1, norm)
+    actual = ops.rope_and_cache(qkv.clone(), heads, cos_sin, positions, slots, pool, 1, norm)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pool, expected_pool, atol=1e-5, rtol=1e-5)
+
+
+def _problem(heads: int, kv_heads: int, head_dim: int, block_size: int, chunks: list[tuple[int, int]]) -> dict:
+    """chunks: (tokens cached before, new tokens) per sequence; blocks are scattered over a pool full of NaN."""
+    lengths = [cached + new for cached, new in chunks]
+    width = max(-(-length // block_size) for length in lengths)
+    num_blocks = len(chunks) * width
+    pool = torch.full((num_blocks, kv_heads, 2, 2, block_size, head_dim), float("nan"))
+    tables = torch.randperm(num_blocks).reshape(len(chunks), width).to(torch.int32)
+    for table, length in zip(tables, lengths, strict=True):
+        for index in range(-(-length // block_size)):
+            used = min(block_size, length - index * block_size)
+            pool[table[index], :, :, :, :used] = torch.randn(kv_heads, 2, 2, used, head_dim)
+    starts = torch.tensor([0, *[new for _, new in chunks]]).cumsum(0).to(torch.int32)
+    return {
+        "query": torch.randn(int(starts[-1]), heads + 1, head_dim)[:, :heads],  # rows are not dense
+        "pool": pool,
+        "layer": 1,
+        "query_start": starts,
+        "seq_lens": torch.tensor(lengths, dtype=torch.int32),
+        "block_tables": tables,
+        "scale": head_dim**-0.5,
+    }
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 80), (8, 1, 128), (2, 1, 256), (60, 1, 64)]
+)
+def test_paged_attention_on_mixed_batches(
+    ops: CpuOps, heads: int, kv_heads: int, head_dim: int, block_size: int
+) -> None:
+    chunks = [(0, 1), (0, 70), (63, 1), (64, 1), (700, 1), (300, 33), (random.randrange(1500), random.randrange(1, 90))]
+    problem = _problem(heads, kv_heads, head_dim, block_size, chunks)
+    reference_pool = problem | {"pool": problem["pool"].nan_to_num(0.0)}
+    expected = reference.paged_attention(**reference_pool)
+    torch.testing.assert_close(ops.paged_attention(**problem), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_attention_of_a_token_has_the_same_bits_alone_and_in_a_chunk(ops: CpuOps) -> None:
+    problem = _problem(9, 3, 64, 16, [(900, 200)])
+    whole = ops.paged_attention(**problem)
+    for row in (0, 77, 123, 124, 199):
+        alone = problem | {
+            "query": problem["query"][row : row + 1],
+            "query_start": torch.tensor([0, 1], dtype=torch.int32),
+            "seq_lens": torch.tensor([900 + row + 1], dtype=torch.int32),
+        }
+        assert torch.equal(ops.paged_attention(**alone)[0], whole[row])
+
+
+def test_one_openmp_runtime_is_loaded(ops: CpuOps) -> None:
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}
+    assert len(runtimes) == 1
