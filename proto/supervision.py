@@ -63,6 +63,11 @@ class Supervised:
         """Whether SIGTERM has arrived: finish what runs, take nothing new, return from main."""
         return self._stopping
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether no launcher listens: what the user should read goes to stderr then."""
+        return self._launcher is None
+
     def alive(self) -> None:
         """The process runs; run_child says so before main."""
         self._send(Report("alive"))
@@ -106,7 +111,7 @@ def run_child(main: Callable[[ConfigT, Supervised], int], kind: type[ConfigT]) -
     supervised = Supervised(launcher)
     try:
         config = config_tree.decode(arguments.config.read_bytes(), kind)
-        _name_process(config.name)
+        name_process(config.name)
         supervised.alive()
         code = main(config, supervised)
     except Exception as error:
@@ -141,13 +146,14 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _name_process(name: str) -> None:
+def name_process(name: str) -> None:
+    """Title, log prefix, and a traceback if it crashes."""
     setproctitle(f"baton: {name}")
-    set_up_logging(name)
+    _set_up_logging(name)
     faulthandler.enable()
 
 
-def set_up_logging(name: str) -> None:
+def _set_up_logging(name: str) -> None:
     """One line per record on stderr, with the process's name."""
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s %(levelname)s [{name}] %(message)s", datefmt="%H:%M:%S", force=True
@@ -157,7 +163,8 @@ def set_up_logging(name: str) -> None:
 def _report_failure(supervised: Supervised, error: Exception) -> int:
     supervised.failed(error)
     if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
+        if supervised.by_hand:
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     traceback.print_exception(error)
     return EXIT_FAILED

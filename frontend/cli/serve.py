@@ -3,12 +3,9 @@
 import argparse
 import asyncio
 import logging
-import signal
 import socket
 import sys
 from pathlib import Path
-
-from setproctitle import setproctitle
 
 from baton.frontend.cli import engine_args, sizing
 from baton.frontend.launcher import Launcher
@@ -23,7 +20,7 @@ from baton.proto.config import (
 )
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
-from baton.proto.supervision import set_up_logging
+from baton.proto.supervision import name_process
 
 log = logging.getLogger(__name__)
 
@@ -84,14 +81,12 @@ def port_number(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Check what can be checked, start everything, keep it running; the exit code."""
-    setproctitle("baton: launcher")
-    set_up_logging("launcher")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     roles = worker_roles(args)
     args.port = claim_address(args)
     directory = engine_args.resolve_model(args)
     size = sizing.read_model_size(directory, args.dtype, args.load_format)
     plan = sizing.plan(args, size, len(roles))
+    name_process("launcher")
     if plan.note:
         log.info(plan.note)
     with RunDir() as run_dir:

@@ -3,10 +3,7 @@
 import argparse
 import asyncio
 import os
-import signal
 import sys
-
-from setproctitle import setproctitle
 
 from baton.frontend.cli import engine_args, sizing
 from baton.frontend.launcher import Launcher
@@ -15,7 +12,7 @@ from baton.frontend.run_dir import RunDir
 from baton.proto.config import WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
-from baton.proto.supervision import set_up_logging
+from baton.proto.supervision import name_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,11 +30,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.role or not args.scheduler:
         raise UserError("--role and --scheduler are needed: what this worker does, and for whom")
     name = args.name or f"{args.role}-{os.getpid()}"
-    setproctitle(f"baton: launcher of {name}")
-    set_up_logging("launcher")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     directory = engine_args.resolve_model(args)
     plan = sizing.plan(args, sizing.read_model_size(directory, args.dtype, args.load_format), num_workers=1)
+    name_process(f"launcher of {name}")
     with RunDir() as run_dir:
         config = WorkerConfig(
             name=name,

@@ -8,7 +8,7 @@ from baton.frontend.launcher import Launcher
 from baton.frontend.processes import ProcessSpec, StopOrder
 from baton.frontend.run_dir import RunDir
 from baton.proto.config import SchedulerConfig
-from baton.proto.supervision import set_up_logging
+from baton.proto.supervision import name_process
 
 CHILD = str(Path(__file__).with_name("supervised_child.py"))
 ORDER = {"frontend": StopOrder.FRONTEND, "worker": StopOrder.WORKER, "scheduler": StopOrder.SCHEDULER}
@@ -16,7 +16,7 @@ ORDER = {"frontend": StopOrder.FRONTEND, "worker": StopOrder.WORKER, "scheduler"
 
 def main() -> int:
     """Exit code of the launcher."""
-    set_up_logging("launcher")
+    name_process("launcher")
     with RunDir() as run_dir:
         specs = []
         for argument in sys.argv[1:]:

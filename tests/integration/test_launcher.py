@@ -151,6 +151,7 @@ def test_a_users_error_exits_2_without_a_traceback() -> None:
     with deployment("scheduler=serve", "worker=fail_by_user") as running:
         assert running.finish() == 2
         assert running.lines[-1] == "error: worker: this flag is wrong"
+        assert sum("this flag is wrong" in line for line in running.lines) == 1
         assert not any("Traceback" in line for line in running.lines)
 
 

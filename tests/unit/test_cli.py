@@ -1,0 +1,198 @@
+"""The command line: what is checked before any process starts, and how it is said."""
+
+import argparse
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from baton.frontend.cli import engine_args, serve, sizing
+from baton.frontend.cli.main import COMMANDS, OneLineParser, main
+from baton.frontend.run_dir import RunDir
+from baton.proto import __version__
+from baton.proto import config as config_tree
+from baton.proto.config import ServeConfig
+from baton.proto.errors import UserError
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "tie_word_embeddings": True,
+}
+KV_BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model directory with a config alone, for --load-format dummy."""
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(LLAMA))
+    return directory
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = OneLineParser("baton serve", "")
+    serve.add_arguments(parser)
+    return parser.parse(list(words))
+
+
+def plan(model: Path, *words: str) -> sizing.Plan:
+    args = parse(str(model), "--load-format", "dummy", *words)
+    return sizing.plan(args, sizing.read_model_size(model, args.dtype, args.load_format), num_workers=2)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"baton {__version__}\n"
+
+
+def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    usage = capsys.readouterr().out
+    assert all(f"baton {name}" in usage for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["fly"], "no command 'baton fly'"),
+        (["serve"], "MODEL is missing"),
+        (["serve", "demo", "--wings"], "unrecognized arguments: --wings"),
+        (["serve", "demo", "--block-size", "24"], "expected a multiple of 16, got 24"),
+        (["serve", "demo", "--port", "70000"], "a port is at most 65535"),
+        (["serve", "demo", "--kv-cache-memory-bytes", "lots"], "expected a size such as 512M"),
+        (["serve", "demo", "--prefill", "1", "--decode", "0"], "the two roles need each other"),
+        (["serve", "demo", "--prefill", "0", "--decode", "0"], "no worker"),
+        (["serve", "/does/not/exist", "--port", "0"], "model not found"),
+        (["serve", "demo", "--uds", "/does/not/exist/socket"], "is not a directory"),
+        (["serve", "demo", "--config", "/does/not/exist.yaml"], "can't read --config"),
+        (["worker", "demo"], "--role and --scheduler are needed"),
+        (["bench", "serve", "--random-range-ratio", "2"], "expected 0 <= ratio < 1"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_2(
+    words: list[str], line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capfd.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert line in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_busy_port_is_told_before_anything_starts(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "demo", "--port", str(port)]) == 2
+    assert f"can't serve on 0.0.0.0:{port}: Address already in use" in capfd.readouterr().err
+
+
+def test_a_live_unix_socket_is_busy_and_a_stale_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "http"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        with pytest.raises(UserError, match="in use by another process"):
+            serve.claim_address(parse("demo", "--uds", str(path)))
+    assert serve.claim_address(parse("demo", "--uds", str(path))) == 0
+
+
+def test_the_command_line_wins_over_the_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "model: from-file\nport: 1\ndecode: 2\nserved_model_name: [a, b]\nenable-prefix-caching: false\napi-key: -k\n"
+    )
+    args = parse("--config", str(file), "--port", "2")
+    assert (args.model, args.port, args.decode, args.api_key) == ("from-file", 2, 2, ["-k"])
+    assert args.served_model_name == ["a", "b"]
+    assert args.enable_prefix_caching is False
+    assert parse("mine", "--config", str(file)).model == "mine"
+
+
+def test_an_unknown_key_in_the_config_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("wings: 2\n")
+    with pytest.raises(UserError, match="has no option --wings"):
+        parse("demo", "--config", str(file))
+
+
+def test_vllms_names_are_aliases() -> None:
+    assert parse("demo", "--num-gpu-blocks-override", "7").num_blocks == 7
+
+
+@pytest.mark.parametrize(("text", "count"), [("1024", 1024), ("512M", 2**29), ("1.5GiB", 3 * 2**29), ("2k", 2048)])
+def test_sizes(text: str, count: int) -> None:
+    assert engine_args.size(text) == count
+
+
+@pytest.mark.parametrize(
+    ("words", "roles"),
+    [
+        ([], ["prefill", "decode"]),
+        (["--prefill", "2", "--decode", "1"], ["prefill", "prefill", "decode"]),
+        (["--unified", "2"], ["unified", "unified"]),
+        (["--decode", "2", "--unified", "1"], None),
+        (["--prefill", "1", "--decode", "1", "--unified", "1"], ["prefill", "decode", "unified"]),
+    ],
+)
+def test_worker_roles(words: list[str], roles: list[str] | None) -> None:
+    args = parse("demo", *words)
+    if roles is None:
+        with pytest.raises(UserError):
+            serve.worker_roles(args)
+    else:
+        assert serve.worker_roles(args) == roles
+
+
+def test_size_of_a_model_from_its_config(model: Path) -> None:
+    size = sizing.read_model_size(model, "auto", "dummy")
+    assert size.kv_bytes_per_token == KV_BYTES_PER_TOKEN
+    parameters = 1000 * 64 + 2 * (2 * 64 * 16 * (4 + 2) + 3 * 64 * 128)
+    assert size.weight_bytes == 4 * parameters
+
+
+def test_a_pool_smaller_than_the_models_context_shortens_it(model: Path) -> None:
+    shortened = plan(model, "--num-blocks", "10")
+    assert shortened.max_model_len == 160
+    assert "instead of the model's 256" in shortened.note
+
+
+def test_a_context_that_was_asked_for_must_fit_the_pool(model: Path) -> None:
+    with pytest.raises(UserError, match="give --num-blocks 16 or more"):
+        plan(model, "--num-blocks", "10", "--max-model-len", "256")
+
+
+def test_a_context_beyond_the_models_is_refused(model: Path) -> None:
+    with pytest.raises(UserError, match="beyond the model's 256"):
+        plan(model, "--max-model-len", "257")
+
+
+def test_too_little_memory_is_told(model: Path) -> None:
+    with pytest.raises(UserError, match="too little memory: 2 workers need"):
+        plan(model, "--kv-cache-memory-bytes", "100T")
+
+
+def test_the_configuration_tree_names_everything_and_survives_json(model: Path) -> None:
+    args = parse(str(model), "--prefill", "2", "--decode", "1", "--threads", "3", "--api-key", "k1", "k2")
+    with RunDir() as run_dir:
+        config = serve.serve_config(args, model, sizing.Plan(256, 4096), serve.worker_roles(args), run_dir)
+        assert run_dir.path.stat().st_mode & 0o777 == 0o700
+    assert not run_dir.path.exists()
+    assert config_tree.decode(config_tree.encode(config), ServeConfig) == config
+    assert [worker.name for worker in config.workers] == ["prefill-0", "prefill-1", "decode-0"]
+    assert {worker.scheduler for worker in config.workers} == {config.scheduler.endpoint, config.frontend.scheduler}
+    assert config.scheduler.expected_workers == 3
+    assert config.frontend.api_keys == ("k1", "k2")
+    assert config.workers[0].cache.kv_cache_memory_bytes == 4096
