@@ -101,7 +101,7 @@ class Child:
         code = self.process.returncode
         if code < 0:
             return f"{self.name}: killed by {signal.Signals(-code).name}"
-        return f"{self.name}: exited with code {code} without a reason"
+        return f"{self.name}: exited with code {code} before it could say why"
 
 
 class Launcher:
