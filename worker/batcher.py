@@ -102,7 +102,7 @@ class Batcher:
             case StartPrefill() | StartDecode() | CancelCommand():
                 self._command(event, frames, now)
             case Welcome():
-                self._epoch = max(self._epoch, event.epoch)
+                self._obey(event.epoch)
             case CancelStream():
                 self._cancel_stream(event, now)
             case Open():
@@ -121,11 +121,15 @@ class Batcher:
                 self._pulls.pull_done(event, now)
         self._pulls.reserve(now)
 
+    def _obey(self, epoch: int) -> None:
+        """A restarted scheduler counts its commands from the beginning."""
+        if epoch > self._epoch:
+            self._epoch, self._last_cmd_seq = epoch, 0
+
     def _command(self, command: Command, frames: tuple[bytes | memoryview, ...], now: float) -> None:
         if command.epoch < self._epoch:
             return
-        if command.epoch > self._epoch:
-            self._epoch, self._last_cmd_seq = command.epoch, 0
+        self._obey(command.epoch)
         self._last_cmd_seq = max(self._last_cmd_seq, command.cmd_seq)
         if isinstance(command, CancelCommand):
             self._cancel(command.sid, command.attempt, now)
@@ -327,6 +331,10 @@ class Batcher:
         for index, item in enumerate(planned):
             if item.request.state is State.OVER:
                 continue
+            if item.residency != item.request.residency or item.request.state is not State.RUNNING:
+                # Preempted since: a transfer may have refilled its blocks while the step still read them.
+                item.request.placeholders -= item.samples
+                continue
             self._settle(item, now)
             if item.samples:
                 self._sampled(
@@ -344,8 +352,6 @@ class Batcher:
     def _settle(self, item: Planned, now: float) -> None:
         """The row's KV is in its blocks: publish full ones, and tell whoever reads along."""
         request = item.request
-        if item.residency != request.residency or request.state is not State.RUNNING:
-            return
         request.settled = item.end
         self._publish(request)
         if not item.decodes:
@@ -442,7 +448,7 @@ class Batcher:
         request.emitted += len(tokens)
 
     def _finished(self, request: Request) -> None:
-        self._steps.remove(request)  # from waiting when it was preempted with its last token in flight
+        self._steps.leave(request)
         self._over(request, ended=True)
 
     def _hand_over(self, request: Request, rows: FirstRows, now: float) -> None:
