@@ -91,6 +91,8 @@ class Request:
     preemptions: int = 0
     generated: bool = False
     """Whether this leg has sampled a token."""
+    stepped: bool = False
+    """Whether a decode step has been planned."""
     first_rows: FirstRows | None = None
     """The prefill leg's sample, repeated in this leg's first row."""
 

@@ -80,8 +80,9 @@ class StepScheduler:
         self._step += 1
         for item in planned:
             item.request.last_step = self._step
-            if item.decodes:
-                item.request.ledger.stages.setdefault(Stage.STEPPED, now)
+            if item.decodes and not item.request.stepped:
+                item.request.stepped = True
+                item.request.ledger.stages[Stage.STEPPED] = now
         plan = StepPlan(self._step, rows, self._new_slots)
         self._in_flight.append((plan, planned))
         return plan
