@@ -1,0 +1,123 @@
+"""The life and death of a whole deployment: start, restart, join, drain, kill -9."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+Serve = Callable[..., Any]
+SPLIT = ("--prefill", "1", "--decode", "1")
+DEADLINE_S = 60.0
+
+pytestmark = pytest.mark.slow
+
+
+def start(serve: Serve, model: Path, *flags: str) -> Any:
+    words = ("--load-format", "dummy", "--num-blocks", "600", "--host", "127.0.0.1", "--port", "0")
+    return serve("serve", str(model), "--served-model-name", "tiny", *words, *flags)
+
+
+def body(max_tokens: int) -> dict[str, Any]:
+    return {
+        "model": "tiny",
+        "prompt": [1, 2, 3],
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+
+
+def token_ids(response: httpx.Response) -> Iterator[list[int]]:
+    """The token ids of each chunk of a stream."""
+    for line in response.iter_lines():
+        if line.startswith("data: {"):
+            event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event, event
+            for choice in event["choices"]:
+                yield choice["token_ids"] or []
+
+
+def wait_gone(pids: list[int]) -> None:
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(processes, timeout=DEADLINE_S)
+    assert [each for each in alive if each.is_running() and each.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_one_ready_line_and_every_process_has_its_name(serve: Serve, tiny_model: Path, http: httpx.Client) -> None:
+    served = start(serve, tiny_model, *SPLIT)
+    assert http.get(f"{served.url}/ready").status_code == 200
+    assert {"scheduler", "frontend-0", "prefill-0", "decode-0"} <= set(served.pids())
+    assert sum("ready at" in line for line in served.lines) == 1
+
+
+def test_sigterm_lets_a_running_stream_finish(serve: Serve, tiny_model: Path, http: httpx.Client) -> None:
+    served = start(serve, tiny_model, *SPLIT)
+    request = {**body(400), "stream": True}
+    with http.stream("POST", f"{served.url}/v1/completions", json=request) as response:
+        chunks = token_ids(response)
+        tokens = next(chunks)
+        pids, run_dir = list(served.pids().values()), served.run_dir()
+        served.process.terminate()
+        tokens = tokens + [token for chunk in chunks for token in chunk]
+    assert len(tokens) == 400
+    assert served.wait() == 0
+    wait_gone(pids)
+    assert not run_dir.exists()
+
+
+def test_kill_9_of_the_launcher_leaves_nothing(serve: Serve, tiny_model: Path) -> None:
+    served = start(serve, tiny_model, *SPLIT)
+    assert served.url
+    pids, run_dir = list(served.pids().values()), served.run_dir()
+    served.process.kill()
+    wait_gone(pids)
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0", "scheduler"])
+def test_a_stream_survives_the_death_of_any_process_behind_it(
+    serve: Serve, tiny_model: Path, http: httpx.Client, victim: str
+) -> None:
+    served = start(serve, tiny_model, *SPLIT)
+    undisturbed = http.post(f"{served.url}/v1/completions", json=body(300)).json()["choices"][0]["token_ids"]
+    with http.stream("POST", f"{served.url}/v1/completions", json={**body(300), "stream": True}) as response:
+        chunks = token_ids(response)
+        tokens = next(chunks)
+        os.kill(served.pids()[victim], signal.SIGKILL)
+        tokens = tokens + [token for chunk in chunks for token in chunk]
+    assert tokens == undisturbed
+    served.wait_for(f"{victim} is ready again")
+    assert http.post(f"{served.url}/v1/completions", json=body(5)).status_code == 200
+
+
+def test_a_worker_started_by_hand_joins_and_leaves(serve: Serve, tiny_model: Path, http: httpx.Client) -> None:
+    served = start(serve, tiny_model, *SPLIT)
+    assert served.url
+    words = ("--load-format", "dummy", "--num-blocks", "600", "--name", "decode-extra", "--role", "decode")
+    worker = serve("worker", str(tiny_model), *words, "--scheduler", f"ipc://{served.run_dir()}/scheduler")
+    worker.wait_for("decode-extra is ready")
+    assert 'worker="decode-extra"' in http.get(f"{served.url}/metrics").text
+    worker.process.terminate()
+    assert worker.wait() == 0
+    assert http.post(f"{served.url}/v1/completions", json=body(5)).status_code == 200
+
+
+def test_a_worker_that_cannot_load_ends_the_start_with_its_reason(
+    serve: Serve, tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "architectures": ["UnheardOfModel"]}))
+    served = start(serve, broken, *SPLIT)
+    assert served.wait() in (1, 2)
+    assert served.lines[-1].startswith("error: ")
+    assert "UnheardOfModel" in served.lines[-1]
