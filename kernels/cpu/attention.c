@@ -40,29 +40,34 @@ typedef struct {
     float acc[ROWS * MAX_DIM];
 } State;
 
-/* keys [TILE, dim] as [TILE / VL][dim][VL] */
-INLINE void transpose_tile(const float *const *rows, int keys, int64_t dim, float *out) {
+/* One stage of the in-register transpose: pairs of rows `step` apart swap their off-diagonal step x step squares. */
+#define LOW(lane, step) ((lane) & (step) ? VL + (lane) - (step) : (lane))
+#define HIGH(lane, step) ((lane) & (step) ? VL + (lane) : (lane) + (step))
+#define SWAP_STAGE(v, step) \
+    _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) if (!(i & (step))) { \
+        const vf a = v[i], b = v[i + (step)]; \
+        v[i] = __builtin_shuffle(a, b, (vi){EACH_LANE(LOW, step)}); \
+        v[i + (step)] = __builtin_shuffle(a, b, (vi){EACH_LANE(HIGH, step)}); \
+    }
+
+/* keys [TILE, dim] as [TILE / VL][dim][VL]; the values of the same tokens are asked for on the way */
+INLINE void transpose_tile(const float *const *rows, const float *const *values, int keys, int64_t dim, float *out) {
     for (int group = 0; group * VL < keys; group++)
         for (int64_t d = 0; d < dim; d += VL) {
             vf v[VL];
 #pragma GCC unroll 16
-            for (int i = 0; i < VL; i++) v[i] = load(rows[group * VL + i] + d);
-#pragma GCC unroll 4
-            for (int step = VL / 2; step > 0; step /= 2) {
-                vi low, high;
-#pragma GCC unroll 16
-                for (int l = 0; l < VL; l++) {
-                    low[l] = (l & step) ? VL + l - step : l;
-                    high[l] = (l & step) ? VL + l : l + step;
-                }
-#pragma GCC unroll 16
-                for (int i = 0; i < VL; i++)
-                    if (!(i & step)) {
-                        vf a = v[i], b = v[i + step];
-                        v[i] = __builtin_shuffle(a, b, low);
-                        v[i + step] = __builtin_shuffle(a, b, high);
-                    }
+            for (int i = 0; i < VL; i++) {
+                v[i] = load(rows[group * VL + i] + d);
+                __builtin_prefetch(values[group * VL + i] + d);
             }
+#if VL == 16
+            SWAP_STAGE(v, 8)
+#endif
+#if VL >= 8
+            SWAP_STAGE(v, 4)
+#endif
+            SWAP_STAGE(v, 2)
+            SWAP_STAGE(v, 1)
 #pragma GCC unroll 16
             for (int i = 0; i < VL; i++) store(out + (group * dim + d + i) * VL, v[i]);
         }
@@ -146,8 +151,8 @@ static void weigh_rows(int rows, const float *probs, const float *const *values,
 
 /* Scores of one row to probabilities; keys from `limit` on are not visible. Returns the factor for what is there. */
 INLINE float softmax_row(float *s, int limit, float *max, float *sum) {
-    vf lane = {0}, top = splat(-INFINITY);
-    for (int l = 0; l < VL; l++) lane[l] = l;
+    const vf lane = {EACH_LANE(IDENTITY, 0)};
+    vf top = splat(-INFINITY);
     for (int g = 0; g < LANES; g++) {
         vf visible = select_vf(lane + (float)(g * VL) < splat((float)limit), load(s + g * VL), splat(-INFINITY));
         store(s + g * VL, visible);
@@ -166,6 +171,16 @@ INLINE float softmax_row(float *s, int limit, float *max, float *sum) {
     return rescale;
 }
 
+/* Ask for the keys of the tile from `start` on while the one before is computed: their addresses are scattered. */
+static void prefetch_tile(const Problem *p, const int32_t *table, const float *head, int start, int end) {
+    const int64_t last = start + TILE < end ? start + TILE : end;
+    for (int64_t token = start; token < last; token += p->block_size) {
+        const float *keys = head + table[token / p->block_size] * p->block_stride + token % p->block_size * p->dim;
+        const int64_t count = last - token < p->block_size ? last - token : p->block_size;
+        for (int64_t i = 0; i < count * p->dim; i += 16) __builtin_prefetch(keys + i);
+    }
+}
+
 /* One partition of one item. limits[r] is how many tokens row r sees. */
 static void attend_partition(const Problem *p, const Item *item, const float *query, const int *limits, int64_t part,
                              State *state) {
@@ -180,12 +195,18 @@ static void attend_partition(const Problem *p, const Item *item, const float *qu
     for (int start = part_start; start < part_end; start += TILE) {
         const float *key_rows[TILE], *value_rows[TILE];
         const int count = part_end - start < TILE ? part_end - start : TILE;
-        for (int j = 0; j < TILE; j++) {
-            const int token = start + (j < count ? j : count - 1); /* lanes beyond the end read a valid key */
-            key_rows[j] = head + table[token / p->block_size] * p->block_stride + token % p->block_size * p->dim;
+        int offset = start % p->block_size;
+        const float *block = head + table[start / p->block_size] * p->block_stride;
+        for (int j = 0; j < TILE; j++, offset++) {
+            if (offset == p->block_size && j < count) {
+                offset = 0;
+                block = head + table[(start + j) / p->block_size] * p->block_stride;
+            }
+            key_rows[j] = j < count ? block + offset * p->dim : key_rows[count - 1]; /* a valid key for idle lanes */
             value_rows[j] = key_rows[j] + p->block_size * p->dim;
         }
-        transpose_tile(key_rows, count, p->dim, keys);
+        transpose_tile(key_rows, value_rows, count, p->dim, keys);
+        if (start + TILE < part_end) prefetch_tile(p, table, head, start + TILE, part_end);
         for (int r = 0; r < item->rows; r += QR) {
             const int rows = item->rows - r < QR ? item->rows - r : QR;
             score_rows(rows, query + r * p->dim, keys, count, p->dim, probs + r * TILE);

@@ -22,6 +22,18 @@
 typedef float vf __attribute__((vector_size(VL * 4), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4), aligned(4)));
 
+/* F(lane, argument) for every lane of a vector, to write constant vectors. */
+#define EACH_LANE_4(F, first, a) F((first), a), F((first) + 1, a), F((first) + 2, a), F((first) + 3, a)
+#define EACH_LANE_8(F, first, a) EACH_LANE_4(F, first, a), EACH_LANE_4(F, (first) + 4, a)
+#if VL == 16
+#define EACH_LANE(F, a) EACH_LANE_8(F, 0, a), EACH_LANE_8(F, 8, a)
+#elif VL == 8
+#define EACH_LANE(F, a) EACH_LANE_8(F, 0, a)
+#else
+#define EACH_LANE(F, a) EACH_LANE_4(F, 0, a)
+#endif
+#define IDENTITY(lane, unused) (lane)
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vf load(const float *p) { return *(const vf *)p; }
