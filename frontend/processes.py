@@ -38,16 +38,20 @@ class ProcessSpec:
 def specs(config: ServeConfig) -> list[ProcessSpec]:
     """Everything that `baton serve` starts, in the order of starting."""
     scheduler = ProcessSpec(
-        config.scheduler, ("-m", "baton.scheduler_proc.main"), StopOrder.SCHEDULER, _compute_threads(1)
+        config.scheduler, _module("baton.scheduler_proc.main"), StopOrder.SCHEDULER, _compute_threads(1)
     )
-    frontend = ProcessSpec(config.frontend, ("-m", "baton.frontend.main"), StopOrder.FRONTEND, _compute_threads(1))
+    frontend = ProcessSpec(config.frontend, _module("baton.frontend.main"), StopOrder.FRONTEND, _compute_threads(1))
     return [scheduler, *map(worker_spec, config.workers), frontend]
 
 
 def worker_spec(config: WorkerConfig) -> ProcessSpec:
     """One worker."""
     threads = config.threads or len(os.sched_getaffinity(0))
-    return ProcessSpec(config, ("-m", "baton.worker.main"), StopOrder.WORKER, _compute_threads(threads))
+    return ProcessSpec(config, _module("baton.worker.main"), StopOrder.WORKER, _compute_threads(threads))
+
+
+def _module(name: str) -> tuple[str, ...]:
+    return ("-m", "baton.proto.child", name)
 
 
 def _compute_threads(count: int) -> dict[str, str]:

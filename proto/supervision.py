@@ -107,8 +107,7 @@ def run_child(main: Callable[[ConfigT, Supervised], int], kind: type[ConfigT]) -
     SIGTERM handlers: keep them from it, or stop_fd stays silent.
     """
     arguments = _parse_arguments()
-    launcher = _tie_to_launcher(arguments.supervisor_fd) if arguments.supervisor_fd >= 0 else None
-    supervised = Supervised(launcher)
+    supervised = Supervised(_tie_to_launcher(arguments.supervisor_fd))
     try:
         config = config_tree.decode(arguments.config.read_bytes(), kind)
         name_process(config.name)
@@ -119,6 +118,11 @@ def run_child(main: Callable[[ConfigT, Supervised], int], kind: type[ConfigT]) -
     sys.exit(code)
 
 
+def report_early_failure(error: Exception) -> int:
+    """Tell the launcher about an exception from before run_child; the exit code."""
+    return _report_failure(Supervised(_tie_to_launcher(_parse_arguments().supervisor_fd)), error)
+
+
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A process of Baton; `baton serve` starts it.")
     parser.add_argument("--config", type=Path, required=True, help="JSON file with the process's configuration")
@@ -126,8 +130,10 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _tie_to_launcher(fd: int) -> socket.socket:
-    """Die when the launcher does, however it dies, and take its socket over."""
+def _tie_to_launcher(fd: int) -> socket.socket | None:
+    """Die when the launcher does, however it dies, and take its socket over. None when started by hand."""
+    if fd < 0:
+        return None
     launcher = socket.socket(fileno=fd)
     launcher.set_inheritable(False)
     die_with_parent()

@@ -22,7 +22,8 @@ def main() -> int:
         for argument in sys.argv[1:]:
             name, _, behaviour = argument.partition("=")
             config = SchedulerConfig(name=name, endpoint=f"{run_dir.path}/{name}.starts")
-            specs.append(ProcessSpec(config, (CHILD,), ORDER[name], {"BEHAVIOUR": behaviour}))
+            command = ("-m", "baton.proto.child", "no_such_module") if behaviour == "missing" else (CHILD,)
+            specs.append(ProcessSpec(config, command, ORDER[name], {"BEHAVIOUR": behaviour}))
         print(f"run_dir {run_dir.path}", flush=True)
         launcher = Launcher(specs, run_dir.path, lambda _: print("ready", flush=True), drain_s=1.0)
         return asyncio.run(launcher.run())

@@ -140,6 +140,12 @@ def test_a_failed_start_ends_with_the_childs_own_exception() -> None:
         assert not running.run_dir.exists()
 
 
+def test_a_module_that_cannot_be_imported_says_why() -> None:
+    with deployment("worker=missing") as running:
+        assert running.finish() == 1
+        assert running.lines[-1] == "error: worker: ImportError: No module named no_such_module"
+
+
 def test_a_users_error_exits_2_without_a_traceback() -> None:
     with deployment("scheduler=serve", "worker=fail_by_user") as running:
         assert running.finish() == 2
