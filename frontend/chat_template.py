@@ -50,14 +50,14 @@ class ChatTemplate:
         self._wants_parts = _iterates_content(tree)
         self._knows_developer = "developer" in source
 
-    def render(self, messages: list[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self, messages: list[Message], *, add_generation_prompt: bool = True, variables: dict[str, Any] | None = None
+    ) -> str:
         """The prompt. Content parts must be text. Raises ChatTemplateError with the template's own complaint."""
         shaped = [self._shape(message) for message in messages]
+        names = (variables or {}) | {"messages": shaped, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(
-                **self._special_tokens,
-                **(variables | {"messages": shaped, "add_generation_prompt": add_generation_prompt}),
-            )
+            return self._template.render(self._special_tokens | names)
         except ChatTemplateError:
             raise
         except Exception as error:  # a template can raise whatever its expressions raise

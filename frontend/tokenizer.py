@@ -49,6 +49,11 @@ class Tokenizer:
         piece: str | None = self._backend.id_to_token(id)
         return piece
 
+    def id_of(self, piece: str) -> int | None:
+        """Inverse of piece."""
+        id: int | None = self._backend.token_to_id(piece)
+        return id
+
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token adds to the text; only for byte_level tokenizers."""
         data = self._token_bytes.get(id)

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible API: requests in, responses out, nothing about sockets."""

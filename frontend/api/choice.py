@@ -1,0 +1,87 @@
+"""One output stream as the client sees it: text, tokens and the reason of its end, in deltas."""
+
+from dataclasses import dataclass, field
+
+from baton.frontend.api.errors import outcome_error
+from baton.frontend.api.params import Wishes
+from baton.frontend.api.prompts import Prompt
+from baton.frontend.detokenizer import Detokenizer
+from baton.frontend.engine_client import Output, OutputReader
+from baton.frontend.tokenizer import Tokenizer
+from baton.proto.lifecycle import Outcome
+from baton.proto.messages import Ledger, SamplingParams, TokenLogprobs
+
+
+@dataclass
+class Delta:
+    """A piece of the output."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """One per token when asked for, else empty."""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    """The stop string or the client's stop token id that ended the text."""
+
+    def extend(self, other: "Delta") -> None:
+        """Append what came next."""
+        self.text += other.text
+        self.token_ids += other.token_ids
+        self.logprobs += other.logprobs
+        self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
+
+
+class Choice:
+    """Turns one stream's tokens into deltas."""
+
+    def __init__(
+        self, index: int, prompt: Prompt, params: SamplingParams, wishes: Wishes, tokenizer: Tokenizer
+    ) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.num_tokens = 0
+        """Output tokens so far, up to and with the one that completed a stop string."""
+        self.ledger = Ledger()
+        """Complete once the stream has finished."""
+        self._wishes = wishes
+        self._stop_ids = frozenset(params.stop_token_ids)
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            skip_special_tokens=wishes.skip_special_tokens,
+            stop=wishes.stop,
+            include_stop=wishes.include_stop,
+            min_tokens=params.min_tokens,
+        )
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were not computed."""
+        return min(self.ledger.cached_tokens, len(self.prompt.ids))
+
+    def take(self, output: Output, reader: OutputReader) -> Delta:
+        """What `output` adds; ends the stream at a stop string. Raises ApiError when the stream failed."""
+        tokens, finished = output.tokens, output.finished
+        by_token = bool(tokens) and tokens[-1] in self._stop_ids
+        before = self._detokenizer.num_tokens
+        hidden = by_token and not self._wishes.include_stop
+        text = self._detokenizer.feed(tokens[:-1] if hidden else tokens)
+        stop_reason: int | str | None = self._detokenizer.stopped
+        if stop_reason is not None:
+            tokens = tokens[: self._detokenizer.num_tokens - before]
+            finished = reader.stop(self.index) or finished
+        elif by_token and tokens[-1] in self._wishes.client_stop_ids:
+            stop_reason = tokens[-1]
+        self.num_tokens += len(tokens)
+        delta = Delta(text, tokens, output.logprobs[: len(tokens)], stop_reason=stop_reason)
+        if finished is None:
+            return delta
+        self.ledger = finished.ledger
+        if self._detokenizer.stopped is not None:
+            delta.finish_reason = Outcome.STOP.value
+            return delta
+        if (error := outcome_error(finished)) is not None:
+            raise error
+        delta.finish_reason = finished.outcome.value
+        delta.text += self._detokenizer.flush()
+        return delta

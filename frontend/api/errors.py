@@ -1,0 +1,101 @@
+"""One error envelope for everything a client can do wrong or suffer."""
+
+from http import HTTPStatus
+
+import msgspec
+
+from baton.frontend.instructions import Finished
+from baton.proto.lifecycle import Outcome, RejectCode
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+_REJECT_STATUS = {
+    RejectCode.QUEUE_FULL: 429,
+    RejectCode.TOO_LONG: 400,
+    RejectCode.NO_WORKERS: 503,
+    RejectCode.DEADLINE: 503,
+    RejectCode.SHUTTING_DOWN: 503,
+}
+_DEFAULT_RETRY_AFTER_S = 1
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field of the request that is wrong."""
+    code: str | None
+
+
+class ErrorResponse(msgspec.Struct, frozen=True):
+    """Every error of every endpoint has this form."""
+
+    error: ErrorBody
+
+
+class ApiError(Exception):
+    """An answer other than success. The message is for the client: what is wrong and what to do."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+        self.body = ErrorResponse(ErrorBody(message, error_type(status), param, code))
+
+    def encode(self) -> bytes:
+        """The envelope as JSON."""
+        return msgspec.json.encode(self.body)
+
+
+def error_type(status: int) -> str:
+    """The envelope's `type` for an HTTP status."""
+    return _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_error")
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the request itself is wrong."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unavailable(message: str, retry_after_s: float = _DEFAULT_RETRY_AFTER_S, status: int = 503) -> ApiError:
+    """The server can't do it now."""
+    return ApiError(status, message, headers={"Retry-After": str(max(1, round(retry_after_s)))})
+
+
+def http_error(status: int, detail: str = "", headers: dict[str, str] | None = None) -> ApiError:
+    """An error of the HTTP layer: unknown path, wrong method, …"""
+    return ApiError(status, detail or HTTPStatus(status).phrase, headers=headers)
+
+
+def outcome_error(finished: Finished) -> ApiError | None:
+    """The error that ended a stream; None when it ended well."""
+    match finished.outcome:
+        case Outcome.STOP | Outcome.LENGTH:
+            return None
+        case Outcome.REJECTED:
+            status = _REJECT_STATUS.get(RejectCode(finished.reject_code), 503)
+            if status == 400:
+                return bad_request(finished.message, code=finished.reject_code)
+            return unavailable(finished.message, finished.retry_after_s, status)
+        case Outcome.ABORTED:
+            return unavailable(finished.message or "the request was aborted")
+        case Outcome.TIMEOUT:
+            return ApiError(504, finished.message, code="timeout")
+    return ApiError(500, finished.message or "the request failed")

@@ -1,0 +1,205 @@
+"""A request's wishes, checked and completed with the model's defaults."""
+
+import math
+import secrets
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from baton.frontend.api.errors import ApiError, bad_request
+from baton.frontend.api.requests import ChatCompletionRequest, GenerationRequest
+from baton.frontend.model_info import ModelInfo
+from baton.proto.messages import SamplingParams
+
+MAX_STREAMS = 1024
+"""Streams that one request may open: prompts times n."""
+MAX_STOP_STRINGS = 64
+_UINT64 = 2**64 - 1
+
+N = TypeVar("N", int, float)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """One request's parameters, apart from its prompts."""
+
+    sampling: SamplingParams
+    """max_tokens still missing: it depends on the prompt."""
+    max_tokens: int | None
+    n: int
+    stop: tuple[str, ...]
+    include_stop: bool
+    client_stop_ids: frozenset[int]
+    """Those stop token ids that the client named itself."""
+    skip_special_tokens: bool
+    return_token_ids: bool
+    logprobs: int | None
+    """Alternatives per token to report; None: no logprobs at all."""
+    priority: int
+
+    def for_prompt(self, prompt_len: int, info: ModelInfo, param: str) -> SamplingParams:
+        """Sampling parameters with the tokens that the context leaves. Raises ApiError when the prompt is too long."""
+        room = context_room(prompt_len, info, param)
+        if self.max_tokens is None:
+            max_tokens = min(room, info.defaults.max_new_tokens or room)
+        elif self.max_tokens > room:
+            raise bad_request(
+                f"max_tokens is too large: {self.max_tokens}. This model's maximum context length is "
+                f"{info.max_model_len} tokens and the request has {prompt_len} input tokens ({self.max_tokens} > "
+                f"{info.max_model_len} - {prompt_len}). Ask for at most {room}.",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        else:
+            max_tokens = self.max_tokens
+        return msgspec.structs.replace(
+            self.sampling, max_tokens=max_tokens, min_tokens=min(self.sampling.min_tokens, max_tokens)
+        )
+
+    def sample(self, params: SamplingParams, index: int) -> SamplingParams:
+        """The parameters of the index-th of n samples."""
+        return params if index == 0 else msgspec.structs.replace(params, sample_index=index)
+
+
+def context_room(prompt_len: int, info: ModelInfo, param: str) -> int:
+    """Output tokens that fit behind a prompt. Raises ApiError when not even one does."""
+    room = info.max_model_len - prompt_len
+    if room < 1:
+        raise bad_request(
+            f"This model's maximum context length is {info.max_model_len} tokens. However, the request has "
+            f"{prompt_len} input tokens. Please reduce the length of the prompt.",
+            param,
+            "context_length_exceeded",
+        )
+    return room
+
+
+def read_wishes(request: GenerationRequest, info: ModelInfo, max_logprobs: int) -> Wishes:
+    """Check a request against what the server can do. Raises ApiError naming the field."""
+    check_model(request.model, info)
+    max_tokens = _max_tokens(request)
+    logprobs = _logprobs(request, max_logprobs)
+    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    stop_ids = frozenset(request.stop_token_ids or ())
+    _check_stop(stop, stop_ids, info)
+    sampling = _sampling(request, info, () if request.ignore_eos else info.eos_ids, logprobs)
+    _check_sampling(sampling, max_tokens)
+    return Wishes(
+        sampling=sampling,
+        max_tokens=max_tokens,
+        n=_within("n", 1 if request.n is None else request.n, 1, 128),
+        stop=stop,
+        include_stop=request.include_stop_str_in_output,
+        client_stop_ids=stop_ids,
+        skip_special_tokens=request.skip_special_tokens,
+        return_token_ids=bool(request.return_token_ids),
+        logprobs=logprobs,
+        priority=request.priority,
+    )
+
+
+def check_model(name: str | None, info: ModelInfo) -> None:
+    """Raises ApiError (404) for a model that is not served here."""
+    if name is not None and name not in info.names:
+        raise ApiError(
+            404,
+            f"The model `{name}` does not exist; this server has {', '.join(info.names)}.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _sampling(
+    request: GenerationRequest, info: ModelInfo, eos_ids: tuple[int, ...], logprobs: int | None
+) -> SamplingParams:
+    defaults = info.defaults
+    return SamplingParams(
+        max_tokens=0,
+        temperature=_or(request.temperature, defaults.temperature),
+        top_k=max(0, _within("top_k", _or(request.top_k, defaults.top_k), -1, 2**31 - 1)),
+        top_p=_or(request.top_p, defaults.top_p),
+        min_p=_or(request.min_p, defaults.min_p),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
+        seed=secrets.randbits(64) if request.seed is None else request.seed & _UINT64,
+        min_tokens=request.min_tokens,
+        stop_token_ids=tuple(sorted({*eos_ids, *(request.stop_token_ids or ())})),
+        logprobs=-1 if logprobs is None else logprobs,
+        logit_bias=_logit_bias(request.logit_bias or {}, info.vocab_size),
+    )
+
+
+def _or(value: N | None, default: N) -> N:
+    return default if value is None else value
+
+
+def _max_tokens(request: GenerationRequest) -> int | None:
+    value = request.max_tokens
+    name = "max_tokens"
+    if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
+        value, name = request.max_completion_tokens, "max_completion_tokens"
+    if value is not None and value < 1:
+        raise bad_request(f"{name} must be at least 1, got {value}.", name)
+    return value
+
+
+def _logprobs(request: GenerationRequest, limit: int) -> int | None:
+    if isinstance(request, ChatCompletionRequest):
+        if request.top_logprobs is not None and not request.logprobs:
+            raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
+        name, count = "top_logprobs", (request.top_logprobs or 0) if request.logprobs else None
+    else:
+        name, count = "logprobs", request.logprobs
+    if count is not None and not 0 <= count <= limit:
+        raise bad_request(
+            f"{name} must be from 0 to {limit}, got {count}; the server's --max-logprobs sets the limit.", name
+        )
+    return count
+
+
+def _check_sampling(params: SamplingParams, max_tokens: int | None) -> None:
+    _within("temperature", params.temperature, 0, 2**16)
+    if not 0 < params.top_p <= 1:
+        raise bad_request(f"top_p must be above 0 and at most 1, got {params.top_p}.", "top_p")
+    _within("min_p", params.min_p, 0, 1)
+    _within("presence_penalty", params.presence_penalty, -2, 2)
+    _within("frequency_penalty", params.frequency_penalty, -2, 2)
+    if not 0 < params.repetition_penalty < math.inf:
+        raise bad_request(
+            f"repetition_penalty must be greater than 0, got {params.repetition_penalty}.", "repetition_penalty"
+        )
+    if params.min_tokens < 0 or (max_tokens is not None and params.min_tokens > max_tokens):
+        raise bad_request(f"min_tokens must be from 0 to max_tokens, got {params.min_tokens}.", "min_tokens")
+
+
+def _check_stop(stop: tuple[str, ...], stop_ids: frozenset[int], info: ModelInfo) -> None:
+    if "" in stop:
+        raise bad_request("stop must not contain an empty string.", "stop")
+    if len(stop) > MAX_STOP_STRINGS:
+        raise bad_request(f"stop has {len(stop)} strings; at most {MAX_STOP_STRINGS} are possible.", "stop")
+    for id in stop_ids:
+        _check_token(id, info.vocab_size, "stop_token_ids")
+
+
+def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
+    result = {}
+    for key, value in bias.items():
+        if not key.isascii() or not key.isdigit():
+            raise bad_request(f"logit_bias has the key {key!r}; keys must be token ids.", "logit_bias")
+        _check_token(int(key), vocab_size, "logit_bias")
+        result[int(key)] = _within("logit_bias", value, -100, 100)
+    return result
+
+
+def _check_token(id: int, vocab_size: int, param: str) -> None:
+    if not 0 <= id < vocab_size:
+        raise bad_request(f"{param} has the token id {id}; the vocabulary has ids from 0 to {vocab_size - 1}.", param)
+
+
+def _within(name: str, value: N, low: float, high: float) -> N:
+    """NaN is within nothing."""
+    if not low <= value <= high:
+        raise bad_request(f"{name} must be from {low} to {high}, got {value}.", name)
+    return value

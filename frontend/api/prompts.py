@@ -1,0 +1,159 @@
+"""Prompts of requests to token ids, in threads: templates and tokenisers would hold the event loop up."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from baton.frontend.api.errors import ApiError, bad_request
+from baton.frontend.api.params import context_room
+from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from baton.frontend.chat_template import ChatTemplate, ChatTemplateError
+from baton.frontend.model_info import ModelInfo
+from baton.frontend.tokenizer import Tokenizer
+from baton.proto.hashing import hash_chain, pack_hashes
+
+T = TypeVar("T")
+
+_FINAL = "\ue000baton\ue001"
+"""Stands at the end of the final message while it is rendered, to find where the template goes on behind it."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a stream starts from."""
+
+    ids: np.ndarray  # int32 [prompt_len]
+    hashes: bytes
+    """Its packed hash chain, root first."""
+
+
+class Prompts:
+    """Renders and tokenises. Owns its threads; close() ends them."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, info: ModelInfo) -> None:
+        self.tokenizer = tokenizer
+        self._template = template
+        self._info = info
+        self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="tokenize")
+        # What is computed once, at start and not in somebody's first request.
+        _ = tokenizer.max_token_bytes, tokenizer.byte_level
+
+    async def completion(self, request: CompletionRequest) -> list[Prompt]:
+        """One prompt per string or list of ids. Raises ApiError."""
+        return await self._run(lambda: [self._prompt(ids, "prompt") for ids in self._completion_ids(request)])
+
+    async def chat(self, request: ChatCompletionRequest, raw: dict[str, Any]) -> Prompt:
+        """The rendered conversation; `raw` is the request as it came. Raises ApiError."""
+        return await self._run(lambda: self._prompt(self._chat_ids(request, raw), "messages"))
+
+    async def tokenize(self, request: TokenizeRequest, raw: dict[str, Any]) -> list[int]:
+        """Token ids for /tokenize. Raises ApiError."""
+        if (request.prompt is None) == (request.messages is None):
+            raise bad_request("give either prompt or messages.")
+        if request.prompt is None:
+            return await self._run(lambda: self._chat_ids(request, raw))
+        text, special = request.prompt, request.add_special_tokens is not False
+        return await self._run(lambda: self.tokenizer.encode(text, special))
+
+    async def detokenize(self, ids: list[int]) -> str:
+        """Text for /detokenize. Raises ApiError."""
+        self._check_ids(ids, "tokens")
+        return await self._run(lambda: self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def close(self) -> None:
+        """End the threads; what they do now is abandoned."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _prompt(self, ids: list[int], param: str) -> Prompt:
+        if not ids:
+            raise bad_request("the prompt is empty; it needs at least one token.", param)
+        context_room(len(ids), self._info, param)
+        tokens = np.array(ids, dtype=np.int32)
+        return Prompt(tokens, pack_hashes(hash_chain(tokens)))
+
+    def _completion_ids(self, request: CompletionRequest) -> list[list[int]]:
+        special = request.add_special_tokens is not False
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            return [self._encode(prompt, special, "prompt")]
+        if prompt and all(isinstance(item, int) for item in prompt):
+            return [self._check_ids(prompt, "prompt")]
+        return [
+            self._encode(item, special, "prompt") if isinstance(item, str) else self._check_ids(item, "prompt")
+            for item in prompt
+        ]
+
+    def _chat_ids(self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any]) -> list[int]:
+        text = self._render(request, raw)
+        return self._encode(text, request.add_special_tokens is True, "messages")
+
+    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        """Refuses text that can't fit before it costs the time to tokenise it."""
+        least = len(text.encode(errors="surrogatepass")) // self.tokenizer.max_token_bytes
+        context_room(least, self._info, param)
+        return self.tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens)
+
+    def _check_ids(self, ids: Any, param: str) -> list[int]:
+        limit = self._info.vocab_size
+        if not isinstance(ids, list) or not all(isinstance(id, int) for id in ids):
+            raise bad_request("prompt must be a string, a list of strings, of token ids or of lists of those.", param)
+        for id in ids:
+            if not 0 <= id < limit:
+                raise bad_request(f"token id {id} is out of vocabulary; ids are from 0 to {limit - 1}.", param)
+        return ids
+
+    def _render(self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any]) -> str:
+        if self._template is None:
+            raise bad_request(
+                "this model has no chat template: start the server with --chat-template, or use /v1/completions",
+                "messages",
+            )
+        if request.continue_final_message and request.add_generation_prompt and "add_generation_prompt" in raw:
+            raise bad_request(
+                "continue_final_message and add_generation_prompt exclude each other.", "continue_final_message"
+            )
+        messages = _messages(request, raw)
+        variables = request.chat_template_kwargs or {}
+        try:
+            if not request.continue_final_message:
+                return self._template.render(
+                    messages, add_generation_prompt=request.add_generation_prompt, variables=variables
+                )
+            final = {**messages[-1], "content": f"{_text(messages[-1])}{_FINAL}"}
+            text = self._template.render([*messages[:-1], final], add_generation_prompt=False, variables=variables)
+        except ChatTemplateError as error:
+            raise bad_request(str(error), "messages") from error
+        return text.rpartition(_FINAL)[0]
+
+
+def _messages(request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages as they came, after a look at what they contain."""
+    if not request.messages:
+        raise bad_request("messages must not be empty.", "messages")
+    for index, message in enumerate(request.messages):
+        for part in message.content if isinstance(message.content, list) else ():
+            if part.type not in ("text", "input_text") or part.text is None:
+                raise unsupported_part(index, part.type)
+    messages: list[dict[str, Any]] = raw["messages"]
+    return messages
+
+
+def _text(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def unsupported_part(index: int, kind: str) -> ApiError:
+    """A content part that is not text."""
+    return bad_request(
+        f"messages[{index}] has a content part of type {kind!r}; this model takes parts of type 'text' only.",
+        f"messages[{index}].content",
+    )

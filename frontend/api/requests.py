@@ -1,0 +1,167 @@
+"""The requests of the HTTP API. Names, types and defaults are OpenAI's and vLLM's."""
+
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from baton.frontend.api.errors import bad_request
+
+Ids = list[int]
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """Extras of a streamed answer."""
+
+    include_usage: bool = False
+    """A last chunk with the usage."""
+    continuous_usage_stats: bool = False
+    """The usage so far in every chunk."""
+
+
+class _Generation(msgspec.Struct, kw_only=True):
+    """What both generating endpoints take. None is the model's or the server's default."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Annotated[int | None, Meta(description="0 or -1: off")] = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: Ids | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    logit_bias: dict[str, float] | None = None
+    priority: int = 0
+    return_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    user: str | None = None
+
+
+class CompletionRequest(_Generation, kw_only=True):
+    """POST /v1/completions"""
+
+    prompt: str | list[str | int | Ids]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+
+
+class ContentPart(msgspec.Struct):
+    """A piece of a message; only text is understood."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(msgspec.Struct, kw_only=True):
+    """One turn. What else it carries (name, tool_calls, …) goes to the chat template unread."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+
+
+class ChatCompletionRequest(_Generation, kw_only=True):
+    """POST /v1/chat/completions"""
+
+    messages: list[ChatMessage]
+    max_tokens: Annotated[int | None, Meta(description="deprecated: max_completion_tokens")] = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /tokenize, with `prompt` or `messages`"""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /detokenize"""
+
+    tokens: Ids
+    model: str | None = None
+
+
+GenerationRequest = CompletionRequest | ChatCompletionRequest
+R = TypeVar("R", CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+
+_IGNORED = frozenset({"store", "metadata", "request_id", "service_tier", "safety_identifier", "prompt_cache_key"})
+"""Fields that ask for nothing of the answer."""
+
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
+    "best_of": (None, 1),
+    "cache_salt": (None,),
+    "chat_template": (None,),
+    "documents": (None, []),
+    "echo": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "length_penalty": (None, 1, 1.0),
+    "logits_processors": (None, []),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "prompt_embeds": (None,),
+    "prompt_logprobs": (None,),
+    "response_format": (None, {"type": "text"}),
+    "structured_outputs": (None,),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+    "web_search_options": (None,),
+}
+"""Fields that would change the answer and that this server does not implement, with the values that ask for nothing."""
+
+
+def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
+    """The request, its JSON object as it came, and the names of fields that nobody knows. Raises ApiError."""
+    try:
+        raw = msgspec.json.decode(body)
+    except msgspec.DecodeError as error:
+        raise bad_request(f"the body is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise bad_request("the body must be a JSON object")
+    _refuse_unsupported(raw)
+    try:
+        request = msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        param = where.strip("`").lstrip(".") or None
+        raise bad_request(f"{param}: {message}" if param else message, param=param) from error
+    known = {*(field.name for field in msgspec.structs.fields(kind)), *_UNSUPPORTED, *_IGNORED}
+    return request, raw, [name for name in raw if name not in known]
+
+
+def _refuse_unsupported(raw: dict[str, Any]) -> None:
+    for name, harmless in _UNSUPPORTED.items():
+        if name in raw and raw[name] not in harmless:
+            raise bad_request(f"`{name}` is not supported by this server; leave it out", param=name, code="unsupported")

@@ -1,0 +1,316 @@
+"""The frontend's sockets around its streams: asyncio outside, ZeroMQ inside, no decision of its own.
+
+Everything happens in the event loop's thread, except the heartbeat, which has a thread and a socket to itself. Tokens
+that a client does not take yet wait in its OutputReader; no worker is ever held up by a client.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import zmq
+
+from baton.frontend.instructions import Deliver, Finished, Instruction, SendToScheduler, SendToWorker
+from baton.frontend.streams import Limits, Streams
+from baton.proto import PROTOCOL_VERSION
+from baton.proto.channels import Dealer, Router, identity
+from baton.proto.config import FrontendConfig
+from baton.proto.lifecycle import Outcome
+from baton.proto.messages import (
+    Beat,
+    ClusterStatus,
+    FrontendHello,
+    Goodbye,
+    MetricsReply,
+    MetricsRequest,
+    SamplingParams,
+    Sid,
+    ToFrontend,
+    ToFrontendTokens,
+    TokenBatch,
+    TokenLogprobs,
+)
+
+log = logging.getLogger(__name__)
+
+BEAT_INTERVAL_S = 0.5
+METRICS_TIMEOUT_S = 5.0
+
+
+class Output:
+    """What came since the last time: tokens with their logprobs, and the end."""
+
+    __slots__ = ("finished", "logprobs", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        """One per token when asked for, else empty."""
+        self.finished: Finished | None = None
+
+
+class OutputReader:
+    """The streams of one client request, for one reader. Leaving the `with` block aborts what has not ended."""
+
+    def __init__(self, client: "EngineClient", received_s: float) -> None:
+        """`received_s`: when the request arrived, on CLOCK_MONOTONIC."""
+        self._client = client
+        self._received_s = received_s
+        self._sids: list[Sid] = []
+        self._open: set[int] = set()
+        self._pending: dict[int, Output] = {}
+        self._wake: asyncio.Future[None] | None = None
+
+    def submit(self, prompt: np.ndarray, params: SamplingParams, prompt_hashes: bytes, priority: int = 0) -> None:
+        """Open one more stream, for `prompt` (int32 [prompt_len]); its index counts from 0."""
+        index = len(self._sids)
+        self._open.add(index)
+        deliver = partial(self._put, index)
+        self._sids.append(
+            self._client.submit(prompt, params, prompt_hashes, deliver, priority=priority, received_s=self._received_s)
+        )
+
+    @property
+    def num_open(self) -> int:
+        """Streams whose end has not been read."""
+        return len(self._open)
+
+    async def next(self) -> dict[int, Output]:
+        """Everything that has come, by stream index; waits for something to come."""
+        if not self._pending:
+            self._wake = asyncio.get_running_loop().create_future()
+            try:
+                await self._wake
+            finally:
+                self._wake = None
+        outputs, self._pending = self._pending, {}
+        for index, output in outputs.items():
+            if output.finished is not None:
+                self._open.discard(index)
+        return outputs
+
+    def stop(self, index: int) -> Finished | None:
+        """The reader found a stop string: ends the stream and drops its later tokens. None when it was over."""
+        if index not in self._open:
+            return None
+        self._client.end(self._sids[index], Outcome.STOP)
+        self._open.discard(index)
+        return self._pending.pop(index).finished
+
+    def __enter__(self) -> "OutputReader":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for index in self._open:
+            self._client.abort(self._sids[index])
+
+    def _put(self, index: int, instruction: Deliver | Finished) -> None:
+        output = self._pending.setdefault(index, Output())
+        if isinstance(instruction, Deliver):
+            output.tokens.extend(instruction.tokens)
+            output.logprobs.extend(instruction.logprobs)
+        else:
+            output.finished = instruction
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+
+class EngineClient:
+    """This frontend's connection to the cluster. Owns its sockets, its timer and its heartbeat; close() frees them."""
+
+    def __init__(self, config: FrontendConfig) -> None:
+        """Binds and connects; needs a running event loop."""
+        self._config = config
+        self._incarnation = int.from_bytes(os.urandom(7), "big")
+        # Workers number rows per endpoint, and rows carry half a sid: a new incarnation needs a new endpoint.
+        self._token_path = Path(config.run_dir) / f"{config.name}-{self._incarnation:014x}.tokens"
+        endpoint = f"ipc://{self._token_path}"
+        self._context = zmq.Context()
+        me = identity(config.name, self._incarnation)
+        self._tokens: Router[TokenBatch] = Router(self._context, endpoint, ToFrontendTokens)
+        self._scheduler: Dealer[ToFrontend] = Dealer(self._context, config.scheduler, me, ToFrontend)
+        limits = Limits(gap_timeout_s=config.gap_timeout_s, resend_interval_s=config.resend_interval_s)
+        hello = FrontendHello(self._incarnation, config.name, endpoint, os.getpid(), PROTOCOL_VERSION)
+        self._streams = Streams(limits, hello)
+        self._deliver: dict[Sid, Callable[[Deliver | Finished], None]] = {}
+        self._metrics: dict[int, asyncio.Future[str]] = {}
+        self._metrics_ids = itertools.count(1)
+        self._on_status: list[Callable[[], None]] = []
+        self.status: ClusterStatus | None = None
+        """The cluster as the scheduler told it last."""
+        self._closed: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = float("inf")
+        self._beats = _Beats(self._context, config.scheduler, config.name, self._incarnation)
+        self._loop.add_reader(self._scheduler.fileno(), self._drain)
+        self._loop.add_reader(self._tokens.fileno(), self._drain)
+        self._carry_out([SendToScheduler(self._streams.hello())])
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request can be served."""
+        return self.status is not None and self.status.ready
+
+    @property
+    def num_streams(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    async def all_closed(self) -> None:
+        """Wait until the scheduler has acknowledged the end of every stream."""
+        while self._streams.closing:
+            self._closed = self._loop.create_future()
+            await self._closed
+
+    def on_status(self, callback: Callable[[], None]) -> None:
+        """Call this after every ClusterStatus."""
+        self._on_status.append(callback)
+
+    def submit(
+        self,
+        prompt: np.ndarray,
+        params: SamplingParams,
+        prompt_hashes: bytes,
+        deliver: Callable[[Deliver | Finished], None],
+        *,
+        priority: int = 0,
+        received_s: float,
+    ) -> Sid:
+        """Open a stream (see Streams.submit) whose tokens and end go to `deliver`."""
+        sid, instructions = self._streams.submit(
+            prompt,
+            params,
+            time.monotonic(),
+            prompt_hashes=prompt_hashes,
+            priority=priority,
+            received_s=received_s,
+        )
+        self._deliver[sid] = deliver
+        self._carry_out(instructions)
+        return sid
+
+    def end(self, sid: Sid, outcome: Outcome, message: str = "") -> None:
+        """End a stream from this side."""
+        self._carry_out(self._streams.end(sid, outcome, time.monotonic(), message))
+
+    def abort(self, sid: Sid, message: str = "") -> None:
+        """End a stream that nobody reads; without effect on one that has ended."""
+        self.end(sid, Outcome.ABORTED, message)
+
+    def abort_all(self, message: str) -> None:
+        """End every stream, e.g. because the server stops."""
+        for sid in self._streams.open_sids():
+            self.abort(sid, message)
+
+    async def metrics(self) -> str:
+        """The cluster's metrics as Prometheus text. Raises TimeoutError when the scheduler does not answer."""
+        number = next(self._metrics_ids)
+        future = self._metrics[number] = self._loop.create_future()
+        self._scheduler.send(MetricsRequest(number))
+        self._loop.call_soon(self._drain)
+        try:
+            return await asyncio.wait_for(future, METRICS_TIMEOUT_S)
+        finally:
+            del self._metrics[number]
+
+    def close(self) -> None:
+        """Say goodbye and free everything. Streams should have been aborted before."""
+        self._loop.remove_reader(self._scheduler.fileno())
+        self._loop.remove_reader(self._tokens.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+        self._beats.close()
+        self._scheduler.send(Goodbye(self._config.name, self._incarnation))
+        self._scheduler.close()
+        self._tokens.close()
+        self._context.term()
+        self._token_path.unlink(missing_ok=True)
+
+    def _drain(self) -> None:
+        """Read both sockets until they are empty: their descriptors tell only that something has changed."""
+        if self._scheduler.socket.closed:
+            return
+        now = time.monotonic()
+        for message, _frames in self._scheduler.drain():
+            self._on_message(message)
+            self._carry_out(self._streams.on_message(message, now))
+        if self._closed is not None and not self._closed.done() and not self._streams.closing:
+            self._closed.set_result(None)
+        for sender, batch, _frames in self._tokens.drain():
+            try:
+                self._carry_out(self._streams.on_token_batch(batch, now))
+            except ValueError as error:
+                log.error("refused a batch from %s: %s", sender.decode(errors="replace"), error)
+
+    def _on_message(self, message: ToFrontend) -> None:
+        if isinstance(message, ClusterStatus):
+            self.status = message
+            for callback in self._on_status:
+                callback()
+        elif isinstance(message, MetricsReply):
+            future = self._metrics.get(message.request)
+            if future is not None and not future.done():
+                future.set_result(message.text)
+
+    def _carry_out(self, instructions: list[Instruction]) -> None:
+        sent = False
+        for instruction in instructions:
+            match instruction:
+                case Deliver():
+                    self._deliver[instruction.sid](instruction)
+                case Finished():
+                    self._deliver.pop(instruction.sid)(instruction)
+                case SendToScheduler():
+                    self._scheduler.send(instruction.message, *instruction.frames)
+                    sent = True
+                case SendToWorker():
+                    self._tokens.send(identity(*instruction.worker), instruction.message)
+                    sent = True
+        if sent:  # a send may swallow the edge that announces an arrival
+            self._loop.call_soon(self._drain)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        deadline = self._streams.next_deadline()
+        if deadline >= self._timer_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = deadline
+        self._timer = self._loop.call_later(max(deadline - time.monotonic(), 0.0) + 1e-3, self._tick)
+
+    def _tick(self) -> None:
+        self._timer, self._timer_at = None, float("inf")
+        self._carry_out(self._streams.tick(time.monotonic()))
+
+
+class _Beats:
+    """The heartbeat: a thread with a socket of its own, so that a busy event loop does not look dead."""
+
+    def __init__(self, context: zmq.Context, scheduler: str, name: str, incarnation: int) -> None:
+        self._args = (context, scheduler, name, incarnation)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="beats", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop and wait for the end."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        context, scheduler, name, incarnation = self._args
+        dealer: Dealer[ToFrontend] = Dealer(context, scheduler, identity(name, incarnation) + b":beat", ToFrontend)
+        while not self._stop.wait(BEAT_INTERVAL_S):
+            dealer.send(Beat(name, incarnation))
+            for _ in dealer.drain():  # answers go to the main socket
+                pass
+        dealer.close(0)

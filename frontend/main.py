@@ -1,0 +1,151 @@
+"""The frontend's process: HTTP in front, the cluster behind.
+
+python -m baton.frontend.main --config frontend.json
+
+After SIGTERM it listens no more and lets running requests finish for shutdown_timeout_s; what runs then is ended with
+an error that says so.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from baton.frontend.api.generation import Generator
+from baton.frontend.api.prompts import Prompts
+from baton.frontend.chat_template import load_chat_template
+from baton.frontend.engine_client import EngineClient
+from baton.frontend.http_server import build_app
+from baton.frontend.model_info import load_model_info
+from baton.frontend.tokenizer import load_tokenizer
+from baton.proto.config import FrontendConfig
+from baton.proto.errors import UserError
+from baton.proto.supervision import Supervised, run_child
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+FLUSH_S = 2.0
+"""After the last request has been ended: how long its answer may take to be written."""
+CLOSE_ACK_S = 1.0
+"""How long the scheduler may take to hear of the last ends."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: the launcher's SIGTERM arrives through stop_fd."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def main(config: FrontendConfig, supervised: Supervised) -> int:
+    """The whole life of the process."""
+    listener = _listen(config)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config, supervised, listener))
+    finally:
+        listener.close()
+        if config.uds:
+            Path(config.uds).unlink(missing_ok=True)
+    return 0
+
+
+async def _serve(config: FrontendConfig, supervised: Supervised, listener: socket.socket) -> None:
+    tokenizer = load_tokenizer(config.model)
+    info = load_model_info(config.model, tokenizer)
+    prompts = Prompts(tokenizer, load_chat_template(config.model, tokenizer), info)
+    client = EngineClient(config)
+    generator = Generator(client, prompts, info, config.max_logprobs)
+    server = _Server(
+        uvicorn.Config(
+            build_app(config, client, prompts, info, generator),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=round(config.shutdown_timeout_s + FLUSH_S),
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await _until_stopped(client, supervised, serving)
+        generator.draining = True
+        server.should_exit = True
+        await _drain(client, serving, config.shutdown_timeout_s)
+    finally:
+        prompts.close()
+        client.close()
+
+
+async def _until_stopped(client: EngineClient, supervised: Supervised, serving: "asyncio.Task[None]") -> None:
+    """Serve until SIGTERM; report readiness when it comes. Raises what the server died of."""
+    stopped = asyncio.Event()
+    ready = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(supervised.stop_fd, stopped.set)
+
+    def look() -> None:
+        if client.ready and not ready.is_set():
+            ready.set()
+            supervised.ready()
+
+    client.on_status(look)
+    waiting = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait({waiting, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+            raise RuntimeError("the HTTP server has ended by itself")
+    finally:
+        waiting.cancel()
+        loop.remove_reader(supervised.stop_fd)
+
+
+async def _drain(client: EngineClient, serving: "asyncio.Task[None]", timeout_s: float) -> None:
+    """Let requests finish; then end them."""
+    if client.num_streams:
+        log.info("%d requests may finish within %.0f s", client.num_streams, timeout_s)
+    done, _ = await asyncio.wait({serving}, timeout=timeout_s)
+    if not done:
+        log.warning("%d requests are ended unfinished", client.num_streams)
+        client.abort_all("the server is shutting down; the answer is incomplete")
+        await asyncio.wait({serving}, timeout=FLUSH_S)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_ACK_S):
+            await client.all_closed()
+    if not serving.done():
+        serving.cancel()
+        await asyncio.wait({serving})
+
+
+def _listen(config: FrontendConfig) -> socket.socket:
+    """The bound socket. Raises UserError when the address is taken or can't be used."""
+    try:
+        if config.uds:
+            Path(config.uds).unlink(missing_ok=True)
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(config.uds)
+        else:
+            family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        where = config.uds or f"{config.host}:{config.port}"
+        raise UserError(f"can't serve on {where}: {error.strerror}; choose another address") from error
+    listener.listen(BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+if __name__ == "__main__":
+    run_child(main, FrontendConfig)
