@@ -1,0 +1,105 @@
+"""Greedy output equals transformers' token for token, however the work is split; seeded samples are equal too."""
+
+import argparse
+import inspect
+import json
+import random
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.deployment import Deployment
+from support.reference import Greedy, Reference
+from tokenizers import Tokenizer
+
+from baton.worker.weights.resolve import resolve
+
+pytestmark = pytest.mark.slow
+
+MAX_TOKENS = 24
+TIE = 1e-3
+"""Where the reference's own two best logits are closer than this, either may be chosen."""
+SAMPLED: dict[str, list[list[int]]] = {}
+"""Mode -> seeded samples, compared across modes."""
+
+MODES = {
+    "1 prefill + 1 decode": ["--prefill", "1", "--decode", "1", "--max-num-batched-tokens", "128"],
+    "2 prefill + 2 decode": ["--prefill", "2", "--decode", "2"],
+    "unified": ["--unified", "1"],
+    "1 + 1, prefix cache off": ["--prefill", "1", "--decode", "1", "--no-enable-prefix-caching"],
+    "unified, prefix cache off": ["--unified", "1", "--no-enable-prefix-caching", "--max-num-batched-tokens", "96"],
+    "1 + 1, preempting": ["--prefill", "1", "--decode", "1", "--num-blocks", "64"],
+    "unified, preempting": ["--unified", "1", "--num-blocks", "64"],
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir() -> Path:
+    return resolve("demo")
+
+
+@pytest.fixture(scope="module")
+def prompts(model_dir: Path) -> list[list[int]]:
+    """30 prompts of 1 to 700 tokens of prose and code; ten of them share long beginnings."""
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    text = "\n".join(inspect.getsource(module) for module in (textwrap, argparse, random))
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    rng = random.Random(7)
+    lengths = [1, 2, 5, 15, 16, 17, 31, 32, 33, 48, 64, 100, 120, 150, 200, 250, 300, 400, 600, 700]
+    separate = []
+    for length in lengths:
+        start = rng.randrange(len(ids) - length)
+        separate.append(ids[start : start + length])
+    shared = ids[1000:1170]
+    forks = [
+        shared[:cut] + ids[start : start + 9]
+        for cut, start in zip([160] * 5 + [96] * 3 + [170] * 2, range(2000, 3000, 100), strict=True)
+    ]
+    return separate + forks
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path, prompts: list[list[int]]) -> list[Greedy]:
+    reference = Reference(model_dir)
+    return [reference.greedy(prompt, MAX_TOKENS) for prompt in prompts]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_are_those_of_transformers(mode: str, prompts: list[list[int]], expected: list[Greedy]) -> None:
+    with Deployment(*MODES[mode], "--max-model-len", "1024") as deployment:
+        fields: dict[str, Any] = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "return_token_ids": True}
+        answers = deployment.complete_all(prompts, temperature=0, logprobs=1, **fields)
+        SAMPLED[mode] = [
+            answer["choices"][0]["token_ids"]
+            for answer in deployment.complete_all(prompts[:6], temperature=0.9, top_p=0.95, seed=1234, **fields)
+        ]
+        preemptions = deployment.total("baton_preemptions_total")
+        pulled = deployment.total("baton_tokens_total", 'source="pulled"')
+        deployment.wait_idle()
+    worst = max(
+        compare(index, answer, reference)
+        for index, (answer, reference) in enumerate(zip(answers, expected, strict=True))
+    )
+    print(f"{mode}: largest logprob difference {worst:.2e}, {preemptions:.0f} preemptions")
+    assert worst < 1e-3
+    assert ("preempting" in mode) == (preemptions > 0)
+    assert ("unified" in mode) == (pulled == 0)
+    first = next(iter(SAMPLED))
+    assert SAMPLED[mode] == SAMPLED[first], f"seeded samples of {mode} differ from those of {first}"
+
+
+def compare(index: int, answer: dict[str, Any], reference: Greedy) -> float:
+    """Largest logprob difference up to the end, or to a tie in the reference that went the other way."""
+    choice = answer["choices"][0]
+    assert len(choice["token_ids"]) == MAX_TOKENS, json.dumps(choice)
+    worst = 0.0
+    rows = zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
+    for position, (token, logprob) in enumerate(rows):
+        if token != reference.tokens[position]:
+            margin = reference.margins[position]
+            assert margin < TIE, f"prompt {index}, output {position}: {token}, expected {reference.tokens[position]}"
+            print(f"prompt {index}, output {position}: a tie, the reference's best logits are {margin:.1e} apart")
+            break
+        worst = max(worst, abs(logprob - reference.logprobs[position]))
+    return worst
