@@ -1,15 +1,24 @@
 """One output stream as the client sees it: text, tokens and the reason of its end, in deltas."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from baton.frontend.api.errors import outcome_error
 from baton.frontend.api.params import Wishes
 from baton.frontend.api.prompts import Prompt
 from baton.frontend.detokenizer import Detokenizer
-from baton.frontend.engine_client import Output, OutputReader
+from baton.frontend.engine_client import Output
+from baton.frontend.instructions import Finished
 from baton.frontend.tokenizer import Tokenizer
 from baton.proto.lifecycle import Outcome
 from baton.proto.messages import Ledger, SamplingParams, TokenLogprobs
+
+
+class Stopper(Protocol):
+    """Can end a stream from the reader's side."""
+
+    def stop(self, index: int) -> Finished | None:
+        """End it now; None when it was over."""
 
 
 @dataclass
@@ -59,7 +68,7 @@ class Choice:
         """Prompt tokens that were not computed."""
         return min(self.ledger.cached_tokens, len(self.prompt.ids))
 
-    def take(self, output: Output, reader: OutputReader) -> Delta:
+    def take(self, output: Output, reader: Stopper) -> Delta:
         """What `output` adds; ends the stream at a stop string. Raises ApiError when the stream failed."""
         tokens, finished = output.tokens, output.finished
         by_token = bool(tokens) and tokens[-1] in self._stop_ids

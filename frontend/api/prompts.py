@@ -44,12 +44,20 @@ class Prompts:
         _ = tokenizer.max_token_bytes, tokenizer.byte_level
 
     async def completion(self, request: CompletionRequest) -> list[Prompt]:
-        """One prompt per string or list of ids. Raises ApiError."""
-        return await self._run(lambda: [self._prompt(ids, "prompt") for ids in self._completion_ids(request)])
+        """As of_completion, in a thread."""
+        return await self._run(lambda: self.of_completion(request))
 
     async def chat(self, request: ChatCompletionRequest, raw: dict[str, Any]) -> Prompt:
+        """As of_chat, in a thread."""
+        return await self._run(lambda: self.of_chat(request, raw))
+
+    def of_completion(self, request: CompletionRequest) -> list[Prompt]:
+        """One prompt per string or list of ids. Raises ApiError."""
+        return [self._prompt(ids, "prompt") for ids in self._completion_ids(request)]
+
+    def of_chat(self, request: ChatCompletionRequest, raw: dict[str, Any]) -> Prompt:
         """The rendered conversation; `raw` is the request as it came. Raises ApiError."""
-        return await self._run(lambda: self._prompt(self._chat_ids(request, raw), "messages"))
+        return self._prompt(self._chat_ids(request, raw), "messages")
 
     async def tokenize(self, request: TokenizeRequest, raw: dict[str, Any]) -> list[int]:
         """Token ids for /tokenize. Raises ApiError."""

@@ -1,0 +1,312 @@
+"""Offline use: one process, no server. The interface is vLLM's where the meaning is the same.
+
+from baton.frontend import LLM, SamplingParams
+
+with LLM("demo") as llm:
+    for output in llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=8)):
+        print(output.outputs[0].text)
+"""
+
+import importlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from baton.frontend.api.choice import Choice, Delta
+from baton.frontend.api.errors import ApiError
+from baton.frontend.api.params import Wishes, read_wishes
+from baton.frontend.api.prompts import Prompt, Prompts
+from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest
+from baton.frontend.chat_template import load_chat_template
+from baton.frontend.engine_client import Output
+from baton.frontend.instructions import Finished
+from baton.frontend.model_info import load_model_info
+from baton.frontend.tokenizer import load_tokenizer
+from baton.proto.config import BatchConfig, CacheConfig, ModelConfig, WorkerConfig
+from baton.proto.errors import UserError
+from baton.proto.lifecycle import FinishReason, Outcome, Role, Stage
+from baton.proto.messages import Ledger, Sid, TokenLogprobs
+
+PromptLike = str | Sequence[int]
+Conversation = Sequence[dict[str, Any]]
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
+    """How outputs are drawn. None is the model's own default, from generation_config.json."""
+
+    n: int = 1
+    """Outputs per prompt."""
+    max_tokens: int | None = 16
+    """None: what the context leaves."""
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    logit_bias: dict[int, float] | None = None
+    logprobs: int | None = None
+    """Alternatives per token; 0: the chosen token's own."""
+    add_special_tokens: bool | None = None
+    priority: int = 0
+
+
+class Logprob(msgspec.Struct):
+    """Of one token at one position."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+class CompletionOutput(msgspec.Struct):
+    """One sample."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[dict[int, Logprob]] | None
+    """Per output token: token id -> Logprob, of the chosen token and the best ones."""
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+class RequestOutput(msgspec.Struct):
+    """What became of one prompt."""
+
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    ledgers: list[Ledger]
+    """Per sample: what was computed and when."""
+    num_cached_tokens: int
+    finished: bool = True
+
+
+class LLM:
+    """A model in this process. Owns the engine; close() frees it."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tokenizer: str = "",
+        chat_template: str = "",
+        revision: str = "",
+        dtype: str = "auto",
+        load_format: str = "auto",
+        seed: int = 0,
+        max_model_len: int = 0,
+        device: str = "cpu",
+        threads: int = 0,
+        cache: CacheConfig | None = None,
+        batch: BatchConfig | None = None,
+        max_logprobs: int = 20,
+    ) -> None:
+        """`model` is a directory, a .gguf file, a hub id or 'demo'. Raises UserError for what the user can mend."""
+        path = _resolve(model, revision)
+        config = ModelConfig(
+            path=path,
+            served_names=(model,),
+            dtype=dtype,
+            load_format=load_format,
+            max_model_len=max_model_len,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            seed=seed,
+        )
+        text = load_tokenizer(config)
+        info = load_model_info(config, text)
+        template = load_chat_template(config, text)
+        worker = WorkerConfig(
+            name="offline",
+            role=Role.UNIFIED.value,
+            model=config,
+            cache=cache or CacheConfig(),
+            batch=batch or BatchConfig(),
+            device=device,
+            threads=threads,
+        )
+        self._engine = importlib.import_module("baton.worker.engine").Engine(worker)
+        self._info = msgspec.structs.replace(info, max_model_len=self._engine.max_model_len)
+        self._prompts = Prompts(text, template, self._info)
+        self._max_logprobs = max_logprobs
+        self._next_sid = 0
+
+    def generate(
+        self, prompts: PromptLike | Sequence[PromptLike], sampling_params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """Continue each prompt (text or token ids), in the order given. Raises ValueError for bad arguments."""
+        params = sampling_params or SamplingParams()
+        try:
+            wishes = self._wishes(params)
+            request = CompletionRequest(prompt=_plain(prompts), add_special_tokens=params.add_special_tokens)
+            return self._run(self._prompts.of_completion(request), wishes)
+        except ApiError as error:
+            raise ValueError(str(error)) from error
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several. Raises ValueError for bad arguments."""
+        conversations = [messages] if isinstance(messages[0], dict) else messages
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        try:
+            raws = [{"messages": list(conversation)} | options for conversation in conversations]
+            prompts = [self._prompts.of_chat(msgspec.convert(raw, ChatCompletionRequest), raw) for raw in raws]
+            return self._run(prompts, self._wishes(sampling_params or SamplingParams()))
+        except (ApiError, msgspec.ValidationError) as error:
+            raise ValueError(str(error)) from error
+
+    def close(self) -> None:
+        """Free the model and its KV pool."""
+        self._prompts.close()
+        self._engine.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _wishes(self, params: SamplingParams) -> Wishes:
+        given = msgspec.structs.asdict(params)
+        bias = given.pop("logit_bias")
+        request = CompletionRequest(
+            prompt="", logit_bias={str(id): value for id, value in bias.items()} if bias else None, **given
+        )
+        return read_wishes(request, self._info, self._max_logprobs)
+
+    def _run(self, prompts: list[Prompt], wishes: Wishes) -> list[RequestOutput]:
+        run = _Run(self._engine, wishes.logprobs is not None)
+        for prompt in prompts:
+            base = wishes.for_prompt(len(prompt.ids), self._info, "prompt")
+            for sample in range(wishes.n):
+                params = wishes.sample(base, sample)
+                choice = Choice(sample, prompt, params, wishes, self._prompts.tokenizer)
+                self._next_sid += 1
+                run.add((0, self._next_sid), choice)
+                self._engine.add((0, self._next_sid), params, prompt.ids)
+        done = run.finish()
+        return [
+            self._output(prompt, done[i * wishes.n : (i + 1) * wishes.n], wishes) for i, prompt in enumerate(prompts)
+        ]
+
+    def _output(self, prompt: Prompt, done: list[tuple[Choice, Delta]], wishes: Wishes) -> RequestOutput:
+        outputs = [
+            CompletionOutput(
+                index=choice.index,
+                text=delta.text,
+                token_ids=delta.token_ids,
+                cumulative_logprob=sum(entry.logprob for entry in delta.logprobs) if delta.logprobs else None,
+                logprobs=self._logprobs(delta) if wishes.logprobs is not None else None,
+                finish_reason=delta.finish_reason,
+                stop_reason=delta.stop_reason,
+            )
+            for choice, delta in done
+        ]
+        ledgers = [choice.ledger for choice, _ in done]
+        return RequestOutput(prompt.ids.tolist(), outputs, ledgers, done[0][0].cached_tokens)
+
+    def _logprobs(self, delta: Delta) -> list[dict[int, Logprob]]:
+        return [self._position(id, entry) for id, entry in zip(delta.token_ids, delta.logprobs, strict=True)]
+
+    def _position(self, chosen: int, entry: TokenLogprobs) -> dict[int, Logprob]:
+        token = self._prompts.tokenizer.token
+        best = {id: Logprob(logprob, rank, token(id)) for rank, (id, logprob) in enumerate(entry.top, 1)}
+        return {chosen: Logprob(entry.logprob, entry.rank, token(chosen))} | best
+
+
+class _Run:
+    """The streams of one call, driven until all have ended."""
+
+    def __init__(self, engine: Any, with_logprobs: bool) -> None:
+        self._engine = engine
+        self._with_logprobs = with_logprobs
+        self._streams: dict[Sid, tuple[Choice, Delta]] = {}
+        self._ledgers: dict[Sid, Ledger] = {}
+        self._open: dict[Sid, Choice] = {}
+
+    def add(self, sid: Sid, choice: Choice) -> None:
+        self._streams[sid] = choice, Delta()
+        self._ledgers[sid] = Ledger(stages={Stage.SUBMITTED.value: time.monotonic()})
+        self._open[sid] = choice
+
+    def finish(self) -> list[tuple[Choice, Delta]]:
+        """Step until every stream has ended; what is left is aborted when one fails."""
+        try:
+            while self._open:
+                for row in self._engine.step():
+                    if row.sid in self._open:
+                        self._take(row)
+        finally:
+            for sid in self._open:
+                self._engine.abort(sid)
+        return list(self._streams.values())
+
+    def _take(self, row: Any) -> None:
+        choice, delta = self._streams[row.sid]
+        ledger = self._ledgers[row.sid]
+        if row.ledger is not None:
+            ledger.merge(row.ledger)
+        output = Output()
+        output.tokens, output.logprobs = list(row.tokens), list(row.logprobs)
+        if row.finish is not None:
+            if row.finish.reason == FinishReason.ERROR:
+                raise RuntimeError(row.finish.message or "the engine failed")
+            ledger.stages[Stage.FINISHED.value] = time.monotonic()
+            output.finished = Finished(row.sid, Outcome(row.finish.reason), ledger, row.finish.final)
+        delta.extend(choice.take(output, _Stop(self, row.sid)))
+        if delta.finish_reason is not None:
+            self._open.pop(row.sid, None)
+
+    def stop(self, sid: Sid) -> Finished:
+        """A stop string was found."""
+        self._engine.abort(sid)
+        self._ledgers[sid].stages[Stage.FINISHED.value] = time.monotonic()
+        return Finished(sid, Outcome.STOP, self._ledgers[sid], self._streams[sid][0].num_tokens)
+
+
+class _Stop:
+    """Choice's way to end its stream."""
+
+    def __init__(self, run: _Run, sid: Sid) -> None:
+        self._run, self._sid = run, sid
+
+    def stop(self, index: int) -> Finished:
+        return self._run.stop(self._sid)
+
+
+def _resolve(model: str, revision: str) -> str:
+    resolver = importlib.import_module("baton.worker.weights.resolve")
+    try:
+        return str(resolver.resolve(model, revision))
+    except resolver.ResolveError as error:
+        raise UserError(str(error)) from error
+
+
+def _plain(prompts: PromptLike | Sequence[PromptLike]) -> Any:
+    """Tuples and arrays become lists, as JSON would have them."""
+    if isinstance(prompts, str):
+        return prompts
+    return [item if isinstance(item, str | int) else [int(id) for id in item] for item in prompts]
