@@ -18,13 +18,13 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # read when torch loads
 
-import torch  # noqa: E402
+import torch
 
-from baton.proto.config import BatchConfig, CacheConfig, ModelConfig, WorkerConfig  # noqa: E402
-from baton.proto.messages import SamplingParams  # noqa: E402
-from baton.worker.model_runner import ModelRunner  # noqa: E402
-from baton.worker.plan import Row, SlotInit, StepPlan  # noqa: E402
-from baton.worker.weights.resolve import resolve  # noqa: E402
+from baton.proto.config import BatchConfig, CacheConfig, ModelConfig, WorkerConfig
+from baton.proto.messages import SamplingParams
+from baton.worker.model_runner import ModelRunner
+from baton.worker.plan import Row, SlotInit, StepPlan
+from baton.worker.weights.resolve import resolve
 
 PARTS = {
     "linear": "products",
@@ -181,7 +181,8 @@ def main() -> None:
     decode_s = sum(step["total"] for step in decode)
     whole = args.batch * args.output / (prefill_s + decode_s)
     print(
-        f"prefill {args.batch * args.prompt / prefill_s:.0f} tok/s, decode {args.batch * (args.output - 1) / decode_s:.1f}"
+        f"prefill {args.batch * args.prompt / prefill_s:.0f} tok/s, "
+        f"decode {args.batch * (args.output - 1) / decode_s:.1f} tok/s"
     )
     print(f"end to end {whole:.1f} output tok/s")
     if args.reference:

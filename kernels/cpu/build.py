@@ -80,7 +80,7 @@ def _key(compiler: str, openmp: Path) -> str:
 
 
 def _cpu_flags() -> str:
-    """What -march=x86-64-v3 depends on: a cache directory may be shared by different machines."""
+    """What -march=native depends on: a cache directory may be shared by different machines."""
     flags = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))}
     return platform.machine() + "".join(sorted(flags))
 

@@ -4,17 +4,17 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # read when torch loads; the launcher sets it for workers
 
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
+from collections.abc import Callable
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from baton.proto.config import CacheConfig, ModelConfig, WorkerConfig  # noqa: E402
-from baton.proto.messages import SamplingParams, TokenLogprobs  # noqa: E402
-from baton.worker.model_runner import ModelRunner  # noqa: E402
-from baton.worker.plan import Row, SlotInit, StepPlan  # noqa: E402
-from baton.worker.weights.resolve import resolve  # noqa: E402
+from baton.proto.config import CacheConfig, ModelConfig, WorkerConfig
+from baton.proto.messages import SamplingParams, TokenLogprobs
+from baton.worker.model_runner import ModelRunner
+from baton.worker.plan import Row, SlotInit, StepPlan
+from baton.worker.weights.resolve import resolve
 
 
 class Driver:

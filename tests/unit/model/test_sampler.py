@@ -1,4 +1,4 @@
-"""Sampling: the generator's published vectors, filtered distributions, penalties, logprobs, independence of the batch."""
+"""Sampling: the generator's published vectors, filtered distributions, penalties, logprobs, no effect of the batch."""
 
 import math
 
