@@ -38,22 +38,27 @@ class ProcessSpec:
 def specs(config: ServeConfig) -> list[ProcessSpec]:
     """Everything that `baton serve` starts, in the order of starting."""
     scheduler = ProcessSpec(
-        config.scheduler, _module("baton.scheduler_proc.main"), StopOrder.SCHEDULER, _compute_threads(1)
+        config.scheduler, _module("baton.scheduler_proc.main"), StopOrder.SCHEDULER, thread_environment(1)
     )
-    frontend = ProcessSpec(config.frontend, _module("baton.frontend.main"), StopOrder.FRONTEND, _compute_threads(1))
+    frontend = ProcessSpec(config.frontend, _module("baton.frontend.main"), StopOrder.FRONTEND, thread_environment(1))
     return [scheduler, *map(worker_spec, config.workers), frontend]
 
 
 def worker_spec(config: WorkerConfig) -> ProcessSpec:
     """One worker."""
-    threads = config.threads or len(os.sched_getaffinity(0))
-    return ProcessSpec(config, _module("baton.worker.main"), StopOrder.WORKER, _compute_threads(threads))
+    threads = config.threads or cpu_count()
+    return ProcessSpec(config, _module("baton.worker.main"), StopOrder.WORKER, thread_environment(threads))
 
 
 def _module(name: str) -> tuple[str, ...]:
     return ("-m", "baton.proto.child", name)
 
 
-def _compute_threads(count: int) -> dict[str, str]:
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def thread_environment(count: int) -> dict[str, str]:
     """Threads that sleep while they wait: spinning ones take the cores from the other workers (2.9 times slower)."""
     return {"OMP_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from baton.proto.supervision import die_with_parent
 
-QUESTION = "What is the capital of France? Answer in one sentence and add one fact about it."
+QUESTION = "Why is the sky blue? Explain it in three short sentences."
 MAX_TOKENS = 96
 STAGES = (("queue", "received", "scheduled"), ("prefill", "scheduled", "sampled"), ("handoff", "sampled", "stepped"))
 BAR_WIDTH = 44

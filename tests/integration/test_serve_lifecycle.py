@@ -29,6 +29,7 @@ def body(max_tokens: int) -> dict[str, Any]:
         "prompt": [1, 2, 3],
         "max_tokens": max_tokens,
         "ignore_eos": True,
+        "seed": 7,
         "return_token_ids": True,
     }
 
