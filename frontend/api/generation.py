@@ -89,7 +89,7 @@ class Generator:
                 try:
                     for index, output in outputs.items():
                         held[index].extend(choices[index].take(output, reader))
-                        if held[index].text or held[index].finish_reason:
+                        if held[index].text or held[index].finish_reason or job.wishes.per_token:
                             self._write(data, job, choices[index], held[index], first=not begun[index])
                             held[index], begun[index] = Delta(), True
                 except ApiError as error:

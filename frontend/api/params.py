@@ -38,6 +38,11 @@ class Wishes:
     """Alternatives per token to report; None: no logprobs at all."""
     priority: int
 
+    @property
+    def per_token(self) -> bool:
+        """The client looks at tokens, so that chunks without text say something too."""
+        return self.return_token_ids or self.logprobs is not None
+
     def for_prompt(self, prompt_len: int, info: ModelInfo, param: str) -> SamplingParams:
         """Sampling parameters with the tokens that the context leaves. Raises ApiError when the prompt is too long."""
         room = context_room(prompt_len, info, param)

@@ -90,9 +90,11 @@ class Prompts:
     def _completion_ids(self, request: CompletionRequest) -> list[list[int]]:
         special = request.add_special_tokens is not False
         prompt = request.prompt
+        if not prompt:
+            raise bad_request("the prompt is empty; it needs at least one token.", "prompt")
         if isinstance(prompt, str):
             return [self._encode(prompt, special, "prompt")]
-        if prompt and all(isinstance(item, int) for item in prompt):
+        if all(isinstance(item, int) for item in prompt):
             return [self._check_ids(prompt, "prompt")]
         return [
             self._encode(item, special, "prompt") if isinstance(item, str) else self._check_ids(item, "prompt")
