@@ -1,0 +1,42 @@
+"""What must hold of a worker's blocks at any moment, and of everything when all is quiet."""
+
+from collections import Counter
+
+from baton.scheduler_proc.cluster import Cluster
+from baton.worker.batcher import Batcher
+
+
+def audit_blocks(batcher: Batcher) -> None:
+    """Every block is free, cached, fenced or owned, and has as many references as owners."""
+    pool = batcher.pool
+    owners: Counter[int] = Counter()
+    for request in batcher._requests.values():
+        owners.update(request.blocks)
+    for orphan in {id(orphan): orphan for orphan in batcher._pulls._orphans.values()}.values():
+        owners.update(orphan.blocks)
+    idle = [*pool._free, *pool._cached, *(block for _, block in pool._fenced)]
+    assert len(idle) == len(set(idle)), f"blocks are free twice: {[b for b, n in Counter(idle).items() if n > 1]}"
+    for block in range(pool.num_blocks):
+        assert pool._references[block] == owners[block], (
+            f"block {block} has {pool._references[block]} references and {owners[block]} owners"
+        )
+    assert set(idle).isdisjoint(owners), f"blocks are free and owned: {set(idle) & set(owners)}"
+    lost = set(range(pool.num_blocks)) - set(idle) - set(owners)
+    assert not lost, f"blocks are neither free nor owned: {lost}"
+    for block, count in owners.items():
+        assert count == 1 or pool._hash[block] is not None, f"block {block} is shared but may still be written"
+
+
+def leftovers(batcher: Batcher) -> str:
+    """What a worker still keeps; empty when nothing."""
+    if batcher.holdings() or batcher.pool.num_used or batcher.leases.num_live:
+        used, leases = batcher.pool.num_used, batcher.leases.num_live
+        return f"{batcher.me.worker}: {used} blocks, {leases} leases, {batcher.holdings()}"
+    return ""
+
+
+def scheduler_leftovers(cluster: Cluster) -> str:
+    """What the scheduler still keeps; empty when nothing."""
+    streams = {sid: stream.state.name for sid, stream in cluster.streams.items()}
+    promised = {w.name: w.promises for w in cluster.registry.workers.values() if w.promises or w.streams}
+    return f"scheduler: {streams} {promised}" if streams or promised or len(cluster.queue) else ""

@@ -1,0 +1,232 @@
+"""One random history of a cluster, wholly determined by its seed: who is there, what is asked, what goes wrong."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig, PlacementConfig, SchedulerConfig
+from baton.proto.lifecycle import Outcome
+from baton.proto.messages import SamplingParams
+
+from .audit import audit_blocks, leftovers, scheduler_leftovers
+from .frontend import Call, Frontend
+from .model import NOISE, OUTCOMES, STOP_TOKENS, Memory, Reference
+from .network import Network
+from .scheduler import Scheduler
+from .worker import Worker, WorkerSpec
+from .world import Process, World
+
+BLOCK_SIZE = 16
+FAULTS_UNTIL_S = 6.0
+QUIET_WITHIN_S = 20.0
+"""Once faults have stopped, everything ends and is freed within this time."""
+TOPOLOGIES = ("pd", "pd", "ppdd", "pdd", "ppd", "u", "uu", "pdu")
+ROLES = {"p": "prefill", "d": "decode", "u": "unified"}
+
+
+@dataclass
+class Report:
+    """What came of it."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    retries: int = 0
+    """Attempts beyond each request's first."""
+    quiet_after_s: float = 0.0
+    """From the end of the faults."""
+
+
+class Scenario:
+    """Draws a cluster, its requests and its faults from the seed."""
+
+    def __init__(self, seed: int, depth: int, trace: Callable[[str], None] | None = None) -> None:
+        self.world = World(seed, trace)
+        self.rng = self.world.rng
+        self.network = Network(self.world)
+        config = SchedulerConfig(
+            endpoint="scheduler",
+            placement=PlacementConfig(self.rng.choice(("least_loaded", "round_robin"))),
+            heartbeat_timeout_s=2.0,
+            grace_s=1.0,
+            reconcile_after_s=1.0,
+            no_workers_s=5.0,
+            max_waiting=self.rng.choice((3, 100)),
+        )
+        self.scheduler = Scheduler(self.world, self.network, config)
+        memories: dict[str, Memory] = {}
+        specs = self._draw_workers(depth)
+        self.workers = [Worker(self.world, self.network, spec, memories) for spec in specs]
+        self.frontends = [Frontend(self.world, self.network, f"frontend-{i}") for i in range(self.rng.choice((1, 2)))]
+        self.processes: list[Process] = [self.scheduler, *self.workers, *self.frontends]
+        self._prefixes = [_draw_tokens(self.rng, 48) for _ in range(2)]
+
+    def run(self) -> Report:
+        """Raises AssertionError on anything that must not be."""
+        for process in self.rng.sample(self.processes, len(self.processes)):
+            self.world.at(self.rng.uniform(0.0, 0.3), process.start)
+        self._plan_requests()
+        self._plan_faults()
+        while self.world.now < FAULTS_UNTIL_S:
+            self.world.run(self.world.now + 0.25)
+            self._audit()
+        self._end_faults()
+        deadline = self.world.now + QUIET_WITHIN_S
+        while left := self._leftovers():
+            assert self.world.now < deadline, f"not quiet {QUIET_WITHIN_S} s after the last fault: {left}"
+            self.world.run(self.world.now + 0.25)
+            self._audit()
+        return self._report()
+
+    # ------------------------------------------------------------------------------------------------------- drawing
+
+    def _draw_workers(self, depth: int) -> list[WorkerSpec]:
+        rng = self.rng
+        letters = rng.choice(TOPOLOGIES)
+        cache = CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=rng.random() < 0.7)
+        lease = LeaseConfig(unbound_s=3.0, holder_s=1.5, renew_interval_s=0.3, remember_s=10.0)
+        batch = BatchConfig(
+            max_num_batched_tokens=rng.choice((16, 48, 256)), max_num_seqs=rng.choice((2, 4, 16)), depth=depth
+        )
+        early_bind_tokens = rng.choice((32, 1000))
+        copy_s = rng.choice((0.0005, 0.01, 0.1, 1.0))
+        noisy = rng.random() < 0.3
+        return [
+            WorkerSpec(
+                name=f"{ROLES[letter]}-{index}",
+                role=ROLES[letter],
+                num_blocks=rng.choice((9, 12, 40)),
+                cache=cache,
+                batch=batch,
+                lease=lease,
+                early_bind_tokens=early_bind_tokens,
+                max_model_len=9 * BLOCK_SIZE,
+                step_s=rng.choice((0.002, 0.01, 0.03)),
+                copy_s=copy_s,
+                noisy=noisy,
+            )
+            for index, letter in enumerate(letters)
+        ]
+
+    def _draw_call(self) -> Call:
+        rng = self.rng
+        prompt = rng.choice(self._prefixes)[: rng.choice((0, 16, 33, 48))] + _draw_tokens(rng, rng.randint(1, 50))
+        params = SamplingParams(
+            max_tokens=rng.choice((1, 2, 8, 24, 40)), stop_token_ids=STOP_TOKENS if rng.random() < 0.5 else ()
+        )
+        return Call(
+            prompt, params, Reference(prompt, params.max_tokens, BLOCK_SIZE), timeout_s=rng.choice((0.0, 0.0, 0.0, 3.0))
+        )
+
+    def _plan_requests(self) -> None:
+        aborts = self.rng.choice((0.0, 0.0, 0.3))
+        burst = self.rng.random() < 0.3
+        for _ in range(self.rng.randint(3, 14)):
+            at = 0.5 if burst else self.rng.uniform(0.2, FAULTS_UNTIL_S)
+            self.world.at(at, lambda: self._ask(self.rng.random() < aborts))
+
+    def _ask(self, will_abort: bool) -> None:
+        frontend = self.rng.choice(self.frontends)
+        sid = frontend.submit(self._draw_call())
+        if sid is not None and will_abort:
+            frontend.later(self.rng.expovariate(1 / 0.2), lambda: frontend.abort(sid))
+
+    # -------------------------------------------------------------------------------------------------------- faults
+
+    def _plan_faults(self) -> None:
+        rng, conditions = self.rng, self.network.conditions
+        conditions.delay_s = rng.choice((0.0003, 0.002, 0.02))
+        conditions.repeat = rng.choice((0.0, 0.05))
+        conditions.dealers_keep = rng.random() < 0.5
+        kinds = [kind for kind in (self._cut, self._crash, self._leave, self._pause, self._slow) if rng.random() < 0.5]
+        for kind in kinds:
+            for _ in range(rng.randint(1, 4)):
+                self.world.at(rng.uniform(0.3, FAULTS_UNTIL_S), kind)
+
+    def _cut(self) -> None:
+        one, other = self.rng.sample(self.processes, 2)
+        self._trace(f"CUT {one.name} {other.name}")
+        self.network.cut(one.name, other.name, self.rng.expovariate(1 / 0.7))
+
+    def _crash(self) -> None:
+        process = self.rng.choice(self.processes)
+        if not process.alive:
+            return
+        self._trace(f"CRASH {process.name}")
+        process.kill()
+        if self.rng.random() < 0.5:
+            self.world.at(self.world.now + 0.002, lambda: self.scheduler.process_died(process.name))
+        self.world.at(self.world.now + self.rng.expovariate(1 / 0.8), lambda: self._restart(process))
+
+    def _leave(self) -> None:
+        """A worker stops in order, as by SIGTERM, and comes back."""
+        worker = self.rng.choice(self.workers)
+        if worker.batcher is None or worker.paused:
+            return
+        self._trace(f"LEAVE {worker.name}")
+        worker.say_goodbye()
+        worker.kill()
+        self.world.at(self.world.now + self.rng.expovariate(1 / 0.8), lambda: self._restart(worker))
+
+    def _restart(self, process: Process) -> None:
+        if not process.alive:
+            self._trace(f"START {process.name}")
+            process.start()
+
+    def _pause(self) -> None:
+        process = self.rng.choice(self.processes)
+        if not process.alive or process.paused:
+            return
+        self._trace(f"PAUSE {process.name}")
+        life = process.life
+        process.pause()
+        self.world.at(
+            self.world.now + self.rng.choice((0.3, 1.0, 4.0)),
+            lambda: process.resume() if process.life == life else None,
+        )
+
+    def _slow(self) -> None:
+        usual = self.network.conditions.delay_s
+        self._trace("SLOW")
+        self.network.conditions.delay_s = 0.1
+        self.world.at(self.world.now + 0.5, lambda: setattr(self.network.conditions, "delay_s", min(usual, 0.02)))
+
+    def _end_faults(self) -> None:
+        self._trace("faults have ended")
+        self.network.heal()
+        for process in self.processes:
+            process.resume()
+            self._restart(process)
+
+    # ------------------------------------------------------------------------------------------------------- judging
+
+    def _audit(self) -> None:
+        for worker in self.workers:
+            if worker.batcher is not None:
+                audit_blocks(worker.batcher)
+
+    def _leftovers(self) -> list[str]:
+        left = [leftovers(worker.batcher) if worker.batcher else f"{worker.name} is down" for worker in self.workers]
+        left.append(scheduler_leftovers(self.scheduler.cluster) if self.scheduler.cluster else "scheduler is down")
+        for frontend in self.frontends:
+            streams = frontend.streams
+            if streams is None or len(streams) or streams.closing:
+                left.append(f"{frontend.name}: {streams.open_sids() if streams else 'down'}")
+        return [text for text in left if text]
+
+    def _report(self) -> Report:
+        report = Report(quiet_after_s=self.world.now - FAULTS_UNTIL_S)
+        for frontend in self.frontends:
+            for call in frontend.calls:
+                assert call.orphaned or call.outcome is not None, f"never ended: {call}"
+                report.outcomes["orphaned" if call.outcome is None else call.outcome.value] += 1
+                report.retries += call.attempts - 1
+                assert call.outcome is not Outcome.FAILED, f"failed: {call.message}"
+        return report
+
+    def _trace(self, text: str) -> None:
+        if self.world.trace is not None:
+            self.world.trace(f"{self.world.now:9.4f} *** {text}")
+
+
+def _draw_tokens(rng: Random, count: int) -> list[int]:
+    return [rng.randrange(NOISE, NOISE * OUTCOMES) for _ in range(count)]

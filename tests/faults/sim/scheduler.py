@@ -1,0 +1,74 @@
+"""The scheduler process: the real cluster between simulated sockets."""
+
+import itertools
+from collections.abc import Callable
+
+from baton.proto.config import SchedulerConfig
+from baton.proto.messages import Message
+from baton.scheduler_proc.cluster import Cluster
+from baton.scheduler_proc.instructions import Instruction, Log, Send, Unwatch, Watch
+
+from .network import Network
+from .world import Process, World
+
+
+class Scheduler(Process):
+    """Follows scheduler_proc/main.py. A process that dies is noticed at once or by its missing beats, as drawn."""
+
+    def __init__(self, world: World, network: Network, config: SchedulerConfig) -> None:
+        super().__init__(world, "scheduler")
+        self._network = network
+        self._config = config
+        self._epochs = itertools.count(1)
+        self.cluster: Cluster | None = None
+        self._watched: dict[str, bytes] = {}
+
+    def start(self) -> None:
+        """A new epoch that knows nobody."""
+        self.alive = True
+        self.cluster = Cluster(self._config, next(self._epochs))
+        self._watched.clear()
+        self._network.bind(self, "scheduler", self._on_message)
+        self.turn()
+
+    def kill(self) -> None:
+        """Forget everything."""
+        super().kill()
+        self._network.unbind(self)
+        self.cluster = None
+
+    def turn(self) -> None:
+        """Timers."""
+        self._act(lambda cluster: cluster.tick(self.world.now))
+
+    def process_died(self, name: str) -> None:
+        """A pidfd became readable."""
+        peer = self._watched.pop(name, None)
+        if peer is not None:
+            self.do(lambda: self._act(lambda cluster: cluster.peer_lost(peer, "its process has died", self.world.now)))
+
+    def _on_message(self, sender: bytes, message: Message, frames: tuple[bytes, ...]) -> None:
+        self._act(lambda cluster: cluster.handle(sender, message, frames, self.world.now))
+
+    def _act(self, step: Callable[[Cluster], list[Instruction]]) -> None:
+        cluster = self.cluster
+        if cluster is None:
+            return
+        for instruction in step(cluster):
+            match instruction:
+                case Send():
+                    self._network.send(
+                        self, instruction.peer.decode(), b"scheduler", instruction.message, instruction.frames
+                    )
+                case Watch():
+                    self._watched[_name(instruction.peer)] = instruction.peer
+                case Unwatch():
+                    if self._watched.get(_name(instruction.peer)) == instruction.peer:
+                        del self._watched[_name(instruction.peer)]
+                case Log() if self.world.trace is not None:
+                    self.world.trace(f"{self.world.now:9.4f} scheduler: {instruction.text}")
+        self.wake(cluster.next_deadline())
+
+
+def _name(peer: bytes) -> str:
+    return peer.decode().rpartition(":")[0]

@@ -1,0 +1,323 @@
+"""A worker process: the real batcher between simulated sockets, a simulated device and a simulated transport.
+
+It follows worker/session.py; steps and copies take virtual time and touch the pool when a real device would.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from baton.kv_transfer.contract import Pull, PullDone
+from baton.proto import PROTOCOL_VERSION
+from baton.proto.channels import identity
+from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig
+from baton.proto.layout import Group, KVLayout
+from baton.proto.messages import (
+    Beat,
+    CancelStream,
+    Fenced,
+    Goodbye,
+    Message,
+    Peer,
+    TokenBatch,
+    Welcome,
+    WhoAreYou,
+    WorkerHello,
+)
+from baton.worker.batcher import Batcher
+from baton.worker.effects import Emit, ToHolder, ToOwner, ToScheduler
+from baton.worker.plan import StepPlan
+
+from .model import Memory, Runner
+from .network import Network
+from .world import Process, World
+
+BEAT_INTERVAL_S = 0.5
+LOAD_INTERVAL_S = 0.05
+HOLDINGS_INTERVAL_S = 0.5
+HELLO_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """One worker's configuration."""
+
+    name: str
+    role: str
+    num_blocks: int
+    cache: CacheConfig
+    batch: BatchConfig
+    lease: LeaseConfig
+    early_bind_tokens: int
+    max_model_len: int
+    step_s: float
+    """Mean duration of a step."""
+    copy_s: float
+    """Mean duration of a pull."""
+    noisy: bool
+    """Whether samples depend on who draws them."""
+
+    @property
+    def layout(self) -> KVLayout:
+        """Equal for all workers of a simulation."""
+        group = Group("full", 1, self.cache.block_size, 8 * self.cache.block_size, ("tokens",), (1,), "int64")
+        return KVLayout("simulated", (group,))
+
+
+class Worker(Process):
+    """One worker over all its lives and incarnations."""
+
+    def __init__(self, world: World, network: Network, spec: WorkerSpec, memories: dict[str, Memory]) -> None:
+        super().__init__(world, spec.name)
+        self.spec = spec
+        self.network = network
+        self._memories = memories
+        """By kv_endpoint: what peers have mapped. It outlives the process that made it."""
+        self.batcher: Batcher | None = None
+
+    # ------------------------------------------------------------------------------------------------- life and death
+
+    def start(self) -> None:
+        """A new process with an empty pool."""
+        self.alive = True
+        self.memory = Memory(self.spec.num_blocks, self.spec.cache.block_size)
+        self._begin()
+
+    def kill(self) -> None:
+        """Peers keep what they have mapped."""
+        super().kill()
+        self.network.unbind(self)
+        self.batcher = None
+
+    def _begin(self) -> None:
+        """A new incarnation, over the memory that is there."""
+        spec, rng = self.spec, self.world.rng
+        self.incarnation = rng.getrandbits(48)
+        self.me = Peer(spec.name, self.incarnation, f"peer:{spec.name}:{self.incarnation}", f"kv:{self.incarnation}")
+        self._memories[self.me.kv_endpoint] = self.memory
+        self.batcher = Batcher(
+            self.me, spec.num_blocks, spec.max_model_len, spec.cache, spec.batch, spec.lease, spec.early_bind_tokens
+        )
+        self._runner = Runner(self.memory, noise=self.incarnation if spec.noisy else 0)
+        self._device_free_at = self._result_at = self.world.now
+        self._pulls = 0
+        self._fenced = False
+        self._welcome = False
+        self._hello_at = self._load_at = self._holdings_at = self._beat_at = float("-inf")
+        self._load_due = False
+        self._seq: dict[str, int] = {}
+        self._token_sent_at: dict[str, float] = {}
+        self._identity = identity(spec.name, self.incarnation)
+        self.network.bind(self, self._identity.decode(), self._on_control)
+        self.network.bind(self, self.me.endpoint, self._on_lease)
+        self.network.bind(self, f"holder:{self._identity.decode()}", self._on_lease)
+        self.network.bind(self, f"tokens:{self._identity.decode()}", self._on_cancel)
+        self.turn()
+
+    def _on_fenced(self) -> None:
+        """What is on the device or in the transport ends first; then a new incarnation has the same memory."""
+        self._fenced = True
+        self.network.unbind(self)
+        self.batcher = None
+        self._begin_when_still()
+
+    def _begin_when_still(self) -> None:
+        if self._pulls == 0 and self._device_free_at <= self.world.now:
+            self._begin()
+        else:
+            self.later(0.01, self._begin_when_still)
+
+    def say_goodbye(self) -> None:
+        """Leave in order."""
+        self._to_scheduler(Goodbye(self.name, self.incarnation))
+
+    # ---------------------------------------------------------------------------------------------------- one turn
+
+    def turn(self) -> None:
+        """One iteration of the session's loop."""
+        batcher, now = self.batcher, self.world.now
+        if batcher is None:
+            return
+        if batcher.next_deadline() <= now:
+            batcher.tick(now)
+        while (plan := batcher.schedule(now)) is not None:
+            self._submit(plan)
+            self._load_due = True
+        self._carry_out(batcher)
+        self._report(batcher)
+        self.wake(self._next_turn(batcher))
+
+    def _next_turn(self, batcher: Batcher) -> float:
+        token_beats = min(self._token_sent_at.values(), default=float("inf")) + BEAT_INTERVAL_S
+        at = min(batcher.next_deadline(), token_beats, self._beat_at + BEAT_INTERVAL_S)
+        if not self._welcome:
+            return min(at, self._hello_at + HELLO_INTERVAL_S)
+        at = min(at, self._holdings_at + HOLDINGS_INTERVAL_S)
+        return min(at, self._load_at + LOAD_INTERVAL_S) if self._load_due else at
+
+    def _report(self, batcher: Batcher) -> None:
+        now = self.world.now
+        if now - self._beat_at >= BEAT_INTERVAL_S:
+            self._beat_at = now
+            beat = Beat(self.name, self.incarnation)
+            self.network.send(self, "scheduler", self._identity + b":beat", beat, dealer=True)
+        if not self._welcome:
+            if now - self._hello_at >= HELLO_INTERVAL_S:
+                self._hello(batcher)
+            return
+        with_holdings = now - self._holdings_at >= HOLDINGS_INTERVAL_S
+        if with_holdings or (self._load_due and now - self._load_at >= LOAD_INTERVAL_S):
+            self._to_scheduler(batcher.load(with_holdings))
+            self._load_at, self._load_due = now, False
+            if with_holdings:
+                self._holdings_at = now
+
+    def _hello(self, batcher: Batcher) -> None:
+        self._hello_at = self.world.now
+        spec = self.spec
+        hello = WorkerHello(
+            worker=spec.name,
+            incarnation=self.incarnation,
+            role=spec.role,
+            pid=self.life + 1,
+            protocol=PROTOCOL_VERSION,
+            peer=self.me,
+            layout=spec.layout,
+            num_blocks=spec.num_blocks,
+            block_size=spec.cache.block_size,
+            max_model_len=spec.max_model_len,
+            max_num_seqs=spec.batch.max_num_seqs,
+            max_num_batched_tokens=spec.batch.max_num_batched_tokens,
+            holdings=batcher.holdings(),
+        )
+        self._to_scheduler(hello)
+        batcher.resend_ready()
+        self._carry_out(batcher)
+
+    def _carry_out(self, batcher: Batcher) -> None:
+        rows: dict[str, list[Emit]] = {}
+        effects, batcher.outbox[:] = list(batcher.outbox), []
+        for effect in effects:
+            match effect:
+                case Emit():
+                    rows.setdefault(effect.reply_to, []).append(effect)
+                case ToScheduler():
+                    self._to_scheduler(effect.message)
+                case ToOwner():
+                    sender = f"holder:{self._identity.decode()}".encode()
+                    self.network.send(self, effect.owner.endpoint, sender, effect.message, dealer=True)
+                case ToHolder():
+                    holder = identity(effect.holder.worker, effect.holder.incarnation).decode()
+                    self.network.send(self, f"holder:{holder}", self.me.endpoint.encode(), effect.message)
+                case Pull():
+                    self._pull(effect)
+        for endpoint, group in rows.items():
+            self._seq[endpoint] = self._seq.get(endpoint, 0) + 1
+            self._send_tokens(endpoint, _token_batch(self.me, self._seq[endpoint], group))
+        for endpoint, sent_at in self._token_sent_at.items():
+            if self.world.now - sent_at >= BEAT_INTERVAL_S:
+                self._send_tokens(endpoint, TokenBatch(self.name, self.incarnation, self._seq[endpoint]))
+
+    def _send_tokens(self, endpoint: str, batch: TokenBatch) -> None:
+        self._token_sent_at[endpoint] = self.world.now
+        self.network.send(self, endpoint, f"tokens:{self._identity.decode()}".encode(), batch, dealer=True)
+
+    def _to_scheduler(self, message: Message) -> None:
+        self.network.send(self, "scheduler", self._identity, message, dealer=True)
+
+    # ----------------------------------------------------------------------------------------- device and transport
+
+    def _submit(self, plan: StepPlan) -> None:
+        """The device goes on while the process is paused; its results wait."""
+        incarnation, life = self.incarnation, self.life
+        started = max(self.world.now, self._device_free_at)
+        ended = started + self.world.rng.uniform(0.2, 1.8) * self.spec.step_s
+        self._device_free_at = ended
+        results: deque = deque()
+
+        def execute() -> None:
+            if self.life == life:
+                results.append(self._runner.execute(plan, started, ended))
+
+        def deliver() -> None:
+            if self.incarnation == incarnation and self.batcher is not None:
+                self.batcher.complete(results.pop(), self.world.now)
+                self._load_due = True
+                self.turn()
+
+        self.world.at(ended, execute)
+        # The host hears of a result a little later, and in order.
+        self._result_at = max(self._result_at, ended + self.world.rng.expovariate(1 / (0.3 * self.spec.step_s)))
+        self.later(self._result_at - self.world.now, deliver)
+
+    def _pull(self, pull: Pull) -> None:
+        """Half of the blocks are read early, the others late: a real copy is not one instant either."""
+        rng, life, incarnation = self.world.rng, self.life, self.incarnation
+        source = self._memories[pull.owner.kv_endpoint]
+        moments = sorted(rng.expovariate(1 / self.spec.copy_s) for _ in range(3))
+        ok = rng.random() >= 0.01
+        pairs = list(zip(pull.source, pull.target, strict=True))
+        half = len(pairs) // 2
+        self._pulls += 1
+
+        def copy(part: list[tuple[int, int]]) -> None:
+            if self.life == life:
+                for theirs, ours in part:
+                    self.memory.blocks[ours][:] = source.blocks[theirs]
+
+        def done() -> None:
+            self._pulls -= 1
+            if self.incarnation == incarnation and self.batcher is not None:
+                num_bytes = 8 * self.spec.cache.block_size * len(pairs)
+                reason = "" if ok else "simulated"
+                self.batcher.handle(PullDone(pull.transfer, ok, reason, "simulated", num_bytes), (), self.world.now)
+                self.turn()
+
+        self.world.at(self.world.now + moments[0], lambda: copy(pairs[:half]))
+        self.world.at(self.world.now + moments[1], lambda: copy(pairs[half:] if ok else []))
+        self.later(moments[2], done)
+
+    # -------------------------------------------------------------------------------------------------- messages in
+
+    def _on_control(self, _sender: bytes, message: Message, frames: tuple[bytes, ...]) -> None:
+        batcher = self.batcher
+        if batcher is None:
+            return
+        match message:
+            case Welcome():
+                self._welcome = True
+                batcher.handle(message, (), self.world.now)
+            case WhoAreYou():
+                self._hello(batcher)
+            case Fenced():
+                if message.incarnation == self.incarnation:
+                    self._on_fenced()
+                return
+            case _:
+                batcher.handle(message, frames, self.world.now)
+                self._load_due = True
+        self.turn()
+
+    def _on_lease(self, _sender: bytes, message: Message, _frames: tuple[bytes, ...]) -> None:
+        if self.batcher is not None:
+            self.batcher.handle(message, (), self.world.now)
+            self._load_due = True
+            self.turn()
+
+    def _on_cancel(self, _sender: bytes, message: Message, _frames: tuple[bytes, ...]) -> None:
+        assert isinstance(message, CancelStream)
+        self._on_lease(_sender, message, _frames)
+
+
+def _token_batch(me: Peer, seq: int, rows: list[Emit]) -> TokenBatch:
+    return TokenBatch(
+        worker=me.worker,
+        incarnation=me.incarnation,
+        seq=seq,
+        n=tuple(row.sid[1] for row in rows),
+        attempt=tuple(row.attempt for row in rows),
+        pos=tuple(row.pos for row in rows),
+        count=tuple(len(row.tokens) for row in rows),
+        tokens=tuple(token for row in rows for token in row.tokens),
+        finish={i: row.finish for i, row in enumerate(rows) if row.finish is not None},
+        ledgers={i: row.ledger for i, row in enumerate(rows) if row.ledger is not None},
+    )
