@@ -63,6 +63,7 @@ class Pulls:
         """Take over a request with `remote` set: tell the owner, pull as soon as there is room."""
         remote = _remote(request)
         self._by_lease[remote.owner.incarnation, remote.lease] = request
+        remote.heard_at = now
         self._open(request, now)
         self._unreserved.append(request)
         self.reserve(now)
@@ -91,6 +92,7 @@ class Pulls:
         if request is None:
             return
         remote = _remote(request)
+        remote.heard_at = now
         if num_tokens > remote.settled:
             remote.settled, remote.source = num_tokens, blocks
         remote.first_rows = remote.first_rows or rows
@@ -150,10 +152,12 @@ class Pulls:
         request.blocks = []
 
     def tick(self, now: float) -> None:
-        """Renew leases and ask again for confirmations that did not come."""
-        for request in self._by_lease.values():
+        """Renew leases and ask again for confirmations that did not come. A silent owner's lease is as good as gone."""
+        for request in list(self._by_lease.values()):
             remote = _remote(request)
-            if remote.confirm_sent_at is not None:
+            if now - remote.heard_at >= self._config.holder_s:
+                self._fail(request, f"{remote.owner.worker}, which has its KV, does not answer")
+            elif remote.confirm_sent_at is not None:
                 if now - remote.confirm_sent_at >= self._config.renew_interval_s:
                     self._confirm(request, now)
             elif now - remote.opened_at >= self._config.renew_interval_s:

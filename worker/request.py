@@ -41,6 +41,8 @@ class RemoteKV:
     """Leading blocks that are here or being pulled."""
     pulling: dict[int, int] = field(default_factory=dict)
     """Transfer id -> blocks in it."""
+    heard_at: float = 0.0
+    """When the owner last answered."""
     opened_at: float = 0.0
     confirm_sent_at: float | None = None
 
