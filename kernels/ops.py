@@ -85,3 +85,21 @@ class Ops(Protocol):
         Returns [n, num_heads * head_dim].
         """
         ...
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniforms: torch.Tensor,
+    ) -> torch.Tensor:
+        """A token per row, from softmax(logits / temperature) restricted by min_p, top_k, then top_p.
+
+        logits float32 [n, vocab]; temperatures float32, top_k int64 (0 is off), top_p float64 (1 is off), min_p float32
+        (0 is off), uniforms float64 in [0, 1), all [n]. Tokens tied with the last one kept are kept too. The token is
+        the first in vocabulary order whose cumulative probability exceeds the uniform; the sum runs in float64 within
+        the row, so that a row's token does not depend on the rows beside it. Returns int64 [n].
+        """
+        ...

@@ -86,6 +86,29 @@ class TorchOps:
             outputs.append(_causal_attention(rows, cached[0], cached[1], scale))
         return torch.cat(outputs) if outputs else query.flatten(1)
 
+    def draw(
+        self,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniforms: torch.Tensor,
+    ) -> torch.Tensor:
+        """See Ops."""
+        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]
+        ranked = scaled.sort(dim=-1, descending=True).values
+        count = torch.where(top_k > 0, top_k, scaled.shape[1]).clamp(max=scaled.shape[1])
+        threshold = torch.maximum(ranked.gather(1, count[:, None] - 1), min_p.log()[:, None])
+        weights = ranked.exp().masked_fill(ranked < threshold, 0).double()
+        up_to = weights.cumsum(dim=-1)
+        reached = (up_to < top_p[:, None] * up_to[:, -1:]).sum(dim=-1, keepdim=True)
+        nucleus = ranked.gather(1, reached.clamp(max=scaled.shape[1] - 1))
+        threshold = torch.where(top_p[:, None] < 1, torch.maximum(threshold, nucleus), threshold)
+        cumulative = scaled.masked_fill(scaled < threshold, -torch.inf).exp().cumsum(dim=-1, dtype=torch.float64)
+        targets = uniforms[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=scaled.shape[1] - 1)
+
 
 def _rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """x [n, heads, head_dim], table float32 [n, 1, rotary_dim]."""

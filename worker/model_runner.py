@@ -48,7 +48,8 @@ class ModelRunner:
             shape.num_kv_heads, shape.num_layers, shape.head_dim, self.block_size, dtype, fingerprint
         )
         started = time.monotonic()
-        self.model = model_class(shape, self.max_model_len, choose_ops(config.device, dtype, shape.head_dim), dtype)
+        ops = choose_ops(config.device, dtype, shape.head_dim)
+        self.model = model_class(shape, self.max_model_len, ops, dtype)
         if load_format == "dummy":
             loader.fill_dummy(self.model, seed)
         else:
@@ -56,7 +57,7 @@ class ModelRunner:
         self.model.pack()
         log.info("loaded %s in %.1f s, %d threads", directory.name, time.monotonic() - started, self.threads)
         self._slots = _Slots(config.batch.max_num_seqs, -(-self.max_model_len // self.block_size))
-        self._sampler = Sampler(self.vocab_size, config.batch.max_num_seqs)
+        self._sampler = Sampler(self.vocab_size, config.batch.max_num_seqs, ops)
 
     def attach_pool(self, pool: torch.Tensor) -> None:
         """The KV pool: [num_blocks, *layout.groups[0].shape] of the layout's dtype. The caller keeps owning it."""

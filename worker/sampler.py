@@ -7,18 +7,18 @@ greedy rows is one argmax.
 Order of operations, as in vLLM: logit_bias and min_tokens, penalties, temperature, min_p, top_k, top_p, draw.
 """
 
+from collections import Counter
 from enum import IntFlag
 
 import numpy as np
 import torch
 
+from baton.kernels.ops import Ops
 from baton.proto.messages import SamplingParams, TokenLogprobs
 from baton.worker.philox import uniforms
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy."""
-_NUCLEUS_CANDIDATES = 1024
-"""top_p looks at so many best tokens first, and sorts the vocabulary only if they don't hold the mass."""
 
 
 class Need(IntFlag):
@@ -28,30 +28,50 @@ class Need(IntFlag):
     BIAS = 2
     MIN_TOKENS = 4
     PENALTIES = 8
-    MIN_P = 16
-    TOP_K = 32
-    TOP_P = 64
-    LOGPROBS = 128
+    LOGPROBS = 16
 
 
 _EDITS_LOGITS = Need.BIAS | Need.MIN_TOKENS | Need.PENALTIES
 
 
 class _TokenCounts:
-    """What the penalties of one stream look at: which tokens its prompt has, how often its output has each."""
+    """The distinct tokens of one stream, and what its penalties count of each. Few beside the vocabulary."""
 
-    def __init__(self, tokens: list[int], prompt_len: int, vocab_size: int) -> None:
-        ids = torch.tensor(tokens, dtype=torch.int64)
-        self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
-        self.in_prompt[ids[:prompt_len]] = True
-        self.output = torch.bincount(ids[prompt_len:], minlength=vocab_size).to(torch.float32)
+    def __init__(self, tokens: list[int], prompt_len: int) -> None:
+        output = Counter(tokens[prompt_len:])
+        seen = list(dict.fromkeys(tokens))
+        self._index = {token: index for index, token in enumerate(seen)}
+        self._tokens = np.array(seen, dtype=np.int64)
+        self._output = np.array([output[token] for token in seen], dtype=np.float32)
+
+    def add(self, token: int) -> None:
+        """One more output token."""
+        if token not in self._index:
+            self._index[token] = len(self._index)
+            if len(self._index) > len(self._tokens):
+                room = max(64, len(self._tokens))
+                self._tokens = np.concatenate([self._tokens, np.zeros(room, dtype=np.int64)])
+                self._output = np.concatenate([self._output, np.zeros(room, dtype=np.float32)])
+            self._tokens[self._index[token]] = token
+        self._output[self._index[token]] += 1
+
+    def penalise(self, logits: np.ndarray, params: SamplingParams) -> None:
+        """logits float32 [vocab], in place. Repetition (Keskar et al., 2019) counts the prompt too, the rest do not."""
+        tokens, output = self._tokens[: len(self._index)], self._output[: len(self._index)]
+        values = logits[tokens]
+        repetition = np.float32(params.repetition_penalty)
+        values = np.where(values > 0, values / repetition, values * repetition)
+        values -= np.float32(params.frequency_penalty) * output
+        values -= np.float32(params.presence_penalty) * (output > 0)
+        logits[tokens] = values
 
 
 class Sampler:
     """Draws tokens; owns the sampling state of every slot. Not thread-safe."""
 
-    def __init__(self, vocab_size: int, num_slots: int) -> None:
+    def __init__(self, vocab_size: int, num_slots: int, ops: Ops) -> None:
         self.vocab_size = vocab_size
+        self._ops = ops
         self._needs = np.zeros(num_slots, dtype=np.int32)
         self._temperature = np.ones(num_slots, dtype=np.float32)
         self._top_k = np.zeros(num_slots, dtype=np.int64)
@@ -75,7 +95,7 @@ class Sampler:
         self._sample_indices[slot] = params.sample_index
         self._counts.pop(slot, None)
         if needs & Need.PENALTIES:
-            self._counts[slot] = _TokenCounts(tokens, prompt_len, self.vocab_size)
+            self._counts[slot] = _TokenCounts(tokens, prompt_len)
 
     def sample(
         self, logits: torch.Tensor, slots: np.ndarray, output_indices: np.ndarray
@@ -111,15 +131,8 @@ class Sampler:
             needs |= Need.PENALTIES
         if params.logprobs >= 0:
             needs |= Need.LOGPROBS
-        if params.temperature < GREEDY_BELOW:
-            return needs
-        needs |= Need.DRAW
-        if params.min_p > 0:
-            needs |= Need.MIN_P
-        if 0 < params.top_k < self.vocab_size:
-            needs |= Need.TOP_K
-        if params.top_p < 1:
-            needs |= Need.TOP_P
+        if params.temperature >= GREEDY_BELOW:
+            needs |= Need.DRAW
         return needs
 
     def _edit(self, logits: torch.Tensor, slots: np.ndarray, needs: np.ndarray, output_indices: np.ndarray) -> None:
@@ -132,25 +145,11 @@ class Sampler:
                 logits[row, biased] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
             if output_indices[row] < params.min_tokens:
                 logits[row, list(params.stop_token_ids)] = -torch.inf
-        rows = np.flatnonzero(needs & Need.PENALTIES)
-        if len(rows):
-            index = torch.from_numpy(rows)
-            logits[index] = self._penalised(logits[index], slots[rows])
-
-    def _penalised(self, logits: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
-        """logits [m, vocab]. Repetition (Keskar et al., 2019) counts the prompt too, the others only the output."""
-        params = [self._params[slot] for slot in slots]
-        counts = [self._counts[slot] for slot in slots]
-
-        def column(name: str) -> torch.Tensor:
-            return torch.tensor([getattr(p, name) for p in params], dtype=torch.float32)[:, None]
-
-        output = torch.stack([c.output for c in counts])
-        in_output = output > 0
-        seen = in_output | torch.stack([c.in_prompt for c in counts])
-        repetition = column("repetition_penalty")
-        logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-        return logits - column("frequency_penalty") * output - column("presence_penalty") * in_output
+        as_numpy = logits.numpy()
+        for row in np.flatnonzero(needs & Need.PENALTIES):
+            params = self._params[slots[row]]
+            assert params is not None
+            self._counts[int(slots[row])].penalise(as_numpy[row], params)
 
     def _choose(
         self, logits: torch.Tensor, slots: np.ndarray, needs: np.ndarray, output_indices: np.ndarray
@@ -158,47 +157,27 @@ class Sampler:
         """Greedy rows by argmax, the others by a draw."""
         drawn = np.flatnonzero(needs & Need.DRAW)
         if len(drawn) == len(slots):
-            return self._draw(logits, slots, needs, output_indices)
+            return self._draw(logits, slots, output_indices)
         tokens = np.empty(len(slots), dtype=np.int64)
         greedy = np.flatnonzero(needs & Need.DRAW == 0)
         tokens[greedy] = logits[torch.from_numpy(greedy)].argmax(dim=-1).numpy()
-        tokens[drawn] = self._draw(logits[torch.from_numpy(drawn)], slots[drawn], needs[drawn], output_indices[drawn])
+        tokens[drawn] = self._draw(logits[torch.from_numpy(drawn)], slots[drawn], output_indices[drawn])
         return tokens
 
-    def _draw(
-        self, logits: torch.Tensor, slots: np.ndarray, needs: np.ndarray, output_indices: np.ndarray
-    ) -> np.ndarray:
-        """Inverse of the filtered distribution's cumulative sum in vocabulary order, at one uniform per row.
-
-        The sum runs in float64 within the row, so that a row's token does not depend on the rows beside it.
-        """
-        scaled = logits / torch.from_numpy(self._temperature[slots])[:, None]
-        scaled -= scaled.amax(dim=-1, keepdim=True)
-        if np.any(needs & (Need.MIN_P | Need.TOP_K | Need.TOP_P)):
-            scaled.masked_fill_(scaled < self._thresholds(scaled, slots, needs)[:, None], -torch.inf)
-        cumulative = scaled.exp_().cumsum(dim=-1, dtype=torch.float64)
-        draws = torch.from_numpy(uniforms(self._seeds[slots], self._sample_indices[slots], output_indices))
-        targets = draws * cumulative[:, -1]
-        tokens = torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0]
-        return tokens.clamp_(max=self.vocab_size - 1).numpy()
-
-    def _thresholds(self, scaled: torch.Tensor, slots: np.ndarray, needs: np.ndarray) -> torch.Tensor:
-        """Smallest scaled logit that each row keeps: [m]. The best logit of a row of `scaled` is 0."""
-        thresholds = torch.full((len(slots),), -torch.inf)
-        by_min_p = np.flatnonzero(needs & Need.MIN_P)
-        thresholds[by_min_p] = torch.from_numpy(np.log(self._min_p[slots[by_min_p]]))
-        for row in np.flatnonzero(needs & (Need.TOP_K | Need.TOP_P)):
-            slot = slots[row]
-            top_k = int(self._top_k[slot]) if needs[row] & Need.TOP_K else 0
-            top_p = float(self._top_p[slot]) if needs[row] & Need.TOP_P else 1.0
-            own = _threshold(scaled[row], float(thresholds[row]), top_k, top_p)
-            thresholds[row] = max(float(thresholds[row]), own)
-        return thresholds
+    def _draw(self, logits: torch.Tensor, slots: np.ndarray, output_indices: np.ndarray) -> np.ndarray:
+        return self._ops.draw(
+            logits,
+            torch.from_numpy(self._temperature[slots]),
+            torch.from_numpy(self._top_k[slots]),
+            torch.from_numpy(self._top_p[slots]),
+            torch.from_numpy(self._min_p[slots]),
+            torch.from_numpy(uniforms(self._seeds[slots], self._sample_indices[slots], output_indices)),
+        ).numpy()
 
     def _count(self, slots: np.ndarray, tokens: np.ndarray) -> None:
         for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
             if slot in self._counts:
-                self._counts[slot].output[token] += 1
+                self._counts[slot].add(token)
 
     def _logprobs(
         self, logits: torch.Tensor, rows: np.ndarray, slots: np.ndarray, tokens: np.ndarray
@@ -219,19 +198,3 @@ class Sampler:
             )
             for index, (row, count) in enumerate(zip(rows.tolist(), wanted, strict=True))
         }
-
-
-def _threshold(row: torch.Tensor, floor: float, top_k: int, top_p: float) -> float:
-    """Smallest logit of `row` [vocab] kept by top_k, then top_p of what is left. Logits below `floor` don't count."""
-    count = min(top_k or _NUCLEUS_CANDIDATES, len(row))
-    best = row.topk(count).values
-    if top_p >= 1:
-        return float(best[-1])
-    weights = row.exp().masked_fill(row < max(floor, float(best[-1]) if top_k else floor), 0)
-    mass = weights.sum(dtype=torch.float64)
-    before = best.exp().cumsum(0, dtype=torch.float64) / mass  # mass up to and with each candidate
-    if not top_k and before[-1] < top_p:
-        best = row.sort(descending=True).values
-        before = best.exp().cumsum(0, dtype=torch.float64) / mass
-    kept = int((before < top_p).sum()) + 1  # the token that crosses top_p stays
-    return float(best[min(kept, len(best)) - 1])

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("linear.c", "elementwise.c", "attention.c")
+SOURCES = ("linear.c", "elementwise.c", "attention.c", "sample.c")
 HEADERS = ("vec.h",)
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 

@@ -16,6 +16,7 @@ _SIGNATURES = {
     "baton_add_rms_norm": (*[c_void_p] * 3, c_float, c_void_p, *[c_int64] * 2, c_int),
     "baton_silu_and_mul": (*[c_void_p] * 2, *[c_int64] * 2, c_int),
     "baton_rope_and_cache": (*[c_void_p] * 7, c_float, *[c_int64] * 8, c_int),
+    "baton_draw": (*[c_void_p] * 7, *[c_int64] * 2, c_int),
     "baton_paged_attention": (c_void_p, c_int64, *[c_void_p] * 5, *[c_int64] * 8, c_float, c_int),
 }
 
@@ -154,3 +155,20 @@ class CpuOps:
         if failed:
             raise MemoryError("no memory for the attention kernel's work list")
         return out
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniforms: torch.Tensor,
+    ) -> torch.Tensor:
+        """See Ops."""
+        n, size = logits.shape
+        tokens = torch.empty(n, dtype=torch.int64)
+        rows = (logits, temperatures, top_k, top_p, min_p, uniforms, tokens)
+        if self._lib.baton_draw(*[tensor.data_ptr() for tensor in rows], n, size, self._threads):
+            raise MemoryError("no memory to sort out the vocabulary")
+        return tokens

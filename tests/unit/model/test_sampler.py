@@ -6,20 +6,24 @@ import numpy as np
 import pytest
 import torch
 
+from baton.kernels.reference import TorchOps
 from baton.proto.messages import SamplingParams
+from baton.worker.attention import choose_ops
 from baton.worker.philox import philox4x32, uniforms
 from baton.worker.sampler import Sampler
 
 VOCAB = 60
+OPS = {"torch": TorchOps(), "default": choose_ops("cpu", torch.float32, 64)}
+both = pytest.mark.parametrize("ops", OPS)
 
 
 def params(**changes: object) -> SamplingParams:
     return SamplingParams(max_tokens=100, **changes)  # type: ignore[arg-type]
 
 
-def draw(logits: torch.Tensor, count: int, **changes: object) -> np.ndarray:
+def draw(ops: str, logits: torch.Tensor, count: int, **changes: object) -> np.ndarray:
     """`count` tokens at successive output positions of one stream with these logits [vocab]."""
-    sampler = Sampler(len(logits), 1)
+    sampler = Sampler(len(logits), 1, OPS[ops])
     sampler.take_slot(0, params(seed=7, **changes), 0, [])
     rows = logits.repeat(count, 1)
     return sampler.sample(rows, np.zeros(count, dtype=np.int64), np.arange(count))[0]
@@ -66,28 +70,31 @@ def test_uniforms_are_uniform_and_depend_on_every_part_of_the_key() -> None:
     assert len({float(uniforms(*(np.array([v]) for v in key))[0]) for key in others} | {float(one[0])}) == 5
 
 
-def test_plain_draws_follow_the_softmax() -> None:
+@both
+def test_plain_draws_follow_the_softmax(ops: str) -> None:
     logits = torch.randn(VOCAB) * 2
-    assert_distributed(draw(logits, 20000, temperature=0.7), (logits / 0.7).softmax(0))
+    assert_distributed(draw(ops, logits, 20000, temperature=0.7), (logits / 0.7).softmax(0))
 
 
+@both
 @pytest.mark.parametrize("top_k", [1, 5, VOCAB])
-def test_top_k(top_k: int) -> None:
+def test_top_k(ops: str, top_k: int) -> None:
     logits = torch.randn(VOCAB)
     kept = torch.full((VOCAB,), -torch.inf)
     best = logits.topk(top_k).indices
     kept[best] = logits[best]
-    assert_distributed(draw(logits, 5000, top_k=top_k), kept.softmax(0))
+    assert_distributed(draw(ops, logits, 5000, top_k=top_k), kept.softmax(0))
 
 
+@both
 @pytest.mark.parametrize("size", [VOCAB, 5000])
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.99, 0), (0.6, 10), (1e-9, 0)])
-def test_top_p_keeps_the_smallest_set_that_reaches_the_mass(size: int, top_p: float, top_k: int) -> None:
+def test_top_p_keeps_the_smallest_set_that_reaches_the_mass(ops: str, size: int, top_p: float, top_k: int) -> None:
     logits = torch.randn(size)
     by_k = logits if not top_k else torch.where(logits >= logits.topk(top_k).values[-1], logits, -torch.inf)
     probabilities, order = by_k.softmax(0).sort(descending=True)
     kept = order[: int((probabilities.cumsum(0) < top_p).sum()) + 1]
-    tokens = draw(logits, 3000, top_p=top_p, top_k=top_k)
+    tokens = draw(ops, logits, 3000, top_p=top_p, top_k=top_k)
     assert set(tokens.tolist()) <= set(kept.tolist())
     if size == VOCAB:
         target = torch.zeros(size)
@@ -95,15 +102,16 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass(size: int, top_p: fl
         assert_distributed(tokens, target / target.sum())
 
 
-def test_min_p() -> None:
+@both
+def test_min_p(ops: str) -> None:
     logits = torch.randn(VOCAB)
     probabilities = logits.softmax(0)
     probabilities[probabilities < 0.3 * probabilities.max()] = 0
-    assert_distributed(draw(logits, 5000, min_p=0.3), probabilities / probabilities.sum())
+    assert_distributed(draw(ops, logits, 5000, min_p=0.3), probabilities / probabilities.sum())
 
 
 def test_penalties_tell_prompt_from_output() -> None:
-    sampler = Sampler(VOCAB, 1)
+    sampler = Sampler(VOCAB, 1, OPS["default"])
     tokens = [3, 3, 4, 5, 5, 6]  # prompt 3 3 4, output 5 5 6
     chosen = params(temperature=0.0, repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25)
     sampler.take_slot(0, chosen, 3, tokens)
@@ -120,7 +128,7 @@ def test_penalties_tell_prompt_from_output() -> None:
 
 
 def test_min_tokens_masks_the_stop_tokens_until_then() -> None:
-    sampler = Sampler(VOCAB, 1)
+    sampler = Sampler(VOCAB, 1, OPS["default"])
     sampler.take_slot(0, params(temperature=0.0, min_tokens=2, stop_token_ids=(9, 8)), 1, [1])
     logits = torch.zeros(VOCAB)
     logits[[7, 8, 9]] = torch.tensor([1.0, 2.0, 3.0])
@@ -128,12 +136,13 @@ def test_min_tokens_masks_the_stop_tokens_until_then() -> None:
     assert chosen == [7, 7, 9]
 
 
-def test_logit_bias() -> None:
-    assert set(draw(torch.randn(VOCAB), 50, logit_bias={11: 100.0, 12: -100.0}).tolist()) == {11}
+@both
+def test_logit_bias(ops: str) -> None:
+    assert set(draw(ops, torch.randn(VOCAB), 50, logit_bias={11: 100.0, 12: -100.0}).tolist()) == {11}
 
 
 def test_logprobs_are_those_of_the_unmodified_logits() -> None:
-    sampler = Sampler(VOCAB, 2)
+    sampler = Sampler(VOCAB, 2, OPS["default"])
     sampler.take_slot(0, params(temperature=0.0), 0, [])
     sampler.take_slot(1, params(temperature=0.0, logit_bias={5: 100.0}, logprobs=3), 0, [])
     logits = torch.randn(2, VOCAB)
@@ -148,7 +157,8 @@ def test_logprobs_are_those_of_the_unmodified_logits() -> None:
     assert [value for _, value in logprobs[1].top] == pytest.approx(values.tolist(), abs=1e-5)
 
 
-def test_a_draw_depends_on_seed_sample_and_position_not_on_the_batch() -> None:
+@both
+def test_a_draw_depends_on_seed_sample_and_position_not_on_the_batch(ops: str) -> None:
     kinds = [
         params(temperature=1.3, seed=1),
         params(temperature=0.0),
@@ -157,13 +167,13 @@ def test_a_draw_depends_on_seed_sample_and_position_not_on_the_batch() -> None:
         params(temperature=1.0, seed=9, min_p=0.05, presence_penalty=0.4),
     ]
     logits = torch.randn(len(kinds), 2000)
-    together = Sampler(2000, len(kinds))
+    together = Sampler(2000, len(kinds), OPS[ops])
     for slot, kind in enumerate(kinds):
         together.take_slot(slot, kind, 2, [1, 2])
     index = np.arange(len(kinds))
     expected = together.sample(logits.clone(), index, index + 4)[0]
     for slot, kind in enumerate(kinds):
-        alone = Sampler(2000, 8)
+        alone = Sampler(2000, 8, OPS[ops])
         alone.take_slot(3, kind, 2, [1, 2])
         token = alone.sample(logits[slot : slot + 1].clone(), np.array([3]), np.array([slot + 4]))[0]
         assert token[0] == expected[slot]
