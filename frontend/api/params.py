@@ -25,8 +25,10 @@ class Wishes:
     """One request's parameters, apart from its prompts."""
 
     sampling: SamplingParams
-    """max_tokens still missing: it depends on the prompt."""
+    """Without max_tokens and seed, which for_prompt adds."""
     max_tokens: int | None
+    seed: int | None
+    """Of every prompt; None: one is drawn for each."""
     n: int
     stop: tuple[str, ...]
     include_stop: bool
@@ -59,7 +61,10 @@ class Wishes:
         else:
             max_tokens = self.max_tokens
         return msgspec.structs.replace(
-            self.sampling, max_tokens=max_tokens, min_tokens=min(self.sampling.min_tokens, max_tokens)
+            self.sampling,
+            max_tokens=max_tokens,
+            min_tokens=min(self.sampling.min_tokens, max_tokens),
+            seed=secrets.randbits(64) if self.seed is None else self.seed & _UINT64,
         )
 
     def sample(self, params: SamplingParams, index: int) -> SamplingParams:
@@ -93,6 +98,7 @@ def read_wishes(request: GenerationRequest, info: ModelInfo, max_logprobs: int) 
     return Wishes(
         sampling=sampling,
         max_tokens=max_tokens,
+        seed=request.seed,
         n=_within("n", 1 if request.n is None else request.n, 1, 128),
         stop=stop,
         include_stop=request.include_stop_str_in_output,
@@ -128,7 +134,6 @@ def _sampling(
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
-        seed=secrets.randbits(64) if request.seed is None else request.seed & _UINT64,
         min_tokens=request.min_tokens,
         stop_token_ids=tuple(sorted({*eos_ids, *(request.stop_token_ids or ())})),
         logprobs=-1 if logprobs is None else logprobs,

@@ -125,9 +125,13 @@ def test_what_a_request_leaves_open_comes_from_the_models_defaults() -> None:
     assert (wishes(temperature=0).sampling.temperature, wishes(top_k=-1).sampling.top_k) == (0, 0)
 
 
-def test_a_seed_is_drawn_where_none_is_given() -> None:
-    assert wishes().sampling.seed != wishes().sampling.seed
-    assert wishes(seed=-1).sampling.seed == 2**64 - 1
+def test_a_seed_is_drawn_for_each_prompt_where_none_is_given() -> None:
+    def seed(given: Wishes) -> int:
+        return given.for_prompt(1, INFO, "prompt").seed
+
+    free, fixed = wishes(), wishes(seed=-1)
+    assert seed(free) != seed(free)
+    assert seed(fixed) == 2**64 - 1
 
 
 def test_eos_ends_unless_it_is_ignored() -> None:
