@@ -17,10 +17,11 @@ class RunDir:
     way out for an orderly end and for `kill -9`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *files: str) -> None:
+        """`files` lie elsewhere and are removed with it, for example a Unix socket that the user has named."""
         self.path = Path(tempfile.mkdtemp(prefix="baton-", dir=_parent()))
         self._janitor = subprocess.Popen(
-            ["/bin/sh", "-c", 'read -r _; rm -rf -- "$0"', str(self.path)],
+            ["/bin/sh", "-c", 'read -r _; rm -rf -- "$@"', "baton-janitor", str(self.path), *files],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     name_process("launcher")
     if plan.note:
         log.info(plan.note)
-    with RunDir() as run_dir:
+    with RunDir(*([args.uds] if args.uds else [])) as run_dir:
         config = serve_config(args, directory, plan, roles, run_dir)
         launcher = Launcher(specs(config), run_dir.path, lambda took: _announce(args, took), config.shutdown_timeout_s)
         return asyncio.run(launcher.run())
@@ -110,6 +110,7 @@ def worker_roles(args: argparse.Namespace) -> list[Role]:
 def claim_address(args: argparse.Namespace) -> int:
     """The port to serve on, or 0 with --uds. Raises UserError when another process has it."""
     if args.uds:
+        args.uds = str(Path(args.uds).absolute())
         _check_unix_socket(Path(args.uds))
         return 0
     try:
@@ -123,8 +124,8 @@ def claim_address(args: argparse.Namespace) -> int:
 
 
 def _check_unix_socket(path: Path) -> None:
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--uds {path}: {path.absolute().parent} is not a directory")
+    if not path.parent.is_dir():
+        raise UserError(f"--uds {path}: {path.parent} is not a directory")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
@@ -157,7 +158,7 @@ def serve_config(
             run_dir=private,
             host=args.host,
             port=args.port,
-            uds=args.uds and str(Path(args.uds).absolute()),
+            uds=args.uds,
             root_path=args.root_path,
             api_keys=tuple(args.api_key),
             max_logprobs=args.max_logprobs,
@@ -184,7 +185,7 @@ def serve_config(
 
 
 def _announce(args: argparse.Namespace, took_s: float) -> None:
-    host = {"0.0.0.0": "localhost", "::": "localhost", "": "localhost"}.get(args.host, args.host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
     url = f"unix:{args.uds}" if args.uds else f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
     sys.stdout.write(f"ready at {url} after {took_s:.1f} s\n")
     sys.stdout.flush()

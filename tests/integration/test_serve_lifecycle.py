@@ -72,13 +72,25 @@ def test_sigterm_lets_a_running_stream_finish(serve: Serve, tiny_model: Path, ht
     assert not run_dir.exists()
 
 
-def test_kill_9_of_the_launcher_leaves_nothing(serve: Serve, tiny_model: Path) -> None:
-    served = start(serve, tiny_model, *SPLIT)
-    assert served.url
+def test_kill_9_of_the_launcher_leaves_nothing(serve: Serve, tiny_model: Path, tmp_path: Path) -> None:
+    socket = tmp_path / "http.sock"
+    served = start(serve, tiny_model, *SPLIT, "--uds", str(socket))
+    assert served.url == f"unix:{socket}"
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket))) as client:
+        assert client.get("http://baton/ready").status_code == 200
     pids, run_dir = list(served.pids().values()), served.run_dir()
     served.process.kill()
     wait_gone(pids)
     assert not run_dir.exists()
+    assert not socket.exists()
+
+
+def test_a_dead_frontend_is_started_again_on_the_same_port(serve: Serve, tiny_model: Path, http: httpx.Client) -> None:
+    served = start(serve, tiny_model, *SPLIT)
+    assert served.url
+    os.kill(served.pids()["frontend-0"], signal.SIGKILL)
+    served.wait_for("frontend-0 is ready again")
+    assert http.post(f"{served.url}/v1/completions", json=body(5)).status_code == 200
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0", "scheduler"])
