@@ -1,0 +1,100 @@
+"""After many requests, a third of them aborted, every process holds what it held before."""
+
+import asyncio
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from support.deployment import Deployment
+
+pytestmark = pytest.mark.slow
+
+WARM_UP, REQUESTS, CONCURRENCY = 100, 500, 16
+GROWTH_MB = 32.0
+TITLES = ("scheduler", "frontend-0", "prefill-0", "decode-0")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one process holds."""
+
+    descriptors: int
+    connections: int
+    resident_mb: float
+
+
+def held(deployment: Deployment) -> dict[str, Held]:
+    """Of every process of the deployment."""
+    out = {}
+    for title, pid in deployment.pids().items():
+        if title in TITLES:
+            process = psutil.Process(pid)
+            memory = process.memory_info().rss / 2**20
+            out[title] = Held(process.num_fds(), len(process.net_connections(kind="all")), memory)
+    return out
+
+
+async def one(client: httpx.AsyncClient, rng: random.Random) -> str:
+    """A streamed request; a third of them is left at a random moment."""
+    aborted = rng.random() < 1 / 3
+    patience = rng.uniform(0, 0.3)
+    body = {
+        "prompt": [rng.randrange(100, 40000) for _ in range(rng.randrange(1, 300))],
+        "max_tokens": rng.randrange(1, 80),
+        "ignore_eos": True,
+        "stream": True,
+    }
+
+    async def read() -> None:
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            async for line in response.aiter_lines():
+                assert '"error"' not in line, line
+
+    try:
+        await asyncio.wait_for(read(), patience if aborted else None)
+    except TimeoutError:
+        return "aborted"
+    return "done"
+
+
+async def load(url: str, count: int, seed: int) -> list[str]:
+    """`count` requests, CONCURRENCY at a time."""
+    rng = random.Random(seed)
+    gate = asyncio.Semaphore(CONCURRENCY)
+    async with httpx.AsyncClient(base_url=url, timeout=120.0) as client:
+
+        async def gated() -> str:
+            async with gate:
+                return await one(client, rng)
+
+        return await asyncio.gather(*(gated() for _ in range(count)))
+
+
+def test_nothing_leaks(tiny_model: Path) -> None:
+    flags = ("--prefill", "1", "--decode", "1", "--load-format", "dummy", "--num-blocks", "400")
+    shared_before = set(os.listdir("/dev/shm"))
+    with Deployment(*flags, "--max-model-len", "1024", model=str(tiny_model)) as deployment:
+        asyncio.run(load(deployment.url, WARM_UP, seed=1))
+        deployment.wait_idle()
+        before = held(deployment)
+        files = sorted(path.name for path in deployment.run_dir().iterdir())
+        results = asyncio.run(load(deployment.url, REQUESTS, seed=2))
+        assert results.count("aborted") > REQUESTS // 5
+        assert results.count("done") > REQUESTS // 3
+        deployment.wait_idle()
+        after = held(deployment)
+        assert set(before) == set(after) == set(TITLES)
+        for title in TITLES:
+            grown = after[title].resident_mb - before[title].resident_mb
+            print(f"{title}: {before[title]} -> {after[title]}, {grown:+.1f} MB")
+            assert after[title].descriptors <= before[title].descriptors, title
+            assert after[title].connections <= before[title].connections, title
+            assert grown < GROWTH_MB, title
+        assert sorted(path.name for path in deployment.run_dir().iterdir()) == files
+    assert set(os.listdir("/dev/shm")) <= shared_before
+
