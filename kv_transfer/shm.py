@@ -5,7 +5,8 @@
     reader maps the memfd read-only and copies blocks; the connection stays open as a sign of life
 
 The mapping outlives its owner, so a reader never faults on a dead peer's memory; whether what it copied still counts is
-the lease's business. When the connection ends the mapping is dropped after the pull that uses it.
+the lease's business. When the connection ends the mapping is dropped after the pull that uses it. Its page tables are
+filled between pulls: all at once would hold up the first one by a tenth of a second.
 """
 
 import ctypes
@@ -31,6 +32,12 @@ log = logging.getLogger(__name__)
 SCHEME = "shm:"
 GREETING_BYTES = 65536
 CONNECT_TIMEOUT_S = 5.0
+POPULATE_BYTES = 16 * 2**20
+"""Mapped between two looks at the queue: about 2 ms."""
+_MADV_POPULATE_READ = 22  # Linux 5.14; on older kernels each page is mapped when it is first read
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Greeting(msgspec.Struct, frozen=True, tag=True):
@@ -122,6 +129,14 @@ class _Peer:
     mapping: mmap.mmap
     address: int
     num_blocks: int
+    populated: int = 0
+    """Bytes whose page-table entries are there."""
+
+    def populate(self) -> None:
+        """Map the next stretch. Through ctypes, which lets go of the interpreter lock meanwhile."""
+        size = min(POPULATE_BYTES, len(self.mapping) - self.populated)
+        _libc.madvise(self.address + self.populated, size, _MADV_POPULATE_READ)
+        self.populated += size
 
     def close(self) -> None:
         self.connection.close()
@@ -169,7 +184,10 @@ class ShmSink(Sink):
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake, selectors.EVENT_READ)
             while not self._closing:
-                for key, _ in selector.select():
+                unmapped = next((peer for peer in self._peers.values() if peer.populated < len(peer.mapping)), None)
+                if unmapped:
+                    unmapped.populate()
+                for key, _ in selector.select(0 if unmapped else None):
                     if key.fileobj == self._wake:
                         os.eventfd_read(self._wake)
                     else:
@@ -226,7 +244,7 @@ class ShmSink(Sink):
 def _map_readable(memfd: int) -> mmap.mmap:
     try:
         size = os.fstat(memfd).st_size
-        return mmap.mmap(memfd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+        return mmap.mmap(memfd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     finally:
         os.close(memfd)
 
