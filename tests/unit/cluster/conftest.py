@@ -1,0 +1,141 @@
+"""A Cluster on a virtual clock, and peers that speak to it in one line."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import pytest
+
+from baton.proto import PROTOCOL_VERSION
+from baton.proto.channels import identity
+from baton.proto.config import PlacementConfig, SchedulerConfig
+from baton.proto.layout import KVLayout
+from baton.proto.messages import (
+    Claim,
+    FrontendHello,
+    Holding,
+    Load,
+    Message,
+    Peer,
+    SamplingParams,
+    Sid,
+    Submit,
+    WorkerHello,
+)
+from baton.scheduler_proc.cluster import Cluster
+from baton.scheduler_proc.instructions import Instruction, Observe, Send
+
+M = TypeVar("M", bound=Message)
+
+FRONTEND = 7
+"""Incarnation of the frontend, the first half of its sids."""
+IDLE = Load(0, 0, 100, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+class Bench:
+    """Records every instruction; `sent` hands out each message once."""
+
+    def __init__(self, policy: str = "least_loaded", **config: float) -> None:
+        self.config = SchedulerConfig(endpoint="", placement=PlacementConfig(policy), **config)
+        self.cluster = Cluster(self.config, epoch=1)
+        self.now = 100.0
+        self.instructions: list[Instruction] = []
+        self.cluster.tick(self.now)
+
+    # ---------------------------------------------------------------------------------------------------- peers speak
+
+    def tell(self, sender: bytes, message: Message, *frames: bytes) -> None:
+        """A message arrives."""
+        self.instructions += self.cluster.handle(sender, message, frames, self.now)
+
+    def wait(self, seconds: float, *alive: bytes) -> None:
+        """Time passes in sweeps; the peers named go on reporting."""
+        until = self.now + seconds
+        while self.now < until:
+            self.now = min(self.now + 0.25, until)
+            for peer in alive:
+                self.tell(peer, IDLE)
+            self.instructions += self.cluster.tick(self.now)
+
+    def frontend(self, name: str = "frontend-0", incarnation: int = FRONTEND, claims: tuple[Claim, ...] = ()) -> bytes:
+        """A frontend says hello."""
+        me = identity(name, incarnation)
+        self.tell(me, FrontendHello(incarnation, name, f"tokens:{name}", 11, PROTOCOL_VERSION, claims))
+        return me
+
+    def worker(
+        self,
+        name: str,
+        role: str = "",
+        incarnation: int = 1,
+        *,
+        fingerprint: str = "model",
+        num_blocks: int = 100,
+        max_num_batched_tokens: int = 256,
+        max_num_seqs: int = 8,
+        holdings: tuple[Holding, ...] = (),
+        protocol: int = PROTOCOL_VERSION,
+    ) -> bytes:
+        """A worker says hello; its role is the first part of its name."""
+        me = identity(name, incarnation)
+        hello = WorkerHello(
+            worker=name,
+            incarnation=incarnation,
+            role=role or name.split("-")[0],
+            pid=12,
+            protocol=protocol,
+            peer=Peer(name, incarnation, f"peer:{name}", f"kv:{name}"),
+            layout=KVLayout(fingerprint, ()),
+            num_blocks=num_blocks,
+            block_size=16,
+            max_model_len=2048,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            holdings=holdings,
+        )
+        self.tell(me, hello)
+        return me
+
+    def submit(self, n: int, *, attempt: int = 1, tokens: int = 64, priority: int = 0, timeout_s: float = 0.0) -> Sid:
+        """The frontend submits a stream."""
+        sid = (FRONTEND, n)
+        submit = Submit(sid, attempt, tokens, SamplingParams(max_tokens=16), timeout_s, priority)
+        self.tell(identity("frontend-0", FRONTEND), submit, np.zeros(tokens, np.int32).tobytes(), b"")
+        return sid
+
+    # ------------------------------------------------------------------------------------------- the cluster answers
+
+    def sent(self, kind: type[M], to: bytes | None = None) -> list[M]:
+        """Messages of this kind (to this peer) since the last call."""
+        found = [
+            i
+            for i in self.instructions
+            if isinstance(i, Send) and isinstance(i.message, kind) and (to is None or i.peer == to)
+        ]
+        self.instructions = [i for i in self.instructions if i not in found]
+        return [i.message for i in found if isinstance(i.message, kind)]
+
+    def recipients(self, kind: type[Message]) -> list[str]:
+        """Names of the peers that messages of this kind went to, since the last call."""
+        found = [i for i in self.instructions if isinstance(i, Send) and isinstance(i.message, kind)]
+        self.instructions = [i for i in self.instructions if i not in found]
+        return [i.peer.decode().split(":")[0] for i in found]
+
+    def observed(self, kind: type[M]) -> list[M]:
+        """Events for the metrics."""
+        return [i.event for i in self.instructions if isinstance(i, Observe) and isinstance(i.event, kind)]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+@pytest.fixture
+def make_bench() -> Callable[..., Bench]:
+    return Bench
+
+
+@pytest.fixture
+def idle() -> Load:
+    return IDLE

@@ -1,0 +1,189 @@
+"""From the prefill worker's report to the decode worker's command, and what happens when a leg fails."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from baton.proto.lifecycle import Outcome
+from baton.proto.messages import (
+    CancelCommand,
+    Close,
+    CloseAck,
+    Ended,
+    FirstRows,
+    Ledger,
+    Load,
+    PrefillDone,
+    Progress,
+    Refused,
+    Retry,
+    StartDecode,
+    StartPrefill,
+)
+
+Bench = Any
+ROWS = FirstRows((42,))
+
+
+@pytest.fixture
+def split(bench: Bench) -> Bench:
+    """1 prefill + 2 decode workers and a frontend."""
+    bench.frontend_id = bench.frontend()
+    bench.prefill = bench.worker("prefill-0")
+    bench.decode = [bench.worker("decode-0"), bench.worker("decode-1")]
+    return bench
+
+
+def prefilled(bench: Bench, n: int = 1, tokens: int = 64) -> tuple[int, int]:
+    sid = bench.submit(n, tokens=tokens)
+    bench.tell(bench.prefill, PrefillDone(sid, 1, 5, tokens, (0, 1, 2, 3), ROWS))
+    return sid
+
+
+def close(sid: tuple[int, int], attempt: int = 1) -> Close:
+    return Close(sid, attempt, Outcome.STOP, 64, 3, Ledger())
+
+
+def test_prefill_done_binds_the_decode_worker(split: Bench) -> None:
+    sid = prefilled(split)
+    [start] = split.sent(StartDecode)
+    assert (start.sid, start.lease, start.owner.worker, start.first_rows) == (sid, 5, "prefill-0", ROWS)
+    assert start.cmd_seq > split.sent(StartPrefill)[0].cmd_seq
+
+
+def test_the_decode_worker_with_room_and_fewer_streams_is_chosen(split: Bench, idle: Load) -> None:
+    split.tell(split.decode[0], msgspec.structs.replace(idle, free_blocks=2, used_blocks=98))
+    split.tell(split.decode[1], msgspec.structs.replace(idle, free_blocks=50, running=3))
+    prefilled(split)
+    assert split.recipients(StartDecode) == ["decode-1"]
+
+
+def test_a_long_prompt_is_bound_when_half_of_it_has_settled(split: Bench) -> None:
+    sid = split.submit(1, tokens=1024)
+    split.tell(split.prefill, Progress(sid, 1, 5, 256, 1024, tuple(range(16)), tokens_per_s=100))
+    assert not split.sent(StartDecode)
+    split.tell(split.prefill, Progress(sid, 1, 5, 512, 1024, tuple(range(32)), tokens_per_s=100))
+    [start] = split.sent(StartDecode)
+    assert (start.num_tokens, start.first_rows) == (512, None)
+    split.tell(split.prefill, PrefillDone(sid, 1, 5, 1024, tuple(range(64)), ROWS))
+    assert not split.sent(StartDecode)
+
+
+def test_a_long_prompt_is_bound_when_the_rest_takes_less_than_a_second(split: Bench) -> None:
+    sid = split.submit(1, tokens=1024)
+    split.tell(split.prefill, Progress(sid, 1, 5, 256, 1024, tuple(range(16)), tokens_per_s=10_000))
+    assert len(split.sent(StartDecode)) == 1
+
+
+def test_without_a_decode_worker_of_the_same_layout_nothing_is_prefilled(bench: Bench) -> None:
+    bench.frontend()
+    bench.worker("prefill-0", fingerprint="a")
+    bench.worker("decode-0", fingerprint="b")
+    bench.submit(1)
+    assert not bench.sent(StartPrefill)
+    bench.worker("decode-1", fingerprint="a")
+    assert len(bench.sent(StartPrefill)) == 1
+
+
+def test_a_handoff_waits_for_a_decode_worker_to_come(split: Bench) -> None:
+    sid = split.submit(1)
+    for decode in split.decode:
+        split.instructions += split.cluster.peer_lost(decode, "its process has died", split.now)
+    split.tell(split.prefill, PrefillDone(sid, 1, 5, 64, (0, 1, 2, 3), ROWS))
+    assert not split.sent(StartDecode)
+    split.worker("decode-0", incarnation=2)
+    split.wait(0.5)
+    assert len(split.sent(StartDecode)) == 1
+
+
+def test_a_refused_decode_leg_goes_to_the_next_worker_under_the_same_attempt(split: Bench) -> None:
+    sid = prefilled(split)
+    [first] = split.recipients(StartDecode)
+    split.tell(f"{first}:1".encode(), Refused(sid, 1, "decode", "no"))
+    [second] = split.recipients(StartDecode)
+    assert {first, second} == {"decode-0", "decode-1"}
+    split.tell(f"{second}:1".encode(), Refused(sid, 1, "decode", "no either"))
+    assert split.sent(Retry) == [Retry(sid, 1, "no; no either")]
+
+
+def test_a_refused_prefill_leg_goes_to_another_worker(bench: Bench) -> None:
+    bench.frontend()
+    workers = [bench.worker("unified-0"), bench.worker("unified-1")]
+    sid = bench.submit(1)
+    [first] = bench.recipients(StartPrefill)
+    bench.tell(f"{first}:1".encode(), Refused(sid, 1, "prefill", "no"))
+    [second] = bench.recipients(StartPrefill)
+    assert {first, second} == {"unified-0", "unified-1"}
+    assert len(workers) == 2
+
+
+def test_an_attempt_that_a_worker_gave_up_is_retried_and_cancelled_elsewhere(split: Bench) -> None:
+    sid = prefilled(split)
+    [decode] = split.recipients(StartDecode)
+    split.tell(f"{decode}:1".encode(), Ended(sid, 1, "decode", "the lease on its KV is gone"))
+    assert split.sent(Retry) == [Retry(sid, 1, "the lease on its KV is gone")]
+    assert split.recipients(CancelCommand) == ["prefill-0"]
+
+
+def test_a_retry_is_repeated_until_the_frontend_answers(split: Bench) -> None:
+    sid = prefilled(split)
+    split.tell(split.prefill, Ended(sid, 1, "prefill", "the lease on its KV expired"))
+    split.sent(Retry)
+    split.wait(2.5, split.frontend_id)
+    assert len(split.sent(Retry)) == 2
+    split.submit(1, attempt=2)
+    split.wait(2.5, split.frontend_id)
+    assert not split.sent(Retry)
+
+
+def test_the_loss_of_a_prefill_worker_that_has_handed_over_does_not_matter(split: Bench) -> None:
+    sid = prefilled(split)
+    split.tell(split.prefill, Ended(sid, 1, "prefill"))
+    split.instructions += split.cluster.peer_lost(split.prefill, "its process has died", split.now)
+    assert not split.sent(Retry)
+
+
+def test_the_loss_of_a_prefill_worker_before_that_is_a_retry(split: Bench) -> None:
+    sid = prefilled(split)
+    split.instructions += split.cluster.peer_lost(split.prefill, "its process has died", split.now)
+    assert split.sent(Retry) == [Retry(sid, 1, "prefill-0: its process has died")]
+    assert len(split.sent(CancelCommand)) == 1
+
+
+def test_close_frees_every_leg_and_is_acknowledged_each_time(split: Bench) -> None:
+    sid = prefilled(split)
+    split.tell(split.frontend_id, close(sid))
+    assert sorted(split.recipients(CancelCommand)) == ["decode-0", "prefill-0"]
+    split.tell(split.frontend_id, close(sid))
+    assert split.sent(CloseAck) == [CloseAck(sid), CloseAck(sid)]
+    assert len(split.observed(Close)) == 1
+
+
+def test_a_closed_stream_is_not_revived_by_a_late_submit(split: Bench) -> None:
+    sid = prefilled(split)
+    split.tell(split.frontend_id, close(sid))
+    split.sent(StartPrefill)
+    split.submit(1)
+    assert not split.sent(StartPrefill)
+
+
+def test_close_of_an_unknown_stream_is_acknowledged_and_counted(split: Bench) -> None:
+    split.tell(split.frontend_id, close((7, 99)))
+    assert split.sent(CloseAck) == [CloseAck((7, 99))]
+    assert len(split.observed(Close)) == 1
+
+
+def test_a_stream_that_ended_at_the_worker_but_is_never_closed_is_retried(split: Bench) -> None:
+    sid = split.submit(1)
+    split.tell(split.prefill, Ended(sid, 1, "prefill"))
+    split.wait(split.config.reconcile_after_s + 0.5)
+    assert [retry.sid for retry in split.sent(Retry)] == [sid]
+
+
+def test_reports_of_another_attempt_are_ignored(split: Bench) -> None:
+    sid = split.submit(1)
+    split.tell(split.prefill, PrefillDone(sid, 2, 5, 64, (0, 1, 2, 3), ROWS))
+    split.tell(split.prefill, Ended(sid, 2, "prefill", "gone"))
+    assert not split.sent(StartDecode)
+    assert not split.sent(Retry)
