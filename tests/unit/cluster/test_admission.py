@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from baton.proto.messages import Accepted, Load, Rejected, Retry, StartPrefill
+from baton.proto.messages import Accepted, CancelCommand, Load, Rejected, Retry, StartPrefill
 
 Bench = Any
 
@@ -122,8 +122,6 @@ def test_a_stream_whose_deadline_passed_in_the_queue_is_rejected(bench: Bench) -
 
 
 def test_a_higher_attempt_replaces_the_one_that_runs(bench: Bench) -> None:
-    from baton.proto.messages import CancelCommand
-
     bench.frontend()
     bench.worker("unified-0")
     sid = bench.submit(1)
