@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 BEAT_INTERVAL_S = 0.5
 METRICS_TIMEOUT_S = 5.0
+STATUS_TIMEOUT_S = 10.0
+"""A scheduler that has not told its status for so long is gone: nothing new can be served."""
 
 
 class Output:
@@ -145,6 +147,7 @@ class EngineClient:
         self._on_status: list[Callable[[], None]] = []
         self.status: ClusterStatus | None = None
         """The cluster as the scheduler told it last."""
+        self._status_at = 0.0
         self._closed: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -157,7 +160,17 @@ class EngineClient:
     @property
     def ready(self) -> bool:
         """Whether a request can be served."""
-        return self.status is not None and self.status.ready
+        return not self.unready_reason
+
+    @property
+    def unready_reason(self) -> str:
+        """What is missing for a request to be served; empty when nothing is."""
+        if self.status is None:
+            return "the scheduler has not answered yet"
+        silent_s = time.monotonic() - self._status_at
+        if silent_s > STATUS_TIMEOUT_S:
+            return f"the scheduler has been silent for {silent_s:.0f} s"
+        return "" if self.status.ready else self.status.reason
 
     @property
     def num_streams(self) -> int:
@@ -252,7 +265,7 @@ class EngineClient:
 
     def _on_message(self, message: ToFrontend) -> None:
         if isinstance(message, ClusterStatus):
-            self.status = message
+            self.status, self._status_at = message, time.monotonic()
             for callback in self._on_status:
                 callback()
         elif isinstance(message, MetricsReply):

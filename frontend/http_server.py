@@ -85,12 +85,12 @@ class Api:
 
     async def models(self) -> Response:
         """The names under which the model is served."""
-        root = self._info.names[0]
-        cards = [
-            responses.ModelCard(id=name, created=self._created, root=root, max_model_len=self._info.max_model_len)
-            for name in self._info.names
-        ]
-        return _json(responses.ModelList(data=cards))
+        return _json(responses.ModelList(data=[self._card(name) for name in self._info.names]))
+
+    async def model(self, name: str) -> Response:
+        """One of them."""
+        check_model(name, self._info)
+        return _json(self._card(name))
 
     async def health(self) -> Response:
         """200 while the process lives."""
@@ -100,9 +100,8 @@ class Api:
         """200 once a request can be served, else 503 with what is missing."""
         if self._generator.draining:
             raise unavailable("the server is shutting down")
-        if not self._client.ready:
-            status = self._client.status
-            raise unavailable(f"not ready: {status.reason if status else 'the scheduler has not answered yet'}")
+        if reason := self._client.unready_reason:
+            raise unavailable(f"not ready: {reason}")
         return Response()
 
     async def version(self) -> Response:
@@ -125,6 +124,10 @@ class Api:
         if not wanted.stream:
             return await answer_or_disconnect(self._generator.whole(job), request)
         return await EventStream.begin(self._generator.events(job), request, self._config.stalled_client_s)
+
+    def _card(self, name: str) -> responses.ModelCard:
+        root, max_model_len = self._info.names[0], self._info.max_model_len
+        return responses.ModelCard(id=name, created=self._created, root=root, max_model_len=max_model_len)
 
     async def _parse(self, request: Request, kind: type[R]) -> tuple[R, dict[str, Any]]:
         wanted, raw, unknown = parse(await read_body(request, self._config.max_request_bytes), kind)
@@ -177,6 +180,7 @@ def build_app(
     for path, (endpoint, request_type, response_type) in posts.items():
         app.add_api_route(path, endpoint, methods=["POST"], openapi_extra=_describe(request_type, response_type))
     app.add_api_route("/v1/models", api.models, openapi_extra=_describe(None, responses.ModelList))
+    app.add_api_route("/v1/models/{name:path}", api.model, openapi_extra=_describe(None, responses.ModelCard))
     for plain in (api.health, api.ready, api.version, api.metrics):
         app.add_api_route(f"/{plain.__name__}", plain)
     _document(app, [kind for _, *kinds in posts.values() for kind in kinds])
@@ -233,7 +237,8 @@ def _document(app: FastAPI, types: list[type]) -> None:
     """Add the message types to what FastAPI generates at /openapi.json."""
     generate = app.openapi
     _, schemas = msgspec.json.schema_components(
-        [*types, responses.ModelList, responses.ChatChunk, ErrorResponse], ref_template="#/components/schemas/{name}"
+        [*types, responses.ModelList, responses.ModelCard, responses.ChatChunk, ErrorResponse],
+        ref_template="#/components/schemas/{name}",
     )
 
     def openapi() -> dict[str, Any]:

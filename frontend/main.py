@@ -46,6 +46,7 @@ class _Server(uvicorn.Server):
 
 def main(config: FrontendConfig, supervised: Supervised) -> int:
     """The whole life of the process."""
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its steps of stopping are not news
     listener = _listen(config)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

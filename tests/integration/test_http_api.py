@@ -103,6 +103,9 @@ def test_models(client: openai.OpenAI) -> None:
     models = client.models.list().data
     assert [model.id for model in models] == ["tiny", "alias"]
     assert {model.max_model_len for model in models} == {2048}  # type: ignore[attr-defined]
+    assert client.models.retrieve("alias").id == "alias"
+    with pytest.raises(openai.NotFoundError, match="other"):
+        client.models.retrieve("other")
 
 
 def test_a_stream_says_what_the_whole_answer_says(served: Deployment) -> None:
@@ -303,3 +306,17 @@ def test_many_at_once(served: Deployment) -> None:
         for streamed, whole in pool.map(ask, range(16)):
             assert streamed == whole
     served.wait_idle()
+
+
+def test_what_runs_when_the_server_must_stop_ends_with_an_error_that_says_so(tiny_model: Path) -> None:
+    words = ("--load-format", "dummy", "--num-blocks", "600", "--unified", "1", "--shutdown-timeout", "0.2")
+    with Deployment(*words, model=str(tiny_model)) as deployment:
+        endless = {"prompt": "one", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        with deployment.client.stream("POST", "/v1/completions", json=endless) as response:
+            lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+            next(lines)
+            deployment.process.terminate()
+            *_, last, done = lines
+        assert "shutting down" in json.loads(last)["error"]["message"]
+        assert done == "[DONE]"
+        assert deployment.wait() == 0
