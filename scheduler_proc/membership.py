@@ -163,13 +163,14 @@ class Membership:
         self._registry.remove(member)
         self._outbox.add(Unwatch(peer))
         self._changed = True
+        level = logging.WARNING if fence_reason else logging.INFO
         if isinstance(member, Worker):
             self._registry.remember_gone(peer, fence_reason)
             self._outbox.add(Observe(WorkerLeft(member.name, member.role)))
-            self._outbox.log(f"{member.name}: {reason}; {len(member.streams)} streams go elsewhere", logging.WARNING)
+            self._outbox.log(f"{member.name}: {reason}; {len(member.streams)} streams go elsewhere", level)
             self._worker_lost(member, reason, now)
         else:
-            self._outbox.log(f"{member.hello.name}: {reason}", logging.WARNING)
+            self._outbox.log(f"{member.hello.name}: {reason}", level)
             self._frontend_lost(member, now)
 
     # -------------------------------------------------------------------------------------------------------- timers

@@ -3,10 +3,12 @@
 import argparse
 import http.client
 import json
+import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from baton.proto.supervision import die_with_parent
@@ -25,56 +27,66 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
     args = parser.parse_args()
     say("starting a frontend, a scheduler, a prefill worker and a decode worker")
-    server = subprocess.Popen(
-        serve_command(args.port),
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # Ctrl-C reaches this process alone, which then drains the server
-        preexec_fn=die_with_parent,
-    )
-    try:
-        url = wait_ready(server)
-        if url is None:
-            return server.wait() or 1
-        ask(url)
-        if args.once:
+    with Server(args.port) as server:
+        try:
+            url = server.wait_ready()
+            if url is None:
+                return server.process.wait() or 1
+            ask(url)
+            if args.once:
+                return 0
+            print(usage(url), flush=True)
+            return server.process.wait()
+        except KeyboardInterrupt:
             return 0
-        print(usage(url), flush=True)
-        return server.wait()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        stop(server)
 
 
-def serve_command(port: int) -> list[str]:
-    """A modest pool: the machine may be small, and the model's whole context still fits."""
-    return [
-        *(sys.executable, "-P", "-m", "baton.frontend.cli.main", "serve", "demo"),
-        *("--prefill", "1", "--decode", "1", "--host", "127.0.0.1", "--port", str(port)),
-        *("--kv-cache-memory-bytes", "400M"),
-    ]
+class Server:
+    """`baton serve demo` in the background. Its output is shown until it is ready, then only what is not routine."""
 
+    def __init__(self, port: int) -> None:
+        self._ready: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-P", "-m", "baton.frontend.cli.main", "serve", "demo"),
+                *("--prefill", "1", "--decode", "1", "--host", "127.0.0.1", "--port", str(port)),
+                # A modest pool: the machine may be small, and the model's whole context still fits.
+                *("--kv-cache-memory-bytes", "400M"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then drains the server
+            preexec_fn=die_with_parent,
+        )
+        self._relay = threading.Thread(target=self._show, daemon=True)
+        self._relay.start()
 
-def wait_ready(server: "subprocess.Popen[str]") -> str | None:
-    """The URL in the server's ready line; None when it ended before."""
-    assert server.stdout is not None
-    for line in server.stdout:
-        print(line, end="", flush=True)
-        if line.startswith("ready at "):
-            return line.split()[2]
-    return None
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self._relay.join()
 
-def stop(server: "subprocess.Popen[str]") -> None:
-    """End the server and wait until all its processes are gone."""
-    if server.poll() is None:
-        server.terminate()
-    try:
-        server.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
+    def wait_ready(self) -> str | None:
+        """The URL in the server's ready line; None when it ended before."""
+        return self._ready.get()
+
+    def _show(self) -> None:
+        assert self.process.stdout is not None
+        ready = False
+        for line in self.process.stdout:
+            if not ready or " INFO " not in line:
+                print(line, end="", flush=True)
+            if line.startswith("ready at "):
+                ready = True
+                self._ready.put(line.split()[2])
+        self._ready.put(None)
 
 
 def ask(url: str) -> None:
