@@ -31,6 +31,8 @@ from baton.proto.supervision import EXIT_FAILED, EXIT_USER_ERROR, Report
 
 log = logging.getLogger(__name__)
 
+WAITING_INTERVAL_S = 10.0
+"""While STARTING: how often it is said who is not ready."""
 STOP_GRACE_S = 5.0
 """After SIGTERM a process may take so long, beyond the time its streams may take, before it is killed."""
 
@@ -129,6 +131,7 @@ class Launcher:
         try:
             for spec in self._specs:
                 self._start(spec)
+            self._loop.call_later(WAITING_INTERVAL_S, self._say_who_is_missing)
             ending = await self._ending
             self._draining = True
             if self._serving and not ending.error:
@@ -156,6 +159,8 @@ class Launcher:
         for report in reports:
             if report.event == "failed":
                 child.failure = report
+            elif report.event == "alive":
+                log.info("%s is alive, pid %d", child.name, child.process.pid)
             elif report.event == "ready":
                 self._on_child_ready(child)
 
@@ -168,6 +173,13 @@ class Launcher:
         elif len(self._children) == len(self._specs) and all(each.ready for each in self._children.values()):
             self._serving = True
             self._on_ready(now - self._started_at)
+
+    def _say_who_is_missing(self) -> None:
+        if self._serving or self._ending.done():
+            return
+        missing = [child.name for child in self._children.values() if not child.ready]
+        log.info("waiting for %s to be ready", ", ".join(missing))
+        self._loop.call_later(WAITING_INTERVAL_S, self._say_who_is_missing)
 
     def _on_exit(self, child: Child) -> None:
         self._on_reports(child)

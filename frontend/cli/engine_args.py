@@ -9,7 +9,7 @@ from pathlib import Path
 
 from baton.proto.config import BatchConfig, CacheConfig, ModelConfig
 from baton.proto.errors import UserError
-from baton.proto.supervision import die_with_parent
+from baton.proto.supervision import EXIT_USER_ERROR, die_with_parent
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -92,9 +92,11 @@ def resolve_model(args: argparse.Namespace) -> Path:
     done = subprocess.run(
         [*command, "--", args.model], stdout=subprocess.PIPE, text=True, check=False, preexec_fn=die_with_parent
     )
-    if done.returncode:
+    if done.returncode == EXIT_USER_ERROR:
         # It has printed the one line that explains.
-        raise SystemExit(2)
+        raise SystemExit(EXIT_USER_ERROR)
+    if done.returncode:
+        raise UserError(f"{args.model} can't be made ready: the resolver ended with {done.returncode}")
     return Path(json.loads(done.stdout)["path"])
 
 

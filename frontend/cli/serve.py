@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         log.info(plan.note)
     with RunDir(*([args.uds] if args.uds else [])) as run_dir:
         config = serve_config(args, directory, plan, roles, run_dir)
+        log.info("more workers can join: baton worker --role ROLE --scheduler %s MODEL", config.scheduler.endpoint)
         launcher = Launcher(specs(config), run_dir.path, lambda took: _announce(args, took), config.shutdown_timeout_s)
         return asyncio.run(launcher.run())
 
