@@ -25,9 +25,9 @@ class BuildError(RuntimeError):
 
 def build() -> Path:
     """Path of the shared library, compiled now if the cache lacks it. Raises BuildError."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc")
     if compiler is None:
-        raise BuildError("no C compiler found (cc, gcc or clang)")
+        raise BuildError("no C compiler found (gcc or cc)")
     openmp = _loaded_openmp()
     target = _cache_dir() / f"cpu-{_key(compiler, openmp)}.so"
     if not target.is_file():

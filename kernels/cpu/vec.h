@@ -1,5 +1,4 @@
-/* Vectors of one register's width in GNU C (gcc and clang), so that one source serves AVX-512, AVX2, NEON and plain
- * x86-64. No -ffast-math: the order of every sum is what is written here, so a token's values do not depend on the
+/* Vectors of one register's width in GNU C, so that one source serves AVX-512, AVX2, NEON and plain x86-64. No -ffast-math: the order of every sum is what is written here, so a token's values do not depend on the
  * batch it runs in. */
 #ifndef BATON_VEC_H
 #define BATON_VEC_H
@@ -73,7 +72,7 @@ INLINE vf exp_vf(vf x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
-    vi in_range = x > splat(-87.0f); /* false for NaN never matters: scores are finite or -inf */
+    vi in_range = x > splat(-87.0f);
     return (vf)(in_range & (vi)(p * (vf)scale));
 }
 

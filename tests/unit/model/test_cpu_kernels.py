@@ -1,6 +1,10 @@
 """The C kernels compute what the plain torch operations compute, on fresh random input."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 from baton.kernels.cpu.build import BuildError, build
 from baton.kernels.cpu.ops import CpuOps
 from baton.kernels.reference import TorchOps
+from baton.worker.attention import choose_ops
 
 reference = TorchOps()
 
@@ -147,3 +152,22 @@ def test_draw(ops: CpuOps, size: int) -> None:
     )
     different = ops.draw(logits, *arguments) != reference.draw(logits, *arguments)
     assert int(different.sum()) <= 1  # a uniform may fall on the edge between two tokens, within rounding
+
+
+def test_without_a_compiler_torch_serves_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert isinstance(choose_ops("cpu", torch.float32, 64), TorchOps)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no C compiler found" in caplog.text
+
+
+def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", "import torch; from baton.kernels.cpu.build import build; print(build())"]
+    starts = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    paths = {start.communicate()[0] for start in starts}
+    assert [start.returncode for start in starts] == [0, 0]
+    assert len(paths) == 1
+    assert sorted(path.suffix for path in (tmp_path / "baton" / "kernels").iterdir()) == [".lock", ".so"]
