@@ -8,7 +8,6 @@ import asyncio
 import itertools
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ from baton.frontend.streams import Limits, Streams
 from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import Dealer, Router, identity
 from baton.proto.config import FrontendConfig
+from baton.proto.heartbeat import Heartbeat
 from baton.proto.lifecycle import Outcome
 from baton.proto.messages import (
     Beat,
@@ -40,7 +40,6 @@ from baton.proto.messages import (
 
 log = logging.getLogger(__name__)
 
-BEAT_INTERVAL_S = 0.5
 METRICS_TIMEOUT_S = 5.0
 STATUS_TIMEOUT_S = 10.0
 """A scheduler that has not told its status for so long is gone: nothing new can be served."""
@@ -152,7 +151,7 @@ class EngineClient:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
-        self._beats = _Beats(self._context, config.scheduler, config.name, self._incarnation)
+        self._beats = Heartbeat(self._context, config.scheduler, lambda: Beat(config.name, self._incarnation))
         self._loop.add_reader(self._scheduler.fileno(), self._drain)
         self._loop.add_reader(self._tokens.fileno(), self._drain)
         self._carry_out([SendToScheduler(self._streams.hello())])
@@ -303,27 +302,3 @@ class EngineClient:
     def _tick(self) -> None:
         self._timer, self._timer_at = None, float("inf")
         self._carry_out(self._streams.tick(time.monotonic()))
-
-
-class _Beats:
-    """The heartbeat: a thread with a socket of its own, so that a busy event loop does not look dead."""
-
-    def __init__(self, context: zmq.Context, scheduler: str, name: str, incarnation: int) -> None:
-        self._args = (context, scheduler, name, incarnation)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="beats", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop and wait for the end."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        context, scheduler, name, incarnation = self._args
-        dealer: Dealer[ToFrontend] = Dealer(context, scheduler, identity(name, incarnation) + b":beat", ToFrontend)
-        while not self._stop.wait(BEAT_INTERVAL_S):
-            dealer.send(Beat(name, incarnation))
-            for _ in dealer.drain():  # answers go to the main socket
-                pass
-        dealer.close(0)

@@ -6,7 +6,6 @@ steps; carry out what the batcher asked for. Nothing here decides anything.
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,12 @@ from baton.kv_transfer.contract import Pull
 from baton.kv_transfer.shm import Greeting, ShmSink, ShmSource
 from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import Body, Dealer, Router, identity
+from baton.proto.heartbeat import Heartbeat
 from baton.proto.messages import (
     Beat,
     CancelCommand,
     Fenced,
     Goodbye,
-    Message,
     Peer,
     StartDecode,
     StartPrefill,
@@ -42,7 +41,6 @@ from baton.worker.token_plane import TokenPlane
 
 log = logging.getLogger(__name__)
 
-BEAT_INTERVAL_S = 0.5
 LOAD_INTERVAL_S = 0.05
 HOLDINGS_INTERVAL_S = 1.0
 HELLO_INTERVAL_S = 1.0
@@ -80,7 +78,7 @@ class Session:
         self._load_due = True
         for source in (self._peers.socket, self._scheduler.socket, device, self._sink, supervised.stop_fd):
             self._poller.register(source, zmq.POLLIN)
-        self._beats = _Beats(context, config.scheduler, config.name, self._incarnation, device)
+        self._beats = Heartbeat(context, config.scheduler, self._beat)
         self._dispatch: dict[type, Callable[[Any, Body], None]] = {
             StartPrefill: self._to_batcher,
             StartDecode: self._to_batcher,
@@ -238,31 +236,10 @@ class Session:
         self._scheduler.send(hello)
         self._batcher.resend_ready()
 
-
-class _Beats:
-    """The heartbeat: a thread with a socket of its own, so that a busy loop does not look dead."""
-
-    def __init__(self, context: zmq.Context, scheduler: str, name: str, incarnation: int, device: Device) -> None:
-        self._args = (context, scheduler, name, incarnation, device)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="beats", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        context, scheduler, name, incarnation, device = self._args
-        me = identity(name, incarnation) + b":beat"
-        dealer: Dealer[Message] = Dealer(context, scheduler, me, ToWorker)
-        while not self._stop.wait(BEAT_INTERVAL_S):
-            step, started, expected = device.running or (0, 0.0, 0.0)
-            running_s = time.monotonic() - started if step else 0.0
-            dealer.send(Beat(name, incarnation, step, running_s, expected))
-            for _ in dealer.drain():  # answers go to the main socket
-                pass
-        dealer.close(0)
+    def _beat(self) -> Beat:
+        step, started, expected_s = self._device.running or (0, 0.0, 0.0)
+        running_s = time.monotonic() - started if step else 0.0
+        return Beat(self._core.config.name, self._incarnation, step, running_s, expected_s)
 
 
 def _worker_of(endpoint: str) -> str:
