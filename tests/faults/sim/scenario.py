@@ -19,8 +19,9 @@ from .world import Process, World
 
 BLOCK_SIZE = 16
 FAULTS_UNTIL_S = 6.0
-QUIET_WITHIN_S = 20.0
-"""Once faults have stopped, everything ends and is freed within this time."""
+QUIET_WITHIN_S = 12.0
+QUIET_WITHIN_COPIES = 40
+"""Once faults have stopped, everything ends and is freed within this time and so many durations of a pull."""
 TOPOLOGIES = ("pd", "pd", "ppdd", "pdd", "ppd", "u", "uu", "pdu")
 ROLES = {"p": "prefill", "d": "decode", "u": "unified"}
 
@@ -70,9 +71,10 @@ class Scenario:
             self.world.run(self.world.now + 0.25)
             self._audit()
         self._end_faults()
-        deadline = self.world.now + QUIET_WITHIN_S
+        patience_s = QUIET_WITHIN_S + QUIET_WITHIN_COPIES * max(worker.spec.copy_s for worker in self.workers)
+        deadline = self.world.now + patience_s
         while left := self._leftovers():
-            assert self.world.now < deadline, f"not quiet {QUIET_WITHIN_S} s after the last fault: {left}"
+            assert self.world.now < deadline, f"not quiet {patience_s:.0f} s after the last fault: {left}"
             self.world.run(self.world.now + 0.25)
             self._audit()
         return self._report()
@@ -138,8 +140,9 @@ class Scenario:
         conditions.repeat = rng.choice((0.0, 0.05))
         conditions.dealers_keep = rng.random() < 0.5
         kinds = [kind for kind in (self._cut, self._crash, self._leave, self._pause, self._slow) if rng.random() < 0.5]
+        most = rng.choice((4, 4, 20))
         for kind in kinds:
-            for _ in range(rng.randint(1, 4)):
+            for _ in range(rng.randint(1, most)):
                 self.world.at(rng.uniform(0.3, FAULTS_UNTIL_S), kind)
 
     def _cut(self) -> None:

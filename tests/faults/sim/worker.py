@@ -126,6 +126,11 @@ class Worker(Process):
         else:
             self.later(0.01, self._begin_when_still)
 
+    @property
+    def copying(self) -> bool:
+        """Whether a pull is running."""
+        return self._pulls > 0
+
     def say_goodbye(self) -> None:
         """Leave in order."""
         self._to_scheduler(Goodbye(self.name, self.incarnation))
@@ -135,7 +140,7 @@ class Worker(Process):
     def turn(self) -> None:
         """One iteration of the session's loop."""
         batcher, now = self.batcher, self.world.now
-        if batcher is None:
+        if batcher is None or self.draining:
             return
         if batcher.next_deadline() <= now:
             batcher.tick(now)

@@ -42,6 +42,8 @@ class Process:
         self.life = 0
         """Counts kills: what was under way in an earlier life never happens."""
         self.paused = False
+        self.draining = False
+        """What has waited is being taken in: timers come after it, as in the loops of the real processes."""
         self._backlog: list[Action] = []
         self._wake_at = float("inf")
 
@@ -65,13 +67,17 @@ class Process:
         self.paused = True
 
     def resume(self) -> None:
-        """As by SIGCONT: what has waited happens now, in order."""
+        """As by SIGCONT: what has waited happens now, in order, and then the timers."""
         if not self.paused:
             return
         self.paused = False
+        self.draining = True
         backlog, self._backlog = self._backlog, []
         for action in backlog:
-            self.do(action)
+            action()
+        self.draining = False
+        self._wake_at = float("inf")
+        self.turn()
 
     def do(self, action: Action) -> None:
         """Now, or as soon as the process runs again."""
@@ -94,6 +100,6 @@ class Process:
         self.later(max(at - self.world.now, 0.0) + TIMER_LATENESS_S, lambda: self._woken(at))
 
     def _woken(self, at: float) -> None:
-        if self._wake_at == at:
+        if self._wake_at == at and not self.draining:
             self._wake_at = float("inf")
             self.turn()
