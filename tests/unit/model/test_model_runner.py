@@ -1,0 +1,107 @@
+"""The runner behind its plan interface: batching, chunking, block tables, slots taken again."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from baton.kernels.cpu.build import BuildError, build
+from baton.proto.messages import SamplingParams
+from baton.worker.plan import Row, SlotInit, StepPlan
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 700,
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-12,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def dummy(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def _prompts() -> list[list[int]]:
+    return [[random.randrange(700) for _ in range(length)] for length in (1, 33, 64, 130, 600)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_has_the_same_bits_alone_and_batched_whole_and_chunked(
+    dummy: Path, make_driver: Callable[..., Any], temperature: float
+) -> None:
+    try:
+        build()
+    except BuildError as error:
+        pytest.skip(str(error))
+    prompts = _prompts()
+    params = SamplingParams(max_tokens=20, temperature=temperature, seed=11, logprobs=0)
+    together = make_driver(dummy, load_format="dummy").generate(prompts, params)
+    assert make_driver(dummy, load_format="dummy").generate(prompts, params, chunk=37) == together
+    for index, prompt in enumerate(prompts):
+        alone = make_driver(dummy, load_format="dummy", block_size=48).generate([prompt], params, chunk=100)
+        assert (alone[0][0], alone[1][0]) == (together[0][index], together[1][index])
+
+
+def test_a_resumed_stream_goes_on_as_if_undisturbed(dummy: Path, make_driver: Callable[..., Any]) -> None:
+    """Prompt and accepted tokens are computed again, under penalties that tell them apart."""
+    prompt = [random.randrange(700) for _ in range(40)]
+    params = SamplingParams(max_tokens=12, seed=5, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2)
+    whole = make_driver(dummy, load_format="dummy").generate([prompt], params)[0][0]
+    driver = make_driver(dummy, load_format="dummy")
+    tokens = prompt + whole[:5]
+    resumed = []
+    blocks = [driver.free.pop() for _ in range(4)]
+    for index in range(5, 12):
+        first = index == 5
+        row = Row(
+            3, 0 if first else 40 + index - 1, 45 if first else 1, tokens if first else [], not first, [], True, index
+        )
+        init = SlotInit(3, (0, 0), 1, params, 40, tokens, blocks)
+        resumed += driver.runner.execute(StepPlan(index, [row], [init] if first else [])).tokens[0]
+    assert resumed == whole[5:]
+
+
+def test_a_slot_taken_again_keeps_nothing(dummy: Path, make_driver: Callable[..., Any]) -> None:
+    driver = make_driver(dummy, load_format="dummy")
+    prompts = _prompts()
+    params = SamplingParams(max_tokens=6, temperature=0.0)
+    expected = make_driver(dummy, load_format="dummy").generate(prompts, params)[0]
+    biased = SamplingParams(max_tokens=6, seed=1, logit_bias={3: 100.0}, frequency_penalty=1.0, logprobs=2)
+    driver.generate(list(reversed(prompts)), biased)
+    assert driver.generate(prompts, params)[0] == expected
+
+
+def test_rows_without_samples_give_no_tokens(dummy: Path, make_driver: Callable[..., Any]) -> None:
+    driver = make_driver(dummy, load_format="dummy")
+    params = SamplingParams(max_tokens=6, temperature=0.0, logprobs=0)
+    inits = [SlotInit(slot, (0, slot), 0, params, 8, list(range(8)), [slot]) for slot in range(2)]
+    rows = [Row(0, 0, 4, [0, 1, 2, 3], False, [], False, 0), Row(1, 0, 8, list(range(8)), False, [], True, 0)]
+    result = driver.runner.execute(StepPlan(9, rows, inits))
+    assert result.step == 9
+    assert [len(tokens) for tokens in result.tokens] == [0, 1]
+    assert set(result.logprobs) == {1}
+    assert result.started_s < result.sampled_s
+    only_chunks = driver.runner.execute(StepPlan(10, [Row(0, 4, 2, [4, 5], False, [], False, 0)], []))
+    assert only_chunks.tokens == [[]]
+
+
+def test_the_pool_must_fit_the_layout(dummy: Path, make_driver: Callable[..., Any]) -> None:
+    driver = make_driver(dummy, load_format="dummy")
+    group = driver.runner.layout.groups[0]
+    assert group.block_bytes == 2 * 3 * 2 * 16 * 32 * 4
+    with pytest.raises(ValueError, match="does not fit the layout"):
+        driver.runner.attach_pool(torch.zeros(4, *group.shape[1:]))
