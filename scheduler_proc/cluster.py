@@ -86,11 +86,6 @@ class Cluster:
         }
 
     @property
-    def ready(self) -> bool:
-        """Whether a request can be served."""
-        return self._membership.ready
-
-    @property
     def idle(self) -> bool:
         """Whether nobody waits for anything."""
         return not self.streams

@@ -46,7 +46,6 @@ class Membership:
         worker_lost: Callable[[Worker, str, float], None],
         frontend_lost: Callable[[Frontend, float], None],
     ) -> None:
-        self.ready = False
         self._config = config
         self._epoch = epoch
         self._registry = registry
@@ -177,6 +176,7 @@ class Membership:
 
     def sweep(self, now: float) -> None:
         """Beats that are overdue."""
+        self.unserved_s(now)
         timeout = self._config.heartbeat_timeout_s
         paused = self._swept_at is not None and now - self._swept_at > timeout / 2
         self._swept_at = now
@@ -190,7 +190,7 @@ class Membership:
     # -------------------------------------------------------------------------------------------------------- status
 
     def unserved_s(self, now: float) -> float:
-        """How long there has been no way for a request from prompt to end."""
+        """How long there has been no way for a request from prompt to end; it looks at least once per sweep."""
         if self._served_at is None or not self._registry.missing():
             self._served_at = now
         return now - self._served_at
@@ -200,11 +200,10 @@ class Membership:
         if not self._changed and now - self._status_at < STATUS_INTERVAL_S:
             return
         reason = self._not_ready_because()
-        self.ready = not reason
-        self._complete_once |= self.ready
+        self._complete_once |= not reason
         self._changed, self._status_at = False, now
         workers = tuple(worker.status() for worker in self._registry.workers.values())
-        status = ClusterStatus(self._epoch, self.ready, reason, workers)
+        status = ClusterStatus(self._epoch, not reason, reason, workers)
         for frontend in self._registry.frontends:
             self._outbox.send(frontend, status)
 

@@ -38,29 +38,57 @@ def call(rng: Random, tokens: int) -> Call:
     return Call(prompt, SamplingParams(max_tokens=8), Reference(prompt, 8, BLOCK_SIZE))
 
 
+class Split:
+    """One prefill and one decode worker, a scheduler and a frontend, all there after a second."""
+
+    def __init__(self, seed: int, prefill_blocks: int) -> None:
+        self.world = World(seed)
+        self.network = Network(self.world)
+        self.network.conditions.dealers_keep = False
+        memories: dict[str, Memory] = {}
+        config = SchedulerConfig(endpoint="scheduler", heartbeat_timeout_s=60.0)
+        self.scheduler = Scheduler(self.world, self.network, config)
+        self.prefill = Worker(self.world, self.network, spec("prefill-0", prefill_blocks), memories)
+        self.decode = Worker(self.world, self.network, spec("decode-0", num_blocks=40), memories)
+        self.frontend = Frontend(self.world, self.network, "frontend-0")
+        for process in (self.scheduler, self.prefill, self.decode, self.frontend):
+            process.start()
+        self.world.run(until=1.0)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_reader_that_slept_through_its_lease_does_not_decode_what_it_copied(seed: int) -> None:
     """The decode worker stands still in the middle of a copy. Meanwhile the lease expires, and the prefill worker,
     which can't tell the scheduler, computes the next prompt into the very blocks that are still being copied."""
-    world, memories = World(seed), dict[str, Memory]()
-    network = Network(world)
-    network.conditions.dealers_keep = False
-    scheduler = Scheduler(world, network, SchedulerConfig(endpoint="scheduler", heartbeat_timeout_s=60.0))
-    prefill = Worker(world, network, spec("prefill-0", num_blocks=6), memories)
-    decode = Worker(world, network, spec("decode-0", num_blocks=40), memories)
-    frontend = Frontend(world, network, "frontend-0")
-    for process in (scheduler, prefill, decode, frontend):
-        process.start()
-    world.run(until=1.0)
-    first, second = call(world.rng, 80), call(world.rng, 80)
+    split = Split(seed, prefill_blocks=6)
+    first, second = call(split.world.rng, 80), call(split.world.rng, 80)
     for request in (first, second):
-        frontend.submit(request)
-    world.run(until=1.1)
-    assert decode.copying
-    decode.pause()
-    network.cut("scheduler", "prefill-0", seconds=8.0)
-    world.run(until=6.0)
-    decode.resume()
-    world.run(until=60.0)
+        split.frontend.submit(request)
+    split.world.run(until=1.1)
+    assert split.decode.copying
+    split.decode.pause()
+    split.network.cut("scheduler", "prefill-0", seconds=8.0)
+    split.world.run(until=6.0)
+    split.decode.resume()
+    split.world.run(until=60.0)
     assert first.outcome is second.outcome is Outcome.LENGTH
     assert first.attempts > 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_reader_whose_source_died_together_with_the_scheduler_gives_up_by_itself(seed: int) -> None:
+    """The new scheduler adopts the decode leg and can't know that it waits for somebody who is no more."""
+    split = Split(seed, prefill_blocks=40)
+    request = call(split.world.rng, 80)
+    sid = split.frontend.submit(request)
+    split.world.run(until=1.1)
+    assert split.decode.copying
+    for process in (split.prefill, split.scheduler):
+        process.kill()
+        process.start()
+    split.world.run(until=3.5)
+    assert split.decode.batcher is not None
+    assert (sid, 1) not in [(holding.sid, holding.attempt) for holding in split.decode.batcher.holdings()]
+    split.world.run(until=60.0)
+    assert request.outcome is Outcome.LENGTH
+    assert request.attempts == 2

@@ -112,6 +112,17 @@ def test_without_workers_a_stream_waits_then_goes_back_and_new_ones_are_rejected
     assert bench.sent(Rejected)[0].code == "no_workers"
 
 
+def test_the_time_without_workers_counts_from_their_loss(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(no_workers_s=5)
+    frontend, worker = bench.frontend(), bench.worker("unified-0")
+    bench.wait(60, frontend, worker)
+    bench.instructions += bench.cluster.peer_lost(worker, "its process has died", bench.now)
+    bench.submit(1)
+    assert not bench.sent(Rejected)
+    bench.worker("unified-0", incarnation=2)
+    assert bench.sent(StartPrefill)
+
+
 def test_a_stream_whose_deadline_passed_in_the_queue_is_rejected(bench: Bench) -> None:
     bench.frontend()
     bench.submit(1, timeout_s=1)
