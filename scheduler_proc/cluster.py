@@ -90,8 +90,6 @@ class Cluster:
         """Whether nobody waits for anything."""
         return not self.streams
 
-    # ------------------------------------------------------------------------------------------------------- events
-
     def handle(self, sender: bytes, message: Any, frames: tuple[Frame, ...], now: float) -> list[Instruction]:
         """One message of ToScheduler, from the peer with this ZeroMQ identity."""
         match message:
@@ -144,8 +142,6 @@ class Cluster:
     def next_deadline(self) -> float:
         """When `tick` has something to do."""
         return self._next_sweep
-
-    # ---------------------------------------------------------------------------------------------------- frontends
 
     def _on_frontend_hello(self, sender: bytes, hello: FrontendHello, now: float) -> None:
         if self._membership.frontend_hello(sender, hello, now):
@@ -232,8 +228,6 @@ class Cluster:
             self._legs.cancel_all(stream)
             self._forget(stream)
 
-    # ------------------------------------------------------------------------------------------------------ workers
-
     def _on_worker_hello(self, sender: bytes, hello: WorkerHello, now: float) -> None:
         worker = self._membership.worker_hello(sender, hello, now)
         if worker is not None:
@@ -310,8 +304,6 @@ class Cluster:
         stream = self._at(report)
         leg = stream.prefill if stream else None
         return stream if leg is not None and leg.worker == worker.identity else None
-
-    # ---------------------------------------------------------------------------------------------------- decisions
 
     def _dispatch(self, now: float) -> None:
         """Send queued streams to prefill workers, as far as those have room: what waits here can still be placed."""

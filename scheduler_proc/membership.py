@@ -59,8 +59,6 @@ class Membership:
         self._swept_at: float | None = None
         self._asked: dict[bytes, float] = {}
 
-    # ------------------------------------------------------------------------------------------------------- joining
-
     def worker_hello(self, sender: bytes, hello: WorkerHello, now: float) -> Worker | None:
         """The member, new or known; None when it may not join."""
         if not self._may_join(sender, hello.worker, hello.incarnation, hello.protocol, now):
@@ -110,8 +108,6 @@ class Membership:
         if pid:
             self._outbox.add(Watch(member.identity, pid))
 
-    # -------------------------------------------------------------------------------------------------------- living
-
     def heard(self, sender: bytes, now: float) -> Worker | Frontend | None:
         """The member that spoke; whoever is none is asked to say hello, or told that it is out."""
         member = self._registry.member(sender)
@@ -142,8 +138,6 @@ class Membership:
             self._outbox.send(sender, Fenced(incarnation, reason))
         return reason is not None
 
-    # ------------------------------------------------------------------------------------------------------- leaving
-
     def goodbye(self, message: Goodbye, now: float) -> None:
         """It leaves in order; what it still has goes elsewhere."""
         peer = identity(message.name, message.incarnation)
@@ -172,8 +166,6 @@ class Membership:
             self._outbox.log(f"{member.hello.name}: {reason}", level)
             self._frontend_lost(member, now)
 
-    # -------------------------------------------------------------------------------------------------------- timers
-
     def sweep(self, now: float) -> None:
         """Beats that are overdue."""
         self.unserved_s(now)
@@ -186,8 +178,6 @@ class Membership:
             elif now - member.heard_at > timeout:
                 self.lost(member.identity, f"no beat for {timeout:.0f} s", now)
         self._asked = {peer: at for peer, at in self._asked.items() if now - at < ASK_INTERVAL_S}
-
-    # -------------------------------------------------------------------------------------------------------- status
 
     def unserved_s(self, now: float) -> float:
         """How long there has been no way for a request from prompt to end; it looks at least once per sweep."""

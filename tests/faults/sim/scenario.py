@@ -79,8 +79,6 @@ class Scenario:
             self._audit()
         return self._report()
 
-    # ------------------------------------------------------------------------------------------------------- drawing
-
     def _draw_workers(self, depth: int) -> list[WorkerSpec]:
         rng = self.rng
         letters = rng.choice(TOPOLOGIES)
@@ -131,8 +129,6 @@ class Scenario:
         sid = frontend.submit(self._draw_call())
         if sid is not None and will_abort:
             frontend.later(self.rng.expovariate(1 / 0.2), lambda: frontend.abort(sid))
-
-    # -------------------------------------------------------------------------------------------------------- faults
 
     def _plan_faults(self) -> None:
         rng, conditions = self.rng, self.network.conditions
@@ -199,8 +195,6 @@ class Scenario:
         for process in self.processes:
             process.resume()
             self._restart(process)
-
-    # ------------------------------------------------------------------------------------------------------- judging
 
     def _audit(self) -> None:
         for worker in self.workers:

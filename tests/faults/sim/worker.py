@@ -74,8 +74,6 @@ class Worker(Process):
         """By kv_endpoint: what peers have mapped. It outlives the process that made it."""
         self.batcher: Batcher | None = None
 
-    # ------------------------------------------------------------------------------------------------- life and death
-
     def start(self) -> None:
         """A new process with an empty pool."""
         self.alive = True
@@ -134,8 +132,6 @@ class Worker(Process):
     def say_goodbye(self) -> None:
         """Leave in order."""
         self._to_scheduler(Goodbye(self.name, self.incarnation))
-
-    # ---------------------------------------------------------------------------------------------------- one turn
 
     def turn(self) -> None:
         """One iteration of the session's loop."""
@@ -229,8 +225,6 @@ class Worker(Process):
     def _to_scheduler(self, message: Message) -> None:
         self.network.send(self, "scheduler", self._identity, message, dealer=True)
 
-    # ----------------------------------------------------------------------------------------- device and transport
-
     def _submit(self, plan: StepPlan) -> None:
         """The device goes on while the process is paused; its results wait."""
         incarnation, life = self.incarnation, self.life
@@ -280,8 +274,6 @@ class Worker(Process):
         self.world.at(self.world.now + moments[0], lambda: copy(pairs[:half]))
         self.world.at(self.world.now + moments[1], lambda: copy(pairs[half:] if ok else []))
         self.later(moments[2], done)
-
-    # -------------------------------------------------------------------------------------------------- messages in
 
     def _on_control(self, _sender: bytes, message: Message, frames: tuple[bytes, ...]) -> None:
         batcher = self.batcher

@@ -42,8 +42,6 @@ class Bench:
         self.instructions: list[Instruction] = []
         self.cluster.tick(self.now)
 
-    # ---------------------------------------------------------------------------------------------------- peers speak
-
     def tell(self, sender: bytes, message: Message, *frames: bytes) -> None:
         """A message arrives."""
         self.instructions += self.cluster.handle(sender, message, frames, self.now)
@@ -102,8 +100,6 @@ class Bench:
         submit = Submit(sid, attempt, tokens, SamplingParams(max_tokens=16), timeout_s, priority)
         self.tell(identity("frontend-0", FRONTEND), submit, np.zeros(tokens, np.int32).tobytes(), b"")
         return sid
-
-    # ------------------------------------------------------------------------------------------- the cluster answers
 
     def sent(self, kind: type[M], to: bytes | None = None) -> list[M]:
         """Messages of this kind (to this peer) since the last call."""
