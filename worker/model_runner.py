@@ -37,7 +37,10 @@ class ModelRunner:
         directory = Path(config.model.path)
         model_json = loader.read_config(directory)
         model_class, config_class = find_model(model_json)
-        shape = config_class.from_json(model_json)
+        try:
+            shape = config_class.from_json(model_json)
+        except KeyError as error:
+            raise ValueError(f"{directory / 'config.json'} lacks {error}") from error
         dtype = loader.choose_dtype(config.model.dtype, model_json, config.device)
         self.vocab_size: int = shape.vocab_size
         self.max_model_len: int = config.model.max_model_len or shape.max_position_embeddings

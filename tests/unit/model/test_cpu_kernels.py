@@ -163,6 +163,7 @@ def test_without_a_compiler_torch_serves_and_says_so(
     assert "no C compiler found" in caplog.text
 
 
+@pytest.mark.slow
 def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", "import torch; from baton.kernels.cpu.build import build; print(build())"]

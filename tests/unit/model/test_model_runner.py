@@ -105,3 +105,26 @@ def test_the_pool_must_fit_the_layout(dummy: Path, make_driver: Callable[..., An
     assert group.block_bytes == 2 * 3 * 2 * 16 * 32 * 4
     with pytest.raises(ValueError, match="does not fit the layout"):
         driver.runner.attach_pool(torch.zeros(4, *group.shape[1:]))
+
+
+def test_an_incomplete_config_is_one_clear_error(tmp_path: Path, make_driver: Callable[..., Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"}))
+    with pytest.raises(ValueError, match=r"config\.json lacks 'hidden_size'"):
+        make_driver(tmp_path, load_format="dummy")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported: Llama"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"sliding_window": 64}, "sliding window attention"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not supported"),
+    ],
+)
+def test_models_that_can_not_be_computed_are_refused(
+    change: dict[str, Any], message: str, tmp_path: Path, make_driver: Callable[..., Any]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(ValueError, match=message):
+        make_driver(tmp_path, load_format="dummy")
