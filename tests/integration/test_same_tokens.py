@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from baton.worker.weights.resolve import resolve
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the reference's 30 prompts come before the first test
 
 MAX_TOKENS = 24
 TIE = 1e-3

@@ -1,9 +1,5 @@
 """A model runner driven by hand-written plans, without a batcher."""
 
-import os
-
-os.environ.setdefault("GOMP_SPINCOUNT", "0")  # read when torch loads; the launcher sets it for workers
-
 from collections.abc import Callable
 from pathlib import Path
 

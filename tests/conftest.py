@@ -1,0 +1,6 @@
+"""Settings that must be there before any test module is imported."""
+
+import os
+
+# Read when torch loads. With the default, threads that wait spin, and everything else on a shared core starves.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
