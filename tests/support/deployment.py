@@ -64,8 +64,8 @@ class Served:
 
     def run_dir(self) -> Path:
         """The deployment's private directory."""
-        janitor = next(title for title in self.pids() if title.startswith("/bin/sh"))
-        return Path(janitor.split()[-1])
+        janitor = next(title for title in self.pids() if "baton-janitor" in title)
+        return Path(janitor.split("baton-janitor ")[1].split()[0])
 
     def wait(self) -> int:
         """Until the launcher has ended and every process that wrote to its output too; the exit code."""
