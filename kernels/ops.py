@@ -76,13 +76,15 @@ class Ops(Protocol):
         seq_lens: torch.Tensor,
         block_tables: torch.Tensor,
         scale: float,
+        planned: object | None = None,
     ) -> torch.Tensor:
         """Causal softmax(scale * q k^T) v of the last tokens of each sequence over all its cached tokens.
 
         query [n, num_heads, head_dim], last axis dense; query_start int32 [num_seqs + 1]; seq_lens int32 [num_seqs];
         block_tables int32 [num_seqs, width]. Sequence s has queries [query_start[s], query_start[s + 1]); the last of
         them is at position seq_lens[s] - 1. Query head h reads KV head h // (num_heads / num_kv_heads).
-        Returns [n, num_heads * head_dim].
+        `planned`: query_start, seq_lens and block_tables in the form that this Ops prefers, made once for all layers;
+        those three may be empty then. Returns [n, num_heads * head_dim].
         """
         ...
 

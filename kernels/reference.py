@@ -73,6 +73,7 @@ class TorchOps:
         seq_lens: torch.Tensor,
         block_tables: torch.Tensor,
         scale: float,
+        planned: object | None = None,
     ) -> torch.Tensor:
         """See Ops. Loops over sequences, not tokens."""
         block_size = pool.shape[4]

@@ -41,7 +41,9 @@ class CacheConfig(Config):
     num_blocks: int = 0
     """Per worker; 0: from kv_cache_memory_bytes."""
     kv_cache_memory_bytes: int = 0
-    """Per worker; 0: a share of the machine's free memory."""
+    """Per worker; 0: a share of the machine's free memory, or what gpu_memory_utilization leaves on a GPU."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights, activations and KV pool may take together."""
     enable_prefix_caching: bool = True
 
 
@@ -52,8 +54,8 @@ class BatchConfig(Config):
     """Token budget of a step; 0: 256 on CPU, 8192 on CUDA. It also bounds a prefill chunk."""
     max_num_seqs: int = 256
     """Streams running in one step at most."""
-    depth: int = 1
-    """Steps in flight: 1 on CPU, 2 on CUDA."""
+    depth: int = 0
+    """Steps in flight; 0: 1 on CPU, 2 on CUDA."""
 
 
 class LeaseConfig(Config):
@@ -81,6 +83,8 @@ class WorkerConfig(Config):
     lease: LeaseConfig = LeaseConfig()
     device: str = "cpu"
     """cpu | cuda."""
+    gpu: int = 0
+    """Index of the GPU among those that are visible."""
     threads: int = 0
     """Compute threads on CPU; 0: all cores that this process may use."""
     scheduler: str = ""

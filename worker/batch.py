@@ -30,3 +30,5 @@ class Batch:
     max_query_len: int
     """Most tokens of one sequence; 1 for a pure decode step."""
     max_seq_len: int
+    planned: object | None = None
+    """query_start, seq_lens and block_tables in the device's own form; see Ops.paged_attention."""

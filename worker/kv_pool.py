@@ -8,7 +8,7 @@ import torch
 from baton.proto.errors import UserError
 from baton.proto.layout import KVLayout
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class HostPool:
@@ -34,7 +34,7 @@ class HostPool:
                 "lower --num-blocks or --kv-cache-memory-bytes"
             ) from error
         self._mapping = mmap.mmap(self.memfd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self.tensor = torch.frombuffer(self._mapping, dtype=_DTYPES[group.dtype]).view(num_blocks, *group.shape)
+        self.tensor = torch.frombuffer(self._mapping, dtype=DTYPES[group.dtype]).view(num_blocks, *group.shape)
 
     @property
     def address(self) -> int:

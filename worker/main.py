@@ -8,7 +8,6 @@ import zmq
 from baton.proto.channels import LINGER_MS
 from baton.proto.config import WorkerConfig
 from baton.proto.supervision import Supervised, run_child
-from baton.worker.device import Device
 from baton.worker.engine import Core
 from baton.worker.session import Session
 
@@ -26,7 +25,7 @@ def main(config: WorkerConfig, supervised: Supervised) -> int:
         core.num_blocks,
         core.num_blocks * config.cache.block_size,
     )
-    device = Device(core.runner)
+    device = core.new_device()
     context = zmq.Context(io_threads=1)
     try:
         again = True

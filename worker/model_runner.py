@@ -1,28 +1,21 @@
-"""Step plans in, tokens out: the only place where the batcher's rows become tensors.
+"""Step plans in, tokens out, on a CPU: the place where the batcher's rows become tensors (cuda/runner.py on a GPU).
 
 It runs in the worker's device thread. Per stream it keeps, by slot, the block table, the token sampled last and the
 sampling state; everything else comes with the plan.
 """
 
-import logging
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from baton.proto.config import WorkerConfig
 from baton.proto.messages import TokenLogprobs
-from baton.worker.attention import choose_ops
 from baton.worker.batch import Batch
-from baton.worker.kv_layout import kv_layout
-from baton.worker.models.registry import find_model
+from baton.worker.loaded_model import LoadedModel
 from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
 from baton.worker.sampler import Sampler
-from baton.worker.weights import loader
-
-log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -34,41 +27,16 @@ class ModelRunner:
     def __init__(self, config: WorkerConfig) -> None:
         self.threads = config.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self.threads)
-        directory = Path(config.model.path)
-        model_json = loader.read_config(directory)
-        model_class, config_class = find_model(model_json)
-        try:
-            shape = config_class.from_json(model_json)
-        except KeyError as error:
-            raise ValueError(f"{directory / 'config.json'} lacks {error}") from error
-        dtype = loader.choose_dtype(config.model.dtype, model_json, config.device)
-        self.vocab_size: int = shape.vocab_size
-        self.max_model_len: int = config.model.max_model_len or shape.max_position_embeddings
+        loaded = LoadedModel(config, torch.device("cpu"))
+        self._loaded, self.model, self.layout = loaded, loaded.model, loaded.layout
+        self.vocab_size, self.max_model_len = loaded.vocab_size, loaded.max_model_len
         self.block_size = config.cache.block_size
-        load_format, seed = config.model.load_format, config.model.seed
-        fingerprint = loader.fingerprint(model_json, directory, dtype, load_format, seed)
-        self.layout = kv_layout(
-            shape.num_kv_heads, shape.num_layers, shape.head_dim, self.block_size, dtype, fingerprint
-        )
-        started = time.monotonic()
-        ops = choose_ops(config.device, dtype, shape.head_dim)
-        self.model = model_class(shape, self.max_model_len, ops, dtype)
-        if load_format == "dummy":
-            loader.fill_dummy(self.model, seed)
-        else:
-            loader.load_checkpoint(self.model, directory)
-        self.model.pack()
-        log.info("loaded %s in %.1f s, %d threads", directory.name, time.monotonic() - started, self.threads)
         self._slots = _Slots(config.batch.max_num_seqs, -(-self.max_model_len // self.block_size))
-        self._sampler = Sampler(self.vocab_size, config.batch.max_num_seqs, ops)
+        self._sampler = Sampler(self.vocab_size, config.batch.max_num_seqs, loaded.ops)
 
     def attach_pool(self, pool: torch.Tensor) -> None:
         """The KV pool: [num_blocks, *layout.groups[0].shape] of the layout's dtype. The caller keeps owning it."""
-        group = self.layout.groups[0]
-        if tuple(pool.shape[1:]) != tuple(group.shape) or str(pool.dtype) != f"torch.{group.dtype}":
-            raise ValueError(
-                f"pool {list(pool.shape)} {pool.dtype} does not fit the layout {group.shape} {group.dtype}"
-            )
+        self._loaded.check_pool(pool)
         self._pool = pool
 
     @torch.inference_mode()
@@ -93,7 +61,7 @@ class ModelRunner:
             return results, {}
         slots = np.array([rows[index].slot for index in sampling])
         output_indices = np.array([rows[index].output_index for index in sampling])
-        tokens, logprobs = self._sampler.sample(self.model.logits(hidden), slots, output_indices)
+        tokens, logprobs = self._sampler.sample(self.model.logits(hidden).float(), slots, output_indices)
         self._slots.last_token[slots] = tokens
         for index, token in zip(sampling, tokens.tolist(), strict=True):
             results[index] = [token]

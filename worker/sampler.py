@@ -66,12 +66,25 @@ class _TokenCounts:
         logits[tokens] = values
 
 
-class Sampler:
-    """Draws tokens; owns the sampling state of every slot. Not thread-safe."""
+def _find_needs(params: SamplingParams) -> Need:
+    needs = Need(0)
+    if params.logit_bias:
+        needs |= Need.BIAS
+    if params.min_tokens > 0 and params.stop_token_ids:
+        needs |= Need.MIN_TOKENS
+    if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
+        needs |= Need.PENALTIES
+    if params.logprobs >= 0:
+        needs |= Need.LOGPROBS
+    if params.temperature >= GREEDY_BELOW:
+        needs |= Need.DRAW
+    return needs
 
-    def __init__(self, vocab_size: int, num_slots: int, ops: Ops) -> None:
-        self.vocab_size = vocab_size
-        self._ops = ops
+
+class SlotParams:
+    """The sampling parameters of every slot, as columns."""
+
+    def __init__(self, num_slots: int) -> None:
         self._needs = np.zeros(num_slots, dtype=np.int32)
         self._temperature = np.ones(num_slots, dtype=np.float32)
         self._top_k = np.zeros(num_slots, dtype=np.int64)
@@ -80,12 +93,10 @@ class Sampler:
         self._seeds = np.zeros(num_slots, dtype=np.uint64)
         self._sample_indices = np.zeros(num_slots, dtype=np.uint32)
         self._params: list[SamplingParams | None] = [None] * num_slots
-        self._counts: dict[int, _TokenCounts] = {}
 
-    def take_slot(self, slot: int, params: SamplingParams, prompt_len: int, tokens: list[int]) -> None:
-        """A stream with these known tokens (prompt, then output so far) takes a slot, whoever had it before."""
-        needs = self._find_needs(params)
-        self._needs[slot] = needs
+    def take_params(self, slot: int, params: SamplingParams) -> None:
+        """A stream with these parameters takes a slot, whoever had it before."""
+        self._needs[slot] = _find_needs(params)
         self._params[slot] = params
         self._temperature[slot] = params.temperature
         self._top_k[slot] = params.top_k
@@ -93,8 +104,22 @@ class Sampler:
         self._min_p[slot] = params.min_p
         self._seeds[slot] = np.uint64(params.seed & 0xFFFFFFFFFFFFFFFF)
         self._sample_indices[slot] = params.sample_index
+
+
+class Sampler(SlotParams):
+    """Draws tokens; owns the sampling state of every slot. Not thread-safe."""
+
+    def __init__(self, vocab_size: int, num_slots: int, ops: Ops) -> None:
+        super().__init__(num_slots)
+        self.vocab_size = vocab_size
+        self._ops = ops
+        self._counts: dict[int, _TokenCounts] = {}
+
+    def take_slot(self, slot: int, params: SamplingParams, prompt_len: int, tokens: list[int]) -> None:
+        """A stream with these known tokens (prompt, then output so far) takes a slot, whoever had it before."""
+        self.take_params(slot, params)
         self._counts.pop(slot, None)
-        if needs & Need.PENALTIES:
+        if self._needs[slot] & Need.PENALTIES:
             self._counts[slot] = _TokenCounts(tokens, prompt_len)
 
     def sample(
@@ -120,20 +145,6 @@ class Sampler:
         if union & Need.PENALTIES:
             self._count(slots, tokens)
         return tokens, {} if asked is None else self._logprobs(unmodified, asked, slots, tokens)
-
-    def _find_needs(self, params: SamplingParams) -> Need:
-        needs = Need(0)
-        if params.logit_bias:
-            needs |= Need.BIAS
-        if params.min_tokens > 0 and params.stop_token_ids:
-            needs |= Need.MIN_TOKENS
-        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
-            needs |= Need.PENALTIES
-        if params.logprobs >= 0:
-            needs |= Need.LOGPROBS
-        if params.temperature >= GREEDY_BELOW:
-            needs |= Need.DRAW
-        return needs
 
     def _edit(self, logits: torch.Tensor, slots: np.ndarray, needs: np.ndarray, output_indices: np.ndarray) -> None:
         """Bias, min_tokens and penalties, in place."""

@@ -47,7 +47,7 @@ class StepScheduler:
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._budget = batch.max_num_batched_tokens
-        self._depth = batch.depth
+        self._depth = batch.depth or 1
         self.waiting: list[Request] = []  # sorted by rank
         self.kv_here: deque[Request] = deque()
         self.running: list[Request] = []  # sorted by rank

@@ -128,6 +128,7 @@ class CpuOps:
         seq_lens: torch.Tensor,
         block_tables: torch.Tensor,
         scale: float,
+        planned: object | None = None,
     ) -> torch.Tensor:
         """See Ops."""
         _, kv_heads, layers, _, block_size, dim = pool.shape

@@ -35,4 +35,12 @@ def _cpu(dtype: torch.dtype, head_dim: int) -> Ops:
     return TorchOps()
 
 
-_FACTORIES = {"cpu": _cpu}
+def _cuda(dtype: torch.dtype, head_dim: int) -> Ops:
+    from baton.kernels.cuda.ops import CudaOps
+
+    if not 16 <= head_dim <= 256:
+        raise ValueError(f"head size {head_dim} is not served on a GPU, only 16 to 256")
+    return CudaOps()
+
+
+_FACTORIES = {"cpu": _cpu, "cuda": _cuda}

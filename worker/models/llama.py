@@ -113,6 +113,7 @@ class Attention(nn.Module):
             batch.seq_lens,
             batch.block_tables,
             self.config.head_dim**-0.5,
+            batch.planned,
         )
         return self.o_proj(attended)
 
@@ -189,6 +190,7 @@ class Decoder(nn.Module):
         residual = None
         for layer in self.layers:
             x, residual = layer(x, residual, batch, self.cos_sin, pool)
+        assert residual is not None
         x, residual = x[batch.logits_indices], residual[batch.logits_indices]
         return self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)[0]
 
@@ -223,6 +225,5 @@ class LlamaForCausalLM(nn.Module):
         return self.model(batch, pool)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_samples, hidden] -> float32 [num_samples, vocab_size]."""
-        logits = self.model.embed_tokens.logits(hidden) if self.tied else self.lm_head(hidden)
-        return logits.float()
+        """[num_samples, hidden] -> [num_samples, vocab_size] of the model's dtype."""
+        return self.model.embed_tokens.logits(hidden) if self.tied else self.lm_head(hidden)

@@ -53,32 +53,45 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def load_checkpoint(model: nn.Module, directory: Path) -> None:
-    """Fill every parameter of `model`. Raises LoadError on a missing, unexpected or mis-shaped tensor."""
+def checked_targets(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Where each of a checkpoint's tensors, by name and shape, goes; those that are not needed are left out.
+
+    Raises LoadError on a missing, unexpected or mis-shaped tensor.
+    """
     targets = _targets(model)
-    filled: set[str] = set()
-    for name, tensor in _tensors(directory):
+    found: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
         target = targets.get(name)
         if target is None:
             if name.endswith(_IGNORED_SUFFIXES) or name == "lm_head.weight":  # tied: a copy of the embedding
                 continue
-            raise LoadError(f"checkpoint tensor {name} {list(tensor.shape)} has no place in {type(model).__name__}")
-        if target.shape != tensor.shape:
-            raise LoadError(f"checkpoint tensor {name} is {list(tensor.shape)}, expected {list(target.shape)}")
-        target.copy_(tensor)
-        filled.add(name)
-    missing = sorted(set(targets) - filled)
+            raise LoadError(f"checkpoint tensor {name} {list(shape)} has no place in {type(model).__name__}")
+        if tuple(target.shape) != tuple(shape):
+            raise LoadError(f"checkpoint tensor {name} is {list(shape)}, expected {list(target.shape)}")
+        found[name] = target
+    missing = sorted(set(targets) - set(found))
     if missing:
         first = missing[0]
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise LoadError(f"checkpoint lacks {first} {list(targets[first].shape)}{others}")
+    return found
+
+
+def load_checkpoint(model: nn.Module, directory: Path) -> None:
+    """Fill every parameter of `model`. Raises LoadError on a missing, unexpected or mis-shaped tensor."""
+    targets = checked_targets(model, {name: shape for shard, name, shape in _stored(directory)})
+    for shard, name, _ in _stored(directory):
+        if name in targets:
+            targets[name].copy_(shard.get_tensor(name))
 
 
 def fill_dummy(model: nn.Module, seed: int) -> None:
-    """Uniform in ±1e-3, the same for the same seed whatever the dtype."""
-    generator = torch.Generator().manual_seed(seed)
+    """Uniform in ±1e-3, generated on the model's device; the same for the same seed whatever the dtype."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     for _, parameter in model.named_parameters():
-        values = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-1e-3, 1e-3, generator=generator)
+        values = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+        values.uniform_(-1e-3, 1e-3, generator=generator)
         parameter.data.copy_(values)
 
 
@@ -104,14 +117,15 @@ def fingerprint(config: Mapping[str, Any], directory: Path, dtype: torch.dtype, 
     return state.hexdigest()
 
 
-def _tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _stored(directory: Path) -> Iterator[tuple[Any, str, tuple[int, ...]]]:
+    """(open file, tensor name, its shape) of every tensor."""
     from safetensors import SafetensorError, safe_open
 
     for file in weight_files(directory):
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - not a dict
-                    yield name, shard.get_tensor(name)
+                    yield shard, name, tuple(shard.get_slice(name).get_shape())
         except SafetensorError as error:
             raise LoadError(f"{file} is not a readable safetensors file: {error}") from error
 

@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA GPUs; each has its reference in baton.kernels.reference."""

@@ -1,0 +1,137 @@
+"""The fused operations on an NVIDIA GPU: cuBLAS for the products, Triton for everything around them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from baton.kernels.cuda import attention, elementwise, sampling, work
+from baton.kernels.ops import PackedWeight
+
+
+@dataclass(slots=True)
+class AttentionWork:
+    """work.Work on the device. The lists may be longer than what counts, so that a graph fits any step of its size."""
+
+    tables: torch.Tensor
+    """int32 [rows, max_blocks]: every block table; the lists name rows of it."""
+    counts: torch.Tensor
+    """int32 [2]: items and tiles that count."""
+    items: torch.Tensor | None
+    """int32 [n, ITEM_FIELDS], or None in a step without decode rows."""
+    parts: torch.Tensor | None
+    """int32 [num_tokens, PART_FIELDS], with `items`."""
+    tiles: torch.Tensor | None
+    """int32 [n, TILE_FIELDS], or None in a step of decode rows only."""
+
+
+class CudaOps:
+    """Implements ops.Ops. All launches go to the current stream; nothing waits for the device."""
+
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        """See Ops: as it is."""
+        return PackedWeight(weight, len(weight))
+
+    def linear(self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        """See Ops."""
+        return functional.linear(x, packed.data, bias)
+
+    def embedding(self, token_ids: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+        """See Ops."""
+        return functional.embedding(token_ids, packed.data)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See Ops."""
+        return elementwise.rms_norm(x, None, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Ops."""
+        return elementwise.rms_norm(x, residual, weight, eps), residual
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See Ops."""
+        return elementwise.silu_and_mul(gate_up)
+
+    def rope_and_cache(
+        self,
+        qkv: torch.Tensor,
+        num_heads: int,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None,
+    ) -> torch.Tensor:
+        """See Ops."""
+        return elementwise.rope_and_cache(qkv, num_heads, cos_sin, positions, slot_mapping, pool, layer, qk_norm)
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        query_start: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_tables: torch.Tensor,
+        scale: float,
+        planned: object | None = None,
+    ) -> torch.Tensor:
+        """See Ops. `planned` is an AttentionWork; without one it is made here, which waits for the device."""
+        if planned is None:
+            planned = self.plan(query, pool, query_start, seq_lens, block_tables)
+        assert isinstance(planned, AttentionWork)
+        n, heads, dim = query.shape
+        out = torch.empty(n, heads * dim, dtype=query.dtype, device=query.device)
+        if planned.tiles is not None:
+            attention.prefill(query, pool, layer, planned.tables, planned.tiles, planned.counts[1:], out, scale)
+        if planned.items is not None:
+            assert planned.parts is not None
+            attention.decode(
+                query, pool, layer, planned.tables, planned.items, planned.counts, planned.parts, out, scale
+            )
+        return out
+
+    def plan(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        query_start: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_tables: torch.Tensor,
+    ) -> AttentionWork:
+        """The work lists of one step, from the tensors that every Ops takes."""
+        heads, kv_heads = query.shape[1], pool.shape[1]
+        rows = np.arange(len(seq_lens))
+        lists = work.plan(
+            query_start.cpu().numpy(), seq_lens.cpu().numpy(), rows, kv_heads, attention.tile_tokens(heads, kv_heads)
+        )
+        counts = np.array([len(lists.items), len(lists.tiles)], dtype=np.int32)
+        items, parts, tiles, counted = (
+            torch.from_numpy(array).to(query.device) for array in (lists.items, lists.parts, lists.tiles, counts)
+        )
+        some = bool(len(items))
+        return AttentionWork(
+            block_tables, counted, items if some else None, parts if some else None, tiles if len(tiles) else None
+        )
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits [n, vocab] -> int64 [n], the first of equals."""
+        return sampling.argmax(logits)
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniforms: torch.Tensor,
+    ) -> torch.Tensor:
+        """See Ops. Rows with temperature 0 get their argmax, and the parameters may be strided."""
+        tokens = sampling.argmax(logits)
+        sampling.draw(logits, temperatures, top_k, top_p, min_p, uniforms, tokens)
+        return tokens

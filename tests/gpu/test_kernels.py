@@ -1,0 +1,136 @@
+"""The Triton kernels compute what the plain torch operations compute, on fresh random input."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from baton.kernels.cuda.ops import CudaOps
+from baton.kernels.reference import TorchOps
+
+pytestmark = pytest.mark.gpu
+# Triton's interpreter gets bfloat16 arithmetic wrong.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
+ops, reference = CudaOps(), TorchOps()
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """‖actual - expected‖ / ‖expected‖ within what the dtype allows."""
+    bound = 1e-5 if actual.dtype == torch.float32 else 1e-2
+    assert torch.isfinite(actual.float()).all()
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error < bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 576), (3, 50), (33, 4096)])
+def test_norms(device: str, dtype: torch.dtype, rows: int, size: int) -> None:
+    x, residual = torch.randn(2, rows, size, device=device, dtype=dtype)
+    weight = torch.randn(size, device=device, dtype=dtype)
+    assert_near(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    expected = reference.add_rms_norm(x, residual, weight, 1e-5)
+    actual = ops.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    assert_near(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 1536), (4, 50), (20, 5000)])
+def test_silu_and_mul(device: str, dtype: torch.dtype, rows: int, size: int) -> None:
+    gate_up = torch.randn(rows, 2 * size, device=device, dtype=dtype) * 5
+    assert_near(ops.silu_and_mul(gate_up), reference.silu_and_mul(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary"), [(64, 1.0), (80, 0.5), (128, 1.0)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_and_cache(device: str, dtype: torch.dtype, head_dim: int, rotary: float, normed: bool) -> None:
+    tokens, heads, kv_heads, layers, block_size = 40, 6, 2, 3, 16
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device=device, dtype=dtype)
+    cos_sin = torch.randn(500, int(head_dim * rotary), device=device)
+    positions = torch.randint(0, 500, (tokens,), dtype=torch.int32, device=device)
+    slots = torch.randperm(9 * block_size, device=device)[:tokens]
+    weights = torch.randn(2, head_dim, device=device, dtype=dtype)
+    norm = (weights[0], weights[1], 1e-6) if normed else None
+    pool = torch.zeros(9, kv_heads, layers, 2, block_size, head_dim, device=device, dtype=dtype)
+    expected_pool = pool.clone()
+    expected = reference.rope_and_cache(qkv, heads, cos_sin, positions, slots, expected_pool, 1, norm)
+    actual = ops.rope_and_cache(qkv.clone(), heads, cos_sin, positions, slots, pool, 1, norm)
+    assert_near(actual, expected)
+    assert_near(pool, expected_pool)
+    assert not pool[:, :, [0, 2]].any()
+
+
+def test_a_padded_token_is_written_nowhere(device: str) -> None:
+    qkv, pool = torch.randn(2, 3 * 64, device=device), torch.zeros(2, 1, 1, 2, 16, 64, device=device)
+    slots = torch.full((2,), -1, device=device)
+    zeros = torch.zeros(2, dtype=torch.int32, device=device)
+    ops.rope_and_cache(qkv, 1, torch.randn(4, 64, device=device), zeros, slots, pool, 0, None)
+    assert not pool.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (8, 2, 128), (6, 2, 80), (5, 1, 256)])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_paged_attention(
+    device: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int
+) -> None:
+    """Decode rows short and long enough to be cut, whole prompts, and chunks after cached tokens, in one step."""
+    lengths, counts = [1, 1500, 70, 300, 33, 513], [1, 1, 70, 45, 1, 1]
+    if device == "cpu":
+        lengths, counts = [1, 600, 35, 60], [1, 1, 35, 20]
+    width = -(-max(lengths) // block_size)
+    num_blocks = width * len(lengths)
+    pool = torch.randn(num_blocks, kv_heads, 2, 2, block_size, head_dim, device=device, dtype=dtype)
+    tables = torch.randperm(num_blocks, device=device).to(torch.int32).view(len(lengths), width)
+    query = torch.randn(sum(counts), heads, head_dim, device=device, dtype=dtype)
+    starts = torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    arguments = (query, pool, 1, starts, seq_lens, tables, head_dim**-0.5)
+    assert_near(ops.paged_attention(*arguments), reference.paged_attention(*arguments))
+
+
+def test_blocks_beyond_two_gigabytes(device: str) -> None:
+    if device == "cpu":
+        pytest.skip("needs a GPU's memory")
+    pool = torch.empty(300_000, 1, 1, 2, 64, 128, device=device, dtype=torch.bfloat16)
+    tables = torch.tensor([[299_998, 299_999]], dtype=torch.int32, device=device)
+    pool[299_998:] = torch.randn(2, 1, 1, 2, 64, 128, device=device)
+    query = torch.randn(1, 4, 128, device=device, dtype=torch.bfloat16)
+    starts, seq_lens = (torch.tensor(v, dtype=torch.int32, device=device) for v in ([0, 1], [100]))
+    arguments = (query, pool, 0, starts, seq_lens, tables, 0.1)
+    assert_near(ops.paged_attention(*arguments), reference.paged_attention(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_argmax_takes_the_first_of_equals(device: str, dtype: torch.dtype) -> None:
+    logits = torch.randint(-50, 50, (7, 30011), device=device).to(dtype)
+    assert torch.equal(ops.argmax(logits).cpu(), logits.float().cpu().argmax(-1))
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 7])
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize("min_p", [0.0, 0.1])
+def test_draw(device: str, top_k: int, top_p: float, min_p: float) -> None:
+    rows, vocab = 24, 9000
+    logits = torch.randn(rows, vocab, device=device) * 3
+    arguments = (
+        torch.rand(rows, device=device) + 0.3,
+        torch.full((rows,), top_k, device=device),
+        torch.full((rows,), top_p, device=device, dtype=torch.float64),
+        torch.full((rows,), min_p, device=device),
+        torch.rand(rows, device=device, dtype=torch.float64),
+    )
+    drawn, expected = ops.draw(logits, *arguments), reference.draw(logits, *arguments)
+    # A cumulative sum within rounding of the uniform may fall on either side.
+    assert (drawn != expected).sum() <= 1
+
+
+def test_rows_with_temperature_0_are_greedy(device: str) -> None:
+    logits = torch.randn(3, 1000, device=device)
+    zero = torch.zeros(3, device=device)
+    one, none = torch.ones(3, device=device, dtype=torch.float64), torch.zeros(3, device=device, dtype=torch.int64)
+    assert torch.equal(ops.draw(logits, zero, none, one, zero, one * 0.5), logits.argmax(-1))

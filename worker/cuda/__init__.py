@@ -1,0 +1,1 @@
+"""The device side of a worker on an NVIDIA GPU."""

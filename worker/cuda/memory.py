@@ -1,0 +1,94 @@
+"""How much of a GPU the KV pool may take: measured with a step of the largest size, not guessed."""
+
+import logging
+
+import torch
+
+from baton.proto.config import CacheConfig
+from baton.proto.errors import UserError
+from baton.proto.layout import KVLayout
+from baton.proto.messages import SamplingParams
+from baton.worker.cuda.runner import CudaRunner
+from baton.worker.kv_pool import DTYPES
+from baton.worker.plan import Row, SlotInit, StepPlan
+
+log = logging.getLogger(__name__)
+
+
+class GpuPool:
+    """The KV blocks on a GPU: `tensor` [num_blocks, *layout.groups[0].shape]."""
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+        (group,) = layout.groups
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.block_bytes = group.block_bytes
+        try:
+            self.tensor = torch.zeros(num_blocks, *group.shape, dtype=DTYPES[group.dtype], device=device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the KV pool of {num_blocks} blocks ({num_blocks * group.block_bytes / 2**30:.1f} GiB) does not fit "
+                f"on {device}; lower --num-blocks, --kv-cache-memory-bytes or --gpu-memory-utilization"
+            ) from error
+
+    def close(self) -> None:
+        """Give the memory back to torch."""
+        del self.tensor
+
+
+def open_gpu(index: int) -> torch.device:
+    """The GPU, made current. Raises UserError when there is none or it can't be used."""
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no NVIDIA driver or GPU here")
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--gpus {index}: only {torch.cuda.device_count()} GPUs are visible here")
+    device = torch.device("cuda", index)
+    try:
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        raise UserError(f"GPU {index} can't be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def measure_pool_blocks(runner: CudaRunner, cache: CacheConfig, max_tokens: int, max_seqs: int) -> int:
+    """KV blocks that fit beside weights, activations and graphs. Raises UserError when nothing is left."""
+    device, block_bytes = runner.device, runner.layout.groups[0].block_bytes
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    rows = min(max_seqs, max_tokens)
+    per_row = min(max_tokens // rows, runner.max_model_len - 1)
+    blocks_per_row = -(-per_row // cache.block_size)
+    scratch = GpuPool(runner.layout, rows * blocks_per_row, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    runner.attach_pool(scratch.tensor)
+    runner.execute(_largest_step(rows, per_row, blocks_per_row))
+    activations = torch.cuda.max_memory_reserved(device) - before
+    graphs = runner.measure_graphs()
+    scratch.close()
+    runner.detach_pool()
+    torch.cuda.empty_cache()
+    room = int(total * cache.gpu_memory_utilization) - (total - free) - activations - graphs
+    log.info(
+        "GPU memory: %.2f GiB, %.2f in use after loading, %.2f for activations, %.2f for graphs, %.2f for KV blocks",
+        *(value / 2**30 for value in (total, total - free, activations, graphs, max(room, 0))),
+    )
+    if room < block_bytes:
+        raise UserError(
+            f"no room for a KV pool: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB are in use after loading, "
+            f"a step takes {(activations + graphs) / 2**30:.1f}; raise --gpu-memory-utilization "
+            f"{cache.gpu_memory_utilization}, or lower --max-num-batched-tokens or --max-num-seqs"
+        )
+    return room // block_bytes
+
+
+def _largest_step(num_rows: int, per_row: int, blocks_per_row: int) -> StepPlan:
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    prompt = [0] * per_row
+    rows, inits = [], []
+    for slot in range(num_rows):
+        blocks = list(range(slot * blocks_per_row, (slot + 1) * blocks_per_row))
+        inits.append(SlotInit(slot, (0, slot), 0, params, per_row, prompt, blocks))
+        rows.append(Row(slot, 0, per_row, prompt, False, [], True, 0))
+    return StepPlan(0, rows, inits)

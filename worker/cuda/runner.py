@@ -1,0 +1,230 @@
+"""Step plans in, tokens out, on a GPU.
+
+    launch(n): pack ─► one copy ─► tables ─► graph replay, or the same kernels one by one ─► tokens to pinned memory
+    wait(n):   the step's event, usually long after launch(n + 1)
+
+Nothing here waits for the device before `wait`. Sampled tokens stay there and feed the next step; all work is enqueued
+on one stream, so that a step sees what the steps before it left.
+"""
+
+import logging
+import time
+
+import numpy as np
+import torch
+
+from baton.kernels.cuda import attention, work
+from baton.kernels.cuda.ops import AttentionWork, CudaOps
+from baton.proto.config import WorkerConfig
+from baton.worker.batch import Batch
+from baton.worker.cuda.graphs import DecodeGraphs, ladder
+from baton.worker.cuda.sampler import CudaSampler, DeviceLogprobs
+from baton.worker.cuda.slots import DeviceSlots
+from baton.worker.cuda.step_buffer import StepBuffer, StepInputs, StepLayout
+from baton.worker.loaded_model import LoadedModel
+from baton.worker.plan import Row, StepPlan, StepResult
+
+log = logging.getLogger(__name__)
+
+
+class Pending:
+    """A step on the device."""
+
+    def __init__(self, plan: StepPlan, tokens: torch.Tensor, logprobs: DeviceLogprobs | None, started_s: float) -> None:
+        self.plan = plan
+        self.started_s = started_s
+        self._tokens, self._logprobs = tokens, logprobs
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> StepResult:
+        """Block until the step has ended; other threads run meanwhile."""
+        self._event.synchronize()
+        now = time.monotonic()
+        sampled = iter(self._tokens.tolist())
+        tokens = [[next(sampled)] if row.samples else [] for row in self.plan.rows]
+        logprobs: dict = {}
+        if self._logprobs is not None:
+            sampling = [index for index, row in enumerate(self.plan.rows) if row.samples]
+            logprobs = {sampling[row]: (value,) for row, value in self._logprobs.read().items()}
+        return StepResult(self.plan.step, tokens, logprobs, started_s=self.started_s, sampled_s=now)
+
+
+class CudaRunner:
+    """Owns the model, the streams' state on the device and the graphs. All methods are called from one thread.
+
+    Attributes: layout (KVLayout), max_model_len and vocab_size. Raises ValueError when the model can't be served.
+    """
+
+    def __init__(self, config: WorkerConfig, max_tokens: int, depth: int) -> None:
+        """At most `depth` steps are in flight, of at most `max_tokens` tokens each."""
+        self.device = torch.device("cuda", config.gpu)
+        torch.cuda.set_device(self.device)
+        loaded = LoadedModel(config, self.device)
+        assert isinstance(loaded.ops, CudaOps)
+        self._loaded, self._ops, self.model = loaded, loaded.ops, loaded.model
+        self.layout, self.vocab_size, self.max_model_len = loaded.layout, loaded.vocab_size, loaded.max_model_len
+        self._max_tokens, self._max_seqs = max_tokens, config.batch.max_num_seqs
+        self._block_size = config.cache.block_size
+        self._tile_tokens = attention.tile_tokens(loaded.num_heads, loaded.num_kv_heads)
+        max_blocks = -(-self.max_model_len // self._block_size)
+        self._slots = DeviceSlots(self._max_seqs, max_blocks, self._block_size, self.device)
+        self._sampler = CudaSampler(self.vocab_size, self._max_seqs, loaded.ops, self.device)
+        largest = self._layout(max_tokens, self._max_seqs, self._max_seqs, max_tokens)
+        table_words = 2 * (self._slots.tables.numel() + max_tokens)
+        self._buffer = StepBuffer(largest.words + table_words, depth + 1, self.device)
+        self._tokens = torch.zeros(self._max_seqs, dtype=torch.int64, device=self.device)
+        self._host_tokens = [torch.zeros(self._max_seqs, dtype=torch.int64, pin_memory=True) for _ in range(depth + 1)]
+        self._graphs = DecodeGraphs(self._decode_step, ladder(self._max_seqs))
+        self._captured = False
+
+    def attach_pool(self, pool: torch.Tensor) -> None:
+        """The KV pool: [num_blocks, *layout.groups[0].shape] of the layout's dtype. The caller keeps owning it."""
+        self._loaded.check_pool(pool)
+        self._pool = pool
+
+    def detach_pool(self) -> None:
+        """Let go of the pool."""
+        del self._pool
+
+    @torch.inference_mode()
+    def measure_graphs(self) -> int:
+        """Bytes that the graphs take beside the pool attached, measured on the largest."""
+        self._buffer.device.zero_()  # a step of nothing: what the last one left has another layout
+        before = torch.cuda.memory_reserved(self.device)
+        graphs = DecodeGraphs(self._decode_step, self._graphs.sizes)
+        graphs.capture(self._graphs.sizes[-1:])
+        return torch.cuda.memory_reserved(self.device) - before
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture the decode graphs over the pool attached last."""
+        started = time.monotonic()
+        self._buffer.device.zero_()
+        self._graphs.capture()
+        self._captured = True
+        log.info("captured %d decode graphs in %.1f s", len(self._graphs.sizes), time.monotonic() - started)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Launch and wait."""
+        return self.launch(plan).wait()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Pending:
+        """Enqueue one step."""
+        started = time.monotonic()
+        for init in plan.new_slots:
+            self._sampler.take(init)
+        rows = _Rows(plan.rows)
+        size = self._graphs.size_for(len(plan.rows)) if self._captured and rows.all_decode else None
+        layout, inputs = self._pack(plan, rows, size)
+        hidden = self._graphs.replay(size) if size is not None else self._step(inputs, layout)
+        logprobs = self._resample(rows, inputs, hidden)
+        host = self._host_tokens[plan.step % len(self._host_tokens)][: len(rows.sampling)]
+        host.copy_(self._tokens[: len(host)], non_blocking=True)
+        return Pending(plan, host, logprobs, started)
+
+    def _layout(self, tokens: int, samples: int, decode_rows: int, tiles: int) -> StepLayout:
+        items = work.max_items(decode_rows, self._loaded.num_kv_heads) if decode_rows else 0
+        return StepLayout(tokens, samples, items, tiles)
+
+    def _pack(self, plan: StepPlan, rows: "_Rows", size: int | None) -> tuple[StepLayout, StepInputs]:
+        """Fill the host's words for a graph of `size` rows, or for this step as it is, and copy them over."""
+        lists = work.plan(rows.query_start, rows.seq_lens, rows.slots, self._loaded.num_kv_heads, self._tile_tokens)
+        if size is not None:
+            layout = self._layout(size, size, size, 0)
+        else:
+            decode_rows = int((rows.lengths == 1).sum())
+            layout = self._layout(rows.num_tokens, len(rows.sampling), decode_rows, len(lists.tiles))
+        host = self._buffer.host()
+        inputs = StepInputs(layout, host)
+        arrays = {name: inputs[name].numpy() for name in layout.sections}
+        slots, indices = rows.slots[rows.sampling], rows.output_indices[rows.sampling]
+        count, tokens = len(slots), rows.num_tokens
+        self._sampler.fill_draws(arrays["draws"][:count], slots, indices)
+        arrays["draws"][count:] = 0
+        arrays["counts"][:] = len(lists.items), len(lists.tiles)
+        arrays["sample_slots"][:count], arrays["sample_slots"][count:] = slots, self._slots.padding
+        arrays["logits_indices"][:count] = rows.query_start[1:][rows.sampling] - 1
+        arrays["logits_indices"][count:] = 0
+        arrays["token_ids"][:tokens], arrays["token_ids"][tokens:] = rows.token_ids(plan.rows), 0
+        arrays["positions"][:tokens], arrays["positions"][tokens:] = rows.positions, 0
+        arrays["token_slots"][:tokens], arrays["token_slots"][tokens:] = rows.slots[rows.sequence], -1
+        arrays["items"][: len(lists.items)] = lists.items
+        arrays["tiles"][: len(lists.tiles)] = lists.tiles
+        if layout.items:
+            arrays["parts"][:tokens], arrays["parts"][tokens:] = lists.parts, 0
+        updates = self._buffer.upload(host, layout, self._slots.updates(plan.new_slots, plan.rows))
+        self._slots.apply(updates)
+        return layout, StepInputs(layout, self._buffer.device)
+
+    def _decode_step(self, size: int) -> torch.Tensor:
+        """The step that a graph of `size` rows captures."""
+        layout = self._layout(size, size, size, 0)
+        return self._step(StepInputs(layout, self._buffer.device), layout)
+
+    def _step(self, inputs: StepInputs, layout: StepLayout) -> torch.Tensor:
+        """Forward and sample; returns the hidden states of the sampled rows."""
+        token_ids, slot_mapping = self._slots.prepare(inputs["token_ids"], inputs["positions"], inputs["token_slots"])
+        planned = AttentionWork(
+            tables=self._slots.tables,
+            counts=inputs["counts"],
+            items=inputs["items"] if layout.items else None,
+            parts=inputs["parts"] if layout.items else None,
+            tiles=inputs["tiles"] if layout.tiles else None,
+        )
+        batch = Batch(
+            token_ids=token_ids,
+            positions=inputs["positions"],
+            slot_mapping=slot_mapping,
+            query_start=inputs["counts"][:0],
+            seq_lens=inputs["counts"][:0],
+            block_tables=self._slots.tables[:0],
+            logits_indices=inputs["logits_indices"],
+            max_query_len=0,
+            max_seq_len=0,
+            planned=planned,
+        )
+        hidden = self.model(batch, self._pool)
+        if layout.samples:
+            tokens = self._ops.draw(self.model.logits(hidden), *inputs.draw_columns)
+            self._slots.store_sampled(tokens, inputs["sample_slots"], self._tokens)
+        return hidden
+
+    def _resample(self, rows: "_Rows", inputs: StepInputs, hidden: torch.Tensor) -> DeviceLogprobs | None:
+        slots = rows.slots[rows.sampling]
+        extra = self._sampler.extra_rows(slots)
+        if not len(extra):
+            return None
+        indices, device_slots, tokens, logprobs = self._sampler.resample(
+            extra,
+            slots,
+            rows.output_indices[rows.sampling],
+            inputs.draw_columns,
+            lambda chosen: self.model.logits(hidden[chosen]),
+        )
+        self._tokens[indices] = tokens
+        self._slots.last_tokens[device_slots] = tokens
+        return logprobs
+
+
+class _Rows:
+    """A plan's rows as columns."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        columns = np.array(
+            [(row.slot, row.start, row.num_tokens, row.samples, row.output_index) for row in rows], dtype=np.int64
+        )
+        self.slots, starts, self.lengths, samples, self.output_indices = columns.T
+        self.sampling = np.flatnonzero(samples)
+        self.query_start = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(self.lengths, out=self.query_start[1:])
+        self.num_tokens = int(self.query_start[-1])
+        self.seq_lens = starts + self.lengths
+        self.sequence = np.repeat(np.arange(len(rows)), self.lengths)
+        self.positions = np.arange(self.num_tokens) + (starts - self.query_start[:-1])[self.sequence]
+        self.all_decode = self.num_tokens == len(rows) == len(self.sampling)
+
+    def token_ids(self, rows: list[Row]) -> list[int]:
+        """[num_tokens]; -1 stands for the token that the slot sampled last."""
+        return [token for row in rows for token in (row.tokens or (-1,))]

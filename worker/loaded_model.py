@@ -1,0 +1,63 @@
+"""A model with its weights on a device, and what the rest of the worker needs to know of it."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from baton.proto.config import WorkerConfig
+from baton.worker.attention import choose_ops
+from baton.worker.kv_layout import kv_layout
+from baton.worker.models.registry import find_model
+from baton.worker.weights import loader
+
+log = logging.getLogger(__name__)
+
+
+class LoadedModel:
+    """Reads, builds and fills the model of `config`. Raises ValueError when it can't be served.
+
+    Attributes: model, ops, dtype, layout (KVLayout), max_model_len, vocab_size, num_heads and num_kv_heads.
+    """
+
+    def __init__(self, config: WorkerConfig, device: torch.device) -> None:
+        directory = Path(config.model.path)
+        model_json = loader.read_config(directory)
+        model_class, config_class = find_model(model_json)
+        try:
+            shape = config_class.from_json(model_json)
+        except KeyError as error:
+            raise ValueError(f"{directory / 'config.json'} lacks {error}") from error
+        self.dtype = loader.choose_dtype(config.model.dtype, model_json, config.device)
+        self.vocab_size: int = shape.vocab_size
+        self.num_heads: int = shape.num_heads
+        self.num_kv_heads: int = shape.num_kv_heads
+        self.max_model_len: int = config.model.max_model_len or shape.max_position_embeddings
+        load_format, seed = config.model.load_format, config.model.seed
+        fingerprint = loader.fingerprint(model_json, directory, self.dtype, load_format, seed)
+        self.layout = kv_layout(
+            shape.num_kv_heads, shape.num_layers, shape.head_dim, config.cache.block_size, self.dtype, fingerprint
+        )
+        started = time.monotonic()
+        self.ops = choose_ops(config.device, self.dtype, shape.head_dim)
+        with device:
+            self.model = model_class(shape, self.max_model_len, self.ops, self.dtype)
+        if load_format == "dummy":
+            loader.fill_dummy(self.model, seed)
+        elif device.type == "cuda":
+            from baton.worker.weights.stream import load_checkpoint_to_gpu
+
+            load_checkpoint_to_gpu(self.model, directory)
+        else:
+            loader.load_checkpoint(self.model, directory)
+        self.model.pack()
+        log.info("loaded %s in %.1f s", directory.name, time.monotonic() - started)
+
+    def check_pool(self, pool: torch.Tensor) -> None:
+        """Raises ValueError unless pool is [num_blocks, *layout.groups[0].shape] of the layout's dtype."""
+        group = self.layout.groups[0]
+        if tuple(pool.shape[1:]) != tuple(group.shape) or str(pool.dtype) != f"torch.{group.dtype}":
+            raise ValueError(
+                f"pool {list(pool.shape)} {pool.dtype} does not fit the layout {group.shape} {group.dtype}"
+            )
