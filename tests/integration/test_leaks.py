@@ -97,4 +97,3 @@ def test_nothing_leaks(tiny_model: Path) -> None:
             assert grown < GROWTH_MB, title
         assert sorted(path.name for path in deployment.run_dir().iterdir()) == files
     assert set(os.listdir("/dev/shm")) <= shared_before
-
