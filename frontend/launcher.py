@@ -226,6 +226,8 @@ class Launcher:
         except TimeoutError:
             late = ", ".join(child.name for child in running if not child.exited.is_set())
             log.warning("killing %s: not stopped %.0f s after SIGTERM", late, patience_s)
+            for child in running:
+                child.kill()
 
     async def _kill_all(self) -> None:
         for child in self._children.values():
