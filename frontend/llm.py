@@ -108,6 +108,7 @@ class LLM:
         seed: int = 0,
         max_model_len: int = 0,
         device: str = "cpu",
+        gpu: int = 0,
         threads: int = 0,
         cache: CacheConfig | None = None,
         batch: BatchConfig | None = None,
@@ -135,6 +136,7 @@ class LLM:
             cache=cache or CacheConfig(),
             batch=batch or BatchConfig(),
             device=device,
+            gpu=gpu,
             threads=threads,
         )
         self._engine = importlib.import_module("baton.worker.engine").Engine(worker)

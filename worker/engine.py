@@ -5,14 +5,19 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from baton.kv_transfer.contract import Sink, Source
+from baton.kv_transfer.none import NoSink, NoSource
+from baton.kv_transfer.shm import Greeting, ShmSink, ShmSource
 from baton.proto.config import BatchConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.hashing import hash_chain, pack_hashes
+from baton.proto.lifecycle import Role
 from baton.proto.messages import CancelStream, Peer, SamplingParams, Sid, StartPrefill
 from baton.worker.batcher import Batcher
 from baton.worker.device import Device
@@ -35,6 +40,8 @@ class Core:
     """Model and pool, alive as long as the process; batchers come and go with the worker's incarnations."""
 
     def __init__(self, config: WorkerConfig) -> None:
+        if config.device == "cuda" and config.role != Role.UNIFIED:
+            raise UserError(f"a {config.role} worker can't run on a GPU yet: KV blocks move between CPU workers only")
         self.config = config
         self.batch = _batch_config(config.batch, config.device)
         self.runner: Any = _make_runner(config, self.batch)
@@ -59,6 +66,12 @@ class Core:
 
             return CudaDevice(self.runner)
         return Device(self.runner)
+
+    def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
+        """How peers read this worker's pool, through a socket at `path`, and how it reads theirs."""
+        if self.config.device == "cuda":
+            return NoSource(), NoSink()
+        return ShmSource(path, greeting, self.pool.memfd), ShmSink(greeting, self.pool.address, self.pool.block_bytes)
 
     def new_batcher(self, me: Peer) -> Batcher:
         """A batcher over the whole pool, with nothing in it."""

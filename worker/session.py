@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 
 from baton.kv_transfer.contract import Pull
-from baton.kv_transfer.shm import Greeting, ShmSink, ShmSource
+from baton.kv_transfer.shm import Greeting
 from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import Body, Dealer, Router, identity
 from baton.proto.heartbeat import Heartbeat
@@ -61,8 +61,7 @@ class Session:
         self._poller = zmq.Poller()
         self._me_bytes = identity(config.name, self._incarnation)
         greeting = Greeting(core.layout, config.name, self._incarnation, core.num_blocks)
-        self._source = ShmSource(stem.with_suffix(".kv"), greeting, core.pool.memfd)
-        self._sink = ShmSink(greeting, core.pool.address, core.pool.block_bytes)
+        self._source, self._sink = core.open_transport(stem.with_suffix(".kv"), greeting)
         self._peers: Router[ToOwner] = Router(context, f"ipc://{stem}.peer", ToOwner)
         self._peer_path = stem.with_suffix(".peer")
         self._me = Peer(config.name, self._incarnation, self._peers.endpoint, self._source.address)

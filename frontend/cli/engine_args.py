@@ -9,6 +9,7 @@ from pathlib import Path
 
 from baton.proto.config import BatchConfig, CacheConfig, ModelConfig
 from baton.proto.errors import UserError
+from baton.proto.lifecycle import Role
 from baton.proto.supervision import EXIT_USER_ERROR, die_with_parent
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -40,17 +41,60 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     """How a worker runs it."""
     group = parser.add_argument_group("worker")
     group.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    group.add_argument("--gpus", type=gpu_list, help="GPUs of the workers, for example 0,1; default: the first ones")
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=share,
+        default=0.9,
+        help="share of a GPU's memory for weights, activations and KV pool",
+    )
     group.add_argument("--block-size", type=block_size, default=16, help="tokens per KV block, a multiple of 16")
     group.add_argument(
         "--num-blocks", "--num-gpu-blocks-override", type=positive, help="KV blocks of each worker", dest="num_blocks"
     )
     group.add_argument(
-        "--kv-cache-memory-bytes", type=size, help="KV pool of each worker, for example 512M; default: up to 1 GiB"
+        "--kv-cache-memory-bytes",
+        type=size,
+        help="KV pool of each worker, for example 512M; default: up to 1 GiB, all that is left on a GPU",
     )
     group.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--max-num-batched-tokens", type=positive, help="token budget of a step; default: 256 on CPU")
+    group.add_argument(
+        "--max-num-batched-tokens", type=positive, help="token budget of a step; default: 256, 8192 on a GPU"
+    )
     group.add_argument("--max-num-seqs", type=positive, default=256, help="streams in one step at most")
     group.add_argument("--threads", type=positive, help="compute threads of each CPU worker; default: all cores")
+
+
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 1, got {text!r}")
+    return value
+
+
+def gpu_list(text: str) -> tuple[int, ...]:
+    """Indices separated by commas, none twice."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"expected GPU indices such as 0,1, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def gpu_of(args: argparse.Namespace, index: int, role: str) -> int:
+    """The GPU of a deployment's worker `index`; 0 on CPU. Raises UserError when it can't have one."""
+    if args.device != "cuda":
+        return 0
+    if role != Role.UNIFIED:
+        raise UserError(f"a {role} worker can't run on a GPU yet; use --unified")
+    if args.gpus is None:
+        return index
+    if index >= len(args.gpus):
+        raise UserError(f"--gpus names {len(args.gpus)} GPUs, fewer than there are workers")
+    return int(args.gpus[index])
 
 
 def positive(text: str) -> int:
@@ -120,6 +164,7 @@ def cache_config(args: argparse.Namespace, pool_bytes: int) -> CacheConfig:
         block_size=args.block_size,
         num_blocks=args.num_blocks or 0,
         kv_cache_memory_bytes=pool_bytes,
+        gpu_memory_utilization=args.gpu_memory_utilization,
         enable_prefix_caching=args.enable_prefix_caching,
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from baton.frontend.cli import engine_args, sizing
 from baton.frontend.processes import cpu_count, thread_environment
 from baton.proto.errors import UserError
+from baton.proto.lifecycle import Role
 
 if TYPE_CHECKING:
     from baton.frontend.llm import LLM, CompletionOutput
@@ -65,6 +66,7 @@ def _load(args: argparse.Namespace) -> "LLM":
         seed=model.seed,
         max_model_len=model.max_model_len,
         device=args.device,
+        gpu=engine_args.gpu_of(args, 0, Role.UNIFIED),
         threads=args.threads or 0,
         cache=engine_args.cache_config(args, plan.pool_bytes),
         batch=engine_args.batch_config(args),

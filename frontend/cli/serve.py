@@ -174,6 +174,7 @@ def serve_config(
                 cache=engine_args.cache_config(args, plan.pool_bytes),
                 batch=engine_args.batch_config(args),
                 device=args.device,
+                gpu=engine_args.gpu_of(args, index, role),
                 threads=args.threads or 0,
                 scheduler=scheduler,
                 run_dir=private,

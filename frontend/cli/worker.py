@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
             cache=engine_args.cache_config(args, plan.pool_bytes),
             batch=engine_args.batch_config(args),
             device=args.device,
+            gpu=engine_args.gpu_of(args, 0, args.role),
             threads=args.threads or 0,
             scheduler=args.scheduler,
             run_dir=str(run_dir.path),

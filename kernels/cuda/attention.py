@@ -4,11 +4,28 @@ Dao et al., 2022 (FlashAttention: online softmax); Flash-Decoding, 2023 (split K
 are rows of one matrix product, so that every cached key is read once for all of them.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 _LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Keys per iteration, warps, and loads in flight of a kernel; prefill also query rows of a tile."""
+
+    keys: int
+    warps: int
+    stages: int
+    rows: int = 128
+
+
+DECODE = Shape(keys=64, warps=2, stages=3)
+PREFILL = Shape(keys=128, warps=8, stages=2)
+FLOAT32 = Shape(keys=32, warps=8, stages=2)
 
 
 @triton.jit
@@ -219,7 +236,7 @@ def _prefill(
 
 def tile_tokens(num_heads: int, num_kv_heads: int) -> int:
     """Query tokens in one tile of the prefill kernel."""
-    return max(1, 128 // (num_heads // num_kv_heads))
+    return max(1, PREFILL.rows // (num_heads // num_kv_heads))
 
 
 def decode(
@@ -239,6 +256,7 @@ def decode(
     partial = torch.empty(len(items), heads, dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(len(items), heads, dtype=torch.float32, device=query.device)
     small = query.element_size() == 2
+    shape = DECODE if small else FLOAT32
     _decode[(kv_heads, len(items))](
         query,
         pool,
@@ -259,11 +277,11 @@ def decode(
         dim,
         block_size,
         max(16, triton.next_power_of_2(heads // kv_heads)),
-        64 if small else 32,
+        shape.keys,
         max(16, triton.next_power_of_2(dim)),
         "tf32" if small else "ieee",
-        num_warps=4,
-        num_stages=3 if small else 2,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
     )
     _combine[(len(parts), heads)](
         partial, stats, parts, out, heads, dim, max(16, triton.next_power_of_2(dim)), num_warps=1
@@ -285,6 +303,7 @@ def prefill(
     kv_heads, block_size = pool.shape[1], pool.shape[4]
     tokens = tile_tokens(heads, kv_heads)
     small = query.element_size() == 2
+    shape = PREFILL if small and dim <= 128 else FLOAT32
     rows = max(16, triton.next_power_of_2(tokens * (heads // kv_heads)))
     _prefill[(kv_heads, len(tiles))](
         query,
@@ -305,9 +324,9 @@ def prefill(
         dim,
         block_size,
         rows,
-        64 if small and dim <= 128 else 32,
+        shape.keys,
         max(16, triton.next_power_of_2(dim)),
         "tf32" if small else "ieee",
-        num_warps=8,
-        num_stages=3 if small and dim <= 128 else 2,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
     )

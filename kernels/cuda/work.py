@@ -16,9 +16,11 @@ PART_FIELDS = 2
 TILE_FIELDS = 6
 """first query row of the sequence, block table row, first query of the tile, query count, sequence length, unused."""
 
-PROGRAMS = 2112
-"""Decode programs (items times KV heads) that keep a GPU of 132 multiprocessors evenly busy: 16 for each."""
-MIN_ITEM_TOKENS = 256
+PROGRAMS = 528
+"""Decode programs (items times KV heads) that keep a GPU of 132 multiprocessors evenly busy: 4 for each."""
+CUT_TOKENS = 64
+"""Rows are cut at multiples of this: the keys that the decode kernel takes at a time."""
+MIN_ITEM_TOKENS = 128
 """A shorter item costs more to put together than it saves."""
 
 
@@ -65,13 +67,12 @@ def plan_decode(
     cuts = np.maximum(1, (2 * lengths + target) // (2 * target))  # to the nearest: 1.4 targets are not worth a cut
     first = np.cumsum(cuts) - cuts
     owner = np.repeat(np.arange(len(rows)), cuts)
-    step = -(-lengths // cuts)
-    step += -step % 16
-    start = (np.arange(len(owner)) - first[owner]) * step[owner]
-    end = np.minimum(start + step[owner], lengths[owner])
+    blocks, part = -(-lengths // CUT_TOKENS), np.arange(len(owner)) - first[owner]
+    start = part * blocks[owner] // cuts[owner] * CUT_TOKENS
+    end = np.minimum((part + 1) * blocks[owner] // cuts[owner] * CUT_TOKENS, lengths[owner])
     cut = cuts > 1
     partial_first = np.cumsum(np.where(cut, cuts, 0)) - np.where(cut, cuts, 0)
-    partial = np.where(cut[owner], partial_first[owner] + np.arange(len(owner)) - first[owner], -1)
+    partial = np.where(cut[owner], partial_first[owner] + part, -1)
     items = np.stack([rows[owner], table_rows[owner], start, end, partial], axis=1).astype(np.int32)
     parts[rows[cut], 0], parts[rows[cut], 1] = partial_first[cut], cuts[cut]
     return items[np.argsort(start - end, kind="stable")], parts

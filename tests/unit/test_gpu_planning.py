@@ -1,0 +1,62 @@
+"""What a GPU step is planned like, without a GPU: attention's work lists, and which worker gets which GPU."""
+
+import argparse
+import random
+
+import numpy as np
+import pytest
+
+from baton.frontend.cli import engine_args
+from baton.kernels.cuda import work
+from baton.proto.errors import UserError
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_items_cover_every_decode_row_once(kv_heads: int, count: int) -> None:
+    lengths = np.array([random.choice((1, 63, 64, 700, 9000)) for _ in range(count)])
+    rows, tables = np.arange(count) * 2, np.arange(count) + 5
+    items, parts = work.plan_decode(rows, tables, lengths, 2 * count, kv_heads)
+    assert len(items) <= work.max_items(count, kv_heads)
+    assert (np.diff(items[:, 3] - items[:, 2]) <= 0).all()
+    for index in range(count):
+        mine = items[items[:, 0] == rows[index]]
+        mine = mine[np.argsort(mine[:, 2])]
+        assert (mine[:, 1] == tables[index]).all()
+        assert mine[0, 2] == 0
+        assert mine[-1, 3] == lengths[index]
+        assert (mine[1:, 2] == mine[:-1, 3]).all()
+        assert (mine[:, 2] < mine[:, 3]).all()
+        first, cuts = parts[rows[index]]
+        assert mine[:, 4].tolist() == (list(range(first, first + cuts)) if cuts else [-1])
+
+
+def test_tiles_cover_every_query_once() -> None:
+    counts, lengths = np.array([100, 2, 33]), np.array([100, 900, 40])
+    first_rows = np.array([0, 100, 102])
+    tiles = work.plan_tiles(first_rows, np.arange(3), counts, lengths, 32)
+    covered = [
+        first + query
+        for first, _, start, count, _, _ in tiles.tolist()
+        for query in range(start, min(start + 32, count))
+    ]
+    assert sorted(covered) == list(range(135))
+
+
+def options(**given: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"device": "cuda", "gpus": None, **given})
+
+
+def test_workers_take_the_gpus_in_order() -> None:
+    assert [engine_args.gpu_of(options(), index, "unified") for index in (0, 1)] == [0, 1]
+    assert engine_args.gpu_of(options(gpus=(4, 6)), 1, "unified") == 6
+    assert engine_args.gpu_of(options(device="cpu"), 3, "decode") == 0
+
+
+def test_impossible_gpus_are_one_clear_error() -> None:
+    with pytest.raises(UserError, match="names 1 GPUs"):
+        engine_args.gpu_of(options(gpus=(0,)), 1, "unified")
+    with pytest.raises(UserError, match="prefill worker can't run on a GPU"):
+        engine_args.gpu_of(options(), 0, "prefill")
+    with pytest.raises(argparse.ArgumentTypeError):
+        engine_args.gpu_list("0,0")
