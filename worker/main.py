@@ -8,7 +8,7 @@ import zmq
 from baton.proto.channels import LINGER_MS
 from baton.proto.config import WorkerConfig
 from baton.proto.supervision import Supervised, run_child
-from baton.worker.engine import Core
+from baton.worker.backend import open_backend
 from baton.worker.session import Session
 
 log = logging.getLogger(__name__)
@@ -17,20 +17,20 @@ log = logging.getLogger(__name__)
 def main(config: WorkerConfig, supervised: Supervised) -> int:
     """Serve until SIGTERM. An exception in a step ends the process: its launcher starts another."""
     started = time.monotonic()
-    core = Core(config)
+    backend = open_backend(config)
     log.info(
         "%s loaded in %.1f s; KV pool of %d blocks, %d tokens",
         config.model.served_names[0],
         time.monotonic() - started,
-        core.num_blocks,
-        core.num_blocks * config.cache.block_size,
+        backend.num_blocks,
+        backend.num_blocks * config.cache.block_size,
     )
-    device = core.new_device()
+    device = backend.new_device()
     context = zmq.Context(io_threads=1)
     try:
         again = True
         while again:
-            session = Session(core, device, context, supervised)
+            session = Session(backend, device, context, supervised)
             try:
                 again = session.run()
             finally:
@@ -38,7 +38,7 @@ def main(config: WorkerConfig, supervised: Supervised) -> int:
     finally:
         device.close()
         context.destroy(linger=LINGER_MS)
-        core.close()
+        backend.close()
     return 0
 
 

@@ -35,8 +35,7 @@ from baton.proto.messages import (
 )
 from baton.proto.supervision import Supervised
 from baton.worker import effects
-from baton.worker.device import Device
-from baton.worker.engine import Core
+from baton.worker.backend import Backend, Device
 from baton.worker.token_plane import TokenPlane
 
 log = logging.getLogger(__name__)
@@ -50,9 +49,9 @@ HELLO_INTERVAL_S = 1.0
 class Session:
     """Everything that carries this incarnation's name."""
 
-    def __init__(self, core: Core, device: Device, context: zmq.Context, supervised: Supervised) -> None:
-        config = core.config
-        self._core = core
+    def __init__(self, backend: Backend, device: Device, context: zmq.Context, supervised: Supervised) -> None:
+        config = backend.config
+        self._backend = backend
         self._device = device
         self._context = context
         self._supervised = supervised
@@ -60,15 +59,15 @@ class Session:
         stem = Path(config.run_dir) / f"{config.name}-{self._incarnation:014x}"
         self._poller = zmq.Poller()
         self._me_bytes = identity(config.name, self._incarnation)
-        greeting = Greeting(core.layout, config.name, self._incarnation, core.num_blocks)
-        self._source, self._sink = core.open_transport(stem.with_suffix(".kv"), greeting)
+        greeting = Greeting(backend.layout, config.name, self._incarnation, backend.num_blocks)
+        self._source, self._sink = backend.open_transport(stem.with_suffix(".kv"), greeting)
         self._peers: Router[ToOwner] = Router(context, f"ipc://{stem}.peer", ToOwner)
         self._peer_path = stem.with_suffix(".peer")
         self._me = Peer(config.name, self._incarnation, self._peers.endpoint, self._source.address)
         self._scheduler: Dealer[ToWorker] = Dealer(context, config.scheduler, self._me_bytes, ToWorker)
         self._owners: dict[str, Dealer[ToHolder]] = {}
         self._tokens = TokenPlane(context, self._poller, config.name, self._incarnation)
-        self._batcher = core.new_batcher(self._me)
+        self._batcher = backend.new_batcher(self._me)
         self._fenced = False
         self._welcome = False
         self._hello_at = -HELLO_INTERVAL_S
@@ -95,7 +94,7 @@ class Session:
             self._compute()
             self._report(time.monotonic())
         if not self._fenced:
-            self._scheduler.send(Goodbye(self._core.config.name, self._incarnation))
+            self._scheduler.send(Goodbye(self._backend.config.name, self._incarnation))
         return self._fenced
 
     def close(self) -> None:
@@ -215,7 +214,7 @@ class Session:
             self._fenced = True
 
     def _hello(self, now: float) -> None:
-        config = self._core.config
+        config = self._backend.config
         self._hello_at = now
         hello = WorkerHello(
             worker=config.name,
@@ -224,12 +223,12 @@ class Session:
             pid=os.getpid(),
             protocol=PROTOCOL_VERSION,
             peer=self._me,
-            layout=self._core.layout,
-            num_blocks=self._core.num_blocks,
+            layout=self._backend.layout,
+            num_blocks=self._backend.num_blocks,
             block_size=config.cache.block_size,
-            max_model_len=self._core.max_model_len,
-            max_num_seqs=self._core.batch.max_num_seqs,
-            max_num_batched_tokens=self._core.batch.max_num_batched_tokens,
+            max_model_len=self._backend.max_model_len,
+            max_num_seqs=self._backend.batch.max_num_seqs,
+            max_num_batched_tokens=self._backend.batch.max_num_batched_tokens,
             holdings=self._batcher.holdings(),
         )
         self._scheduler.send(hello)
@@ -238,7 +237,7 @@ class Session:
     def _beat(self) -> Beat:
         step, started, expected_s = self._device.running or (0, 0.0, 0.0)
         running_s = time.monotonic() - started if step else 0.0
-        return Beat(self._core.config.name, self._incarnation, step, running_s, expected_s)
+        return Beat(self._backend.config.name, self._incarnation, step, running_s, expected_s)
 
 
 def _worker_of(endpoint: str) -> str:

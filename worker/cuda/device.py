@@ -1,4 +1,4 @@
-"""The GPU as the worker's loop sees it; the interface of baton.worker.device.Device.
+"""The GPU as the worker's loop sees it; the interface of baton.worker.backend.Device.
 
 Steps are enqueued by the loop's own thread, which takes a fraction of what they take on the device. A thread waits for
 their events, without the interpreter lock, and wakes the loop.

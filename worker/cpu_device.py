@@ -1,7 +1,7 @@
-"""The device as the worker's loop sees it: plans go in, results come out in order, and nothing waits.
+"""Steps on CPU cores: the device is a thread.
 
-On CPU the device is a thread. torch lets go of the interpreter lock inside its kernels, so the loop answers messages
-while a step runs, just as it does beside a GPU.
+torch and our kernels let go of the interpreter lock, so the loop answers messages while a step runs, just as it does
+beside a GPU.
 """
 
 import os
@@ -15,8 +15,8 @@ from baton.worker.plan import StepPlan, StepResult
 _MIN_EXPECTED_S = 0.5
 
 
-class Device:
-    """Runs steps one after the other in a thread of its own."""
+class ThreadDevice:
+    """Runs steps one after the other in a thread of its own (backend.Device)."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner

@@ -1,0 +1,108 @@
+"""What a kind of device brings to a worker: a loaded model, a KV pool, a way to run steps and a way to share blocks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from baton.kv_transfer.contract import Sink, Source
+from baton.kv_transfer.shm import Greeting
+from baton.proto.config import BatchConfig, WorkerConfig
+from baton.proto.errors import UserError
+from baton.proto.layout import KVLayout
+from baton.proto.messages import Peer
+from baton.worker.batcher import Batcher
+from baton.worker.plan import StepPlan, StepResult
+
+
+class Device(Protocol):
+    """Steps as the worker's loop sees them: plans go in, results come out in order, and nothing waits."""
+
+    running: tuple[int, float, float] | None
+    """(step, started, expected duration) of the step on the device; read by the heartbeat thread."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a step."""
+
+    def fileno(self) -> int:
+        """Readable while `results` has something to return or raise."""
+
+    def results(self) -> list[StepResult]:
+        """Steps that ended since the last call, in order. Raises what a step raised."""
+
+    def finish(self) -> None:
+        """Wait for every submitted step and throw the results away: nobody is there to want them."""
+
+    def close(self) -> None:
+        """End after the steps that were submitted."""
+
+
+class Backend(ABC):
+    """Model and pool, alive as long as the process; batchers come and go with the worker's incarnations."""
+
+    config: WorkerConfig
+    batch: BatchConfig
+    """config.batch with what it leaves to the device filled in."""
+    layout: KVLayout
+    max_model_len: int
+    num_blocks: int
+
+    @abstractmethod
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Begin a step; what is returned waits for its end. For callers without a Device."""
+
+    @abstractmethod
+    def new_device(self) -> Device:
+        """What the worker's loop submits steps to."""
+
+    @abstractmethod
+    def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
+        """How peers read this worker's pool, through a socket at `path`, and how it reads theirs."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the pool."""
+
+    def new_batcher(self, me: Peer) -> Batcher:
+        """A batcher over the whole pool, with nothing in it."""
+        return Batcher(
+            me,
+            self.num_blocks,
+            self.max_model_len,
+            self.config.cache,
+            self.batch,
+            self.config.lease,
+            self.config.early_bind_tokens,
+        )
+
+
+def open_backend(config: WorkerConfig) -> Backend:
+    """Load the model of `config` on its device. Raises UserError or ValueError when that can't be done."""
+    if config.device == "cuda":
+        from baton.worker.cuda.backend import CudaBackend
+
+        return CudaBackend(config)
+    from baton.worker.cpu_backend import CpuBackend
+
+    return CpuBackend(config)
+
+
+def fill_batch(batch: BatchConfig, token_budget: int, depth: int) -> BatchConfig:
+    """`batch` with a device's own values where it has 0."""
+    return msgspec.structs.replace(
+        batch,
+        max_num_batched_tokens=batch.max_num_batched_tokens or max(token_budget, batch.max_num_seqs),
+        depth=batch.depth or depth,
+    )
+
+
+def check_pool_size(num_blocks: int, block_size: int, max_model_len: int) -> None:
+    """Raises UserError unless the longest sequence fits."""
+    longest = -(-max_model_len // block_size)
+    if num_blocks < longest:
+        raise UserError(
+            f"the KV pool of {num_blocks} blocks holds {num_blocks * block_size} tokens, fewer than max_model_len "
+            f"{max_model_len}: give --num-blocks {longest} or more, or lower --max-model-len"
+        )

@@ -1,0 +1,57 @@
+"""A worker on CPU cores: steps in a thread, the KV pool in memory that peers can map."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from baton.kv_transfer.contract import Sink, Source
+from baton.kv_transfer.shm import Greeting, ShmSink, ShmSource
+from baton.proto.config import CacheConfig, WorkerConfig
+from baton.worker.backend import Backend, check_pool_size, fill_batch
+from baton.worker.cpu_device import ThreadDevice
+from baton.worker.kv_pool import HostPool
+from baton.worker.model_runner import ModelRunner
+from baton.worker.plan import StepPlan, StepResult
+
+TOKEN_BUDGET = 256
+"""Larger chunks gain no speed on a CPU and keep running streams waiting."""
+DEPTH = 1
+MEMORY_SHARE = 8
+"""Without a size given, the pool takes 1 / MEMORY_SHARE of the memory that is free, and at most POOL_BYTES."""
+POOL_BYTES = 2**30
+
+
+class CpuBackend(Backend):
+    """See Backend."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self.batch = fill_batch(config.batch, TOKEN_BUDGET, DEPTH)
+        self._runner = ModelRunner(config)
+        self.layout, self.max_model_len = self._runner.layout, self._runner.max_model_len
+        self.num_blocks = _num_blocks(config.cache, self.layout.groups[0].block_bytes)
+        check_pool_size(self.num_blocks, config.cache.block_size, self.max_model_len)
+        self._pool = HostPool(self.layout, self.num_blocks)
+        self._runner.attach_pool(self._pool.tensor)
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """All of the step happens in the call that waits for it."""
+        return functools.partial(self._runner.execute, plan)
+
+    def new_device(self) -> ThreadDevice:
+        return ThreadDevice(self._runner)
+
+    def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
+        source = ShmSource(path, greeting, self._pool.memfd)
+        return source, ShmSink(greeting, self._pool.address, self._pool.block_bytes)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def _num_blocks(cache: CacheConfig, block_bytes: int) -> int:
+    if cache.num_blocks:
+        return cache.num_blocks
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (cache.kv_cache_memory_bytes or min(POOL_BYTES, free // MEMORY_SHARE)) // block_bytes

@@ -1,0 +1,58 @@
+"""A worker on a GPU: steps run ahead of the host, the KV pool in device memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from baton.kv_transfer.contract import Sink, Source
+from baton.kv_transfer.none import NoSink, NoSource
+from baton.kv_transfer.shm import Greeting
+from baton.proto.config import WorkerConfig
+from baton.proto.errors import UserError
+from baton.proto.lifecycle import Role
+from baton.worker.backend import Backend, check_pool_size, fill_batch
+from baton.worker.cuda.device import CudaDevice
+from baton.worker.cuda.memory import GpuPool, measure_pool_blocks, open_gpu
+from baton.worker.cuda.runner import CudaRunner
+from baton.worker.plan import StepPlan, StepResult
+
+TOKEN_BUDGET = 8192
+DEPTH = 2
+"""Steps in flight, so that a GPU has the next one when it ends one."""
+
+
+class CudaBackend(Backend):
+    """See Backend."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        if config.role != Role.UNIFIED:
+            raise UserError(f"a {config.role} worker can't run on a GPU yet: KV blocks move between CPU workers only")
+        self.config = config
+        self.batch = fill_batch(config.batch, TOKEN_BUDGET, DEPTH)
+        open_gpu(config.gpu)
+        self._runner = CudaRunner(config, self.batch.max_num_batched_tokens, self.batch.depth)
+        self.layout, self.max_model_len = self._runner.layout, self._runner.max_model_len
+        self.num_blocks = self._num_blocks()
+        check_pool_size(self.num_blocks, config.cache.block_size, self.max_model_len)
+        self._pool = GpuPool(self.layout, self.num_blocks, self._runner.device)
+        self._runner.attach_pool(self._pool.tensor)
+        self._runner.capture()
+
+    def _num_blocks(self) -> int:
+        cache = self.config.cache
+        if cache.num_blocks:
+            return cache.num_blocks
+        if cache.kv_cache_memory_bytes:
+            return cache.kv_cache_memory_bytes // self.layout.groups[0].block_bytes
+        return measure_pool_blocks(self._runner, cache, self.batch.max_num_batched_tokens, self.batch.max_num_seqs)
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        return self._runner.launch(plan).wait
+
+    def new_device(self) -> CudaDevice:
+        return CudaDevice(self._runner)
+
+    def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
+        return NoSource(), NoSink()
+
+    def close(self) -> None:
+        self._pool.close()
