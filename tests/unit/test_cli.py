@@ -64,7 +64,7 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "line"),
     [
         (["fly"], "no command 'baton fly'"),
-        (["serve"], "MODEL is missing"),
+        (["serve", "--port", "0"], "MODEL is missing"),
         (["serve", "demo", "--wings"], "unrecognized arguments: --wings"),
         (["serve", "demo", "--block-size", "24"], "expected a multiple of 16, got 24"),
         (["serve", "demo", "--port", "70000"], "a port is at most 65535"),
