@@ -166,7 +166,10 @@ def build_app(
 ) -> Any:
     """The ASGI application."""
     api = Api(config, client, prompts, info, generator)
-    app = FastAPI(title="Baton", version=version("baton-serve"), root_path=config.root_path)
+    # The interactive pages would load scripts from a foreign host; the schema itself stays.
+    app = FastAPI(
+        title="Baton", version=version("baton-serve"), root_path=config.root_path, docs_url=None, redoc_url=None
+    )
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
