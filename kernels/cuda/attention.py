@@ -62,7 +62,7 @@ def _attend(
     return new_best, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _decode(
     query_ptr,
     pool_ptr,
@@ -166,7 +166,7 @@ def _combine(
     tl.store(target, (acc / total).to(out_ptr.dtype.element_ty), mask=column_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _prefill(
     query_ptr,
     pool_ptr,

@@ -52,7 +52,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _rope_and_cache(
     qkv_ptr,
     cos_sin_ptr,

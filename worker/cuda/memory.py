@@ -64,6 +64,7 @@ def measure_pool_blocks(runner: CudaRunner, cache: CacheConfig, max_tokens: int,
     before = torch.cuda.memory_reserved(device)
     runner.attach_pool(scratch.tensor)
     runner.execute(_largest_step(rows, per_row, blocks_per_row))
+    runner.execute(_mixed_step(blocks_per_row))
     activations = torch.cuda.max_memory_reserved(device) - before
     graphs = runner.measure_graphs()
     scratch.close()
@@ -81,6 +82,13 @@ def measure_pool_blocks(runner: CudaRunner, cache: CacheConfig, max_tokens: int,
             f"{cache.gpu_memory_utilization}, or lower --max-num-batched-tokens or --max-num-seqs"
         )
     return room // block_bytes
+
+
+def _mixed_step(num_blocks: int) -> StepPlan:
+    """A prompt beside a decode row, neither in a graph: compiles what such steps need before a request waits for it."""
+    params = SamplingParams(max_tokens=1, temperature=1.0, logprobs=1)
+    inits = [SlotInit(slot, (0, slot), 0, params, 2, [0, 0], list(range(num_blocks))) for slot in (0, 1)]
+    return StepPlan(0, [Row(0, 0, 2, [0, 0], False, [], True, 0), Row(1, 1, 1, [0], False, [], True, 0)], inits)
 
 
 def _largest_step(num_rows: int, per_row: int, blocks_per_row: int) -> StepPlan:

@@ -10,7 +10,7 @@ import triton.language as tl
 from baton.worker.plan import Row, SlotInit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _apply_updates(tables_ptr, updates_ptr, count, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < count
@@ -18,7 +18,7 @@ def _apply_updates(tables_ptr, updates_ptr, count, BLOCK: tl.constexpr):
     tl.store(tables_ptr + where, tl.load(updates_ptr + index * 2 + 1, mask=mask, other=0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _prepare(
     given_ptr,
     positions_ptr,
@@ -45,7 +45,7 @@ def _prepare(
     tl.store(slot_mapping_ptr + index, mapped, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _store_sampled(tokens_ptr, slots_ptr, last_tokens_ptr, out_ptr, count, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < count

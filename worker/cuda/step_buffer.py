@@ -11,6 +11,8 @@ import torch
 
 from baton.kernels.cuda.work import ITEM_FIELDS, PART_FIELDS, TILE_FIELDS
 
+ALIGNMENT = 4
+"""Words. Triton compiles a kernel once more for pointers that are not aligned to 16 bytes."""
 DRAW_FIELDS = 8
 """uniform and top_p as float64, temperature float32, top_k int32, min_p float32, padding."""
 
@@ -42,14 +44,14 @@ class StepLayout:
         offset, sections = 0, {}
         for name, (rows, words) in shapes.items():
             sections[name] = (offset, rows, words)
-            offset += rows * words
+            offset += -(-rows * words // ALIGNMENT) * ALIGNMENT
         return sections
 
     @property
     def words(self) -> int:
         """Length without the table updates."""
         offset, rows, words = self.sections["tiles"]
-        return offset + rows * words
+        return offset + -(-rows * words // ALIGNMENT) * ALIGNMENT
 
 
 class StepInputs:
