@@ -112,7 +112,7 @@ class Deployment(Served):
 
     def complete_all(self, prompts: list[list[int]], **fields: Any) -> list[dict[str, Any]]:
         """All prompts at once."""
-        with ThreadPoolExecutor(len(prompts)) as pool:
+        with ThreadPoolExecutor(max(len(prompts), 1)) as pool:
             return list(pool.map(lambda prompt: self.complete(prompt, **fields), prompts))
 
     def metrics(self) -> dict[str, float]:

@@ -19,15 +19,15 @@ class Greedy:
 
 
 class Reference:
-    """Generates one prompt at a time."""
+    """Greedy generation."""
 
     def __init__(self, model_dir: Path) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
-    def greedy(self, prompt: list[int], max_tokens: int) -> Greedy:
-        """`max_tokens` tokens of `generate`, whatever they are: end-of-sequence tokens do not stop it."""
+    def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[Greedy]:
+        """`max_tokens` tokens of `generate` for prompts of one length; end-of-sequence tokens do not stop it."""
         self._model.generation_config.eos_token_id = None
-        ids = torch.tensor([prompt])
+        ids = torch.tensor(prompts)
         with torch.inference_mode():
             out = self._model.generate(
                 ids,
@@ -38,8 +38,12 @@ class Reference:
                 return_dict_in_generate=True,
                 pad_token_id=0,
             )
-        tokens = out.sequences[0, len(prompt) :].tolist()
-        logits = torch.cat(out.logits)
-        best = logits.topk(2).values
-        chosen = logits.log_softmax(-1)[range(len(tokens)), tokens]
-        return Greedy(tokens, chosen.tolist(), (best[:, 0] - best[:, 1]).tolist())
+        sequences = out.sequences[:, ids.shape[1] :].tolist()
+        by_prompt = torch.stack(out.logits, dim=1)  # [prompts, max_tokens, vocab]
+        return [_told(tokens, logits) for tokens, logits in zip(sequences, by_prompt, strict=True)]
+
+
+def _told(tokens: list[int], logits: torch.Tensor) -> Greedy:
+    best = logits.topk(2).values
+    chosen = logits.log_softmax(-1)[range(len(tokens)), tokens]
+    return Greedy(tokens, chosen.tolist(), (best[:, 0] - best[:, 1]).tolist())
