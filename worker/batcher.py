@@ -91,6 +91,7 @@ class Batcher:
         self._epoch = 0
         self._last_cmd_seq = 0
         self._tokens_per_s = 1.0
+        self._last_sampled_s = 0.0
         self.computed_tokens = 0
         self.generated_tokens = 0
 
@@ -344,10 +345,14 @@ class Batcher:
 
     def _measure(self, planned: list[Planned], result: StepResult) -> None:
         tokens = sum(item.end - item.start for item in planned if not item.decodes)
-        elapsed = result.sampled_s - result.started_s
-        if tokens and elapsed > 0:
-            self._tokens_per_s = tokens / elapsed
         self.computed_tokens += tokens
+        # A step that was enqueued early began when the one before it ended.
+        elapsed = result.sampled_s - max(result.started_s, self._last_sampled_s)
+        self._last_sampled_s = result.sampled_s
+        if elapsed > 0:
+            self._steps.measured(planned, elapsed)
+            if tokens:
+                self._tokens_per_s = tokens / elapsed
 
     def _settle(self, item: Planned, now: float) -> None:
         """The row's KV is in its blocks: publish full ones, and tell whoever reads along."""
