@@ -132,7 +132,9 @@ class Api:
     async def _parse(self, request: Request, kind: type[R]) -> tuple[R, dict[str, Any]]:
         wanted, raw, unknown = parse(await read_body(request, self._config.max_request_bytes), kind)
         if unknown:
-            log.warning("fields that are not known were ignored: %s", ", ".join(name[:64] for name in unknown[:20]))
+            log.warning(
+                "fields that are not known were ignored: %s", ", ".join(repr(name[:64]) for name in unknown[:20])
+            )
         return wanted, raw
 
 

@@ -53,9 +53,14 @@ def main(config: FrontendConfig, supervised: Supervised) -> int:
             runner.run(_serve(config, supervised, listener))
     finally:
         listener.close()
-        if config.uds:
-            Path(config.uds).unlink(missing_ok=True)
+        _remove_socket(config.uds)
     return 0
+
+
+def _remove_socket(path: str) -> None:
+    """Nothing but a socket: the path is a user's."""
+    if path and Path(path).is_socket():
+        Path(path).unlink(missing_ok=True)
 
 
 async def _serve(config: FrontendConfig, supervised: Supervised, listener: socket.socket) -> None:
@@ -132,7 +137,7 @@ def _listen(config: FrontendConfig) -> socket.socket:
     """The bound socket. Raises UserError when the address is taken or can't be used."""
     try:
         if config.uds:
-            Path(config.uds).unlink(missing_ok=True)
+            _remove_socket(config.uds)
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(config.uds)
         else:

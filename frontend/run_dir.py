@@ -9,6 +9,8 @@ from typing import Self
 LONGEST_PARENT = 40
 """A Unix socket's path has 107 bytes at most; this leaves room for `baton-XXXXXXXX/` and a socket's name."""
 
+_JANITOR = 'read -r _; rm -rf -- "$1"; shift; for path; do [ -S "$path" ] && rm -f -- "$path"; done; exit 0'
+
 
 class RunDir:
     """A new 0700 directory that is removed at the end, also when this process is killed.
@@ -17,11 +19,11 @@ class RunDir:
     way out for an orderly end and for `kill -9`.
     """
 
-    def __init__(self, *files: str) -> None:
-        """`files` lie elsewhere and are removed with it, for example a Unix socket that the user has named."""
+    def __init__(self, *sockets: str) -> None:
+        """`sockets` lie elsewhere and are removed with it: a Unix socket that the user has named, and nothing else."""
         self.path = Path(tempfile.mkdtemp(prefix="baton-", dir=_parent()))
         self._janitor = subprocess.Popen(
-            ["/bin/sh", "-c", 'read -r _; rm -rf -- "$@"', "baton-janitor", str(self.path), *files],
+            ["/bin/sh", "-c", _JANITOR, "baton-janitor", str(self.path), *sockets],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,

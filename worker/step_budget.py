@@ -1,6 +1,6 @@
 """How many prompt tokens a step may take beside running streams, so that those keep their pace.
 
-A step costs about base + tokens * slope seconds: base for its decode rows alone, slope for each prompt token beside them.
+A step costs about base + tokens * slope seconds: base for its decode rows, slope for each prompt token beside them.
 Both are learned from the steps that have ended. With a target for the time between two tokens, a step's prompt tokens
 are what is left of it; with no stream running, or no target, a step may be as large as its budget.
 """

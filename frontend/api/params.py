@@ -12,6 +12,7 @@ from baton.frontend.api.requests import ChatCompletionRequest, GenerationRequest
 from baton.frontend.model_info import ModelInfo
 from baton.proto.messages import SamplingParams
 
+MAX_ID_DIGITS = 10
 MAX_STREAMS = 1024
 """Streams that one request may open: prompts times n."""
 MAX_STOP_STRINGS = 64
@@ -106,7 +107,7 @@ def read_wishes(request: GenerationRequest, info: ModelInfo, max_logprobs: int) 
         skip_special_tokens=request.skip_special_tokens,
         return_token_ids=bool(request.return_token_ids),
         logprobs=logprobs,
-        priority=request.priority,
+        priority=_within("priority", request.priority, -(2**31), 2**31 - 1),
     )
 
 
@@ -196,7 +197,7 @@ def _check_stop(stop: tuple[str, ...], stop_ids: frozenset[int], info: ModelInfo
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
     result = {}
     for key, value in bias.items():
-        if not key.isascii() or not key.isdigit():
+        if not key.isascii() or not key.isdigit() or len(key) > MAX_ID_DIGITS:
             raise bad_request(f"logit_bias has the key {key!r}; keys must be token ids.", "logit_bias")
         _check_token(int(key), vocab_size, "logit_bias")
         result[int(key)] = _within("logit_bias", value, -100, 100)

@@ -13,9 +13,9 @@ Ids = list[int]
 class StreamOptions(msgspec.Struct, frozen=True):
     """Extras of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
     """A last chunk with the usage."""
-    continuous_usage_stats: bool = False
+    continuous_usage_stats: bool | None = False
     """The usage so far in every chunk."""
 
 
@@ -119,18 +119,22 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "documents": (None, []),
     "echo": (None, False),
     "function_call": (None, "none"),
+    "detokenize": (None, True),
     "functions": (None, []),
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
+    "kv_transfer_params": (None,),
     "length_penalty": (None, 1, 1.0),
+    "logprob_token_ids": (None, []),
     "logits_processors": (None, []),
     "modalities": (None, ["text"]),
     "prediction": (None,),
     "prompt_embeds": (None,),
     "prompt_logprobs": (None,),
     "response_format": (None, {"type": "text"}),
+    "return_tokens_as_token_ids": (None, False),
     "structured_outputs": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
@@ -146,19 +150,27 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
     """The request, its JSON object as it came, and the names of fields that nobody knows. Raises ApiError."""
     try:
         raw = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise bad_request(f"the body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise bad_request("the body is nested too deeply") from error
     if not isinstance(raw, dict):
         raise bad_request("the body must be a JSON object")
     _refuse_unsupported(raw)
     try:
-        request = msgspec.convert(raw, kind)
+        request = msgspec.convert(_without_idle_nulls(raw, kind), kind)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$")
         param = where.strip("`").lstrip(".") or None
         raise bad_request(f"{param}: {message}" if param else message, param=param) from error
     known = {*(field.name for field in msgspec.structs.fields(kind)), *_UNSUPPORTED, *_IGNORED}
     return request, raw, [name for name in raw if name not in known]
+
+
+def _without_idle_nulls(raw: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Clients send null for switches and counts that they do not set."""
+    unset = {f.name for f in msgspec.structs.fields(kind) if isinstance(f.default, bool) or f.default == 0}
+    return {name: value for name, value in raw.items() if value is not None or name not in unset}
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:

@@ -127,6 +127,8 @@ def claim_address(args: argparse.Namespace) -> int:
 def _check_unix_socket(path: Path) -> None:
     if not path.parent.is_dir():
         raise UserError(f"--uds {path}: {path.parent} is not a directory")
+    if path.is_symlink() or (path.exists() and not path.is_socket()):
+        raise UserError(f"--uds {path} exists and is not a socket: give the path of a socket, or a new one")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))

@@ -83,12 +83,15 @@ def ids(text: str) -> list[int]:
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"300": 1}}, "logit_bias"),
         ({"logit_bias": {"3": 101}}, "logit_bias"),
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+        ({"priority": 2**70}, "priority"),
         ({"model": "other"}, "model"),
         ({"echo": True}, "echo"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"use_beam_search": True}, "use_beam_search"),
+        ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
     ],
 )
 def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
@@ -110,6 +113,19 @@ def test_unsupported_fields_of_chat_are_refused_and_their_harmless_values_are_no
 def test_unknown_fields_are_reported_and_known_ones_are_not() -> None:
     body = {"prompt": "x", "stop": None, "user": "me", "metadata": {}, "echo": False, "sampling_magic": 1}
     assert parse(json.dumps(body).encode(), CompletionRequest)[2] == ["sampling_magic"]
+
+
+def test_null_is_no_wish() -> None:
+    body = {"prompt": "x", "stream": None, "ignore_eos": None, "min_tokens": None, "priority": None}
+    request = parse(json.dumps(body).encode(), CompletionRequest)[0]
+    assert (request.stream, request.ignore_eos, request.min_tokens, request.priority) == (False, False, 0, 0)
+
+
+@pytest.mark.parametrize("body", [b'{"prompt": "\xff\xfe"}', b"[" * 100_000])
+def test_a_body_that_no_decoder_survives_is_the_clients_error(body: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(body, CompletionRequest)
+    assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"7", b'{"prompt": NaN}', b"\xff"])
