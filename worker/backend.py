@@ -81,8 +81,15 @@ class Backend(ABC):
 def open_backend(config: WorkerConfig) -> Backend:
     """Load the model of `config` on its device. Raises UserError or ValueError when that can't be done."""
     if config.device == "cuda":
-        from baton.worker.cuda.backend import CudaBackend
-
+        try:
+            from baton.worker.cuda.backend import CudaBackend
+        except ImportError as error:
+            if (error.name or "").startswith("baton."):
+                raise
+            raise UserError(
+                f"--device cuda needs {error.name or error}; install the extra cuda, pip install 'baton-serve[cuda]', "
+                "and PyTorch for CUDA"
+            ) from error
         return CudaBackend(config)
     from baton.worker.cpu_backend import CpuBackend
 

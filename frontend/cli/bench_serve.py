@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import os
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         from baton.frontend.bench import client
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install 'baton-serve[bench]'") from error
+    path = result_path(args)
     chat = args.backend == "openai-chat"
     server = client.Server(
         base_url=(args.base_url or f"http://{args.host}:{args.port}").rstrip("/"),
@@ -97,8 +99,19 @@ def run(args: argparse.Namespace) -> int:
     print(report.block(metrics), flush=True)
     for reason, count in report.errors(results):
         print(f"{count} failed: {reason}", file=sys.stderr)
-    _save(args, model, metrics, results)
+    if path:
+        _save(path, args, model, metrics, results)
     return 0 if metrics.completed else 1
+
+
+def result_path(args: argparse.Namespace) -> Path | None:
+    """Where the JSON result goes, if anywhere. Raises UserError, before a long run, when it can't be written there."""
+    if not (args.save_result or args.result_filename):
+        return None
+    path = Path(args.result_filename or f"baton-bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.json")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"can't write the result to {path}")
+    return path
 
 
 async def _measure(
@@ -144,14 +157,12 @@ async def _work(
     return requests[: args.num_warmups], requests[args.num_warmups :]
 
 
-def _save(args: argparse.Namespace, model: str, metrics: report.Metrics, results: list[report.Result]) -> None:
+def _save(
+    path: Path, args: argparse.Namespace, model: str, metrics: report.Metrics, results: list[report.Result]
+) -> None:
     """One JSON object: the figures, and lists with one entry per request."""
-    if not (args.save_result or args.result_filename):
-        return
-    now = datetime.now(UTC)
-    path = Path(args.result_filename or f"baton-bench-{now:%Y%m%d-%H%M%S}.json")
     content: dict[str, Any] = {
-        "date": now.isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backend": args.backend,
         "model_id": model,
         "num_prompts": args.num_prompts,

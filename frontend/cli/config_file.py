@@ -32,6 +32,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"can't read --config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must map flag names to values, for example 'decode: 2'")
+    for key, value in values.items():
+        if value is None or (isinstance(value, list) and None in value):
+            raise UserError(f"--config {path}: {key} has no value")
     return {str(key): value for key, value in values.items()}
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 from baton.proto.supervision import EXIT_USER_ERROR, die_with_parent
 
+MAX_NUMBER = 2**31 - 1
+"""Counts and indices are 32-bit in kernels."""
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -69,7 +72,7 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
         help="size prompt chunks so that running streams get a token this often; 0: no target; default: 15 on CUDA",
     )
     group.add_argument("--max-num-seqs", type=positive, default=256, help="streams in one step at most")
-    group.add_argument("--threads", type=positive, help="compute threads of each CPU worker; default: all cores")
+    group.add_argument("--threads", type=threads, help="compute threads of each CPU worker; default: all cores")
 
 
 def share(text: str) -> float:
@@ -106,10 +109,37 @@ def gpu_of(args: argparse.Namespace, index: int, role: str) -> int:
 
 def positive(text: str) -> int:
     """A whole number above 0."""
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return _whole(text, 1, "above 0")
+
+
+def count(text: str) -> int:
+    """A whole number from 0."""
+    return _whole(text, 0, "from 0")
+
+
+def _whole(text: str, least: int, bound: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else -1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number {bound}, got {text!r}")
+    if value > MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"at most {MAX_NUMBER} is possible, got {text}")
     return value
+
+
+def threads(text: str) -> int:
+    """From 1 to the number of this machine's cores."""
+    value = positive(text)
+    cores = os.cpu_count() or 1
+    if value > cores:
+        raise argparse.ArgumentTypeError(f"this machine has {cores} cores, got {text}")
+    return value
+
+
+def non_empty(text: str) -> str:
+    """Something other than white space."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a value, got {text!r}")
+    return text
 
 
 def block_size(text: str) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import errno
 import logging
 import socket
 import sys
@@ -35,9 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_processes(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--prefill", type=count, metavar="N", help="prefill workers; default 1 without --unified")
-    group.add_argument("--decode", type=count, metavar="M", help="decode workers; default 1 without --unified")
-    group.add_argument("--unified", type=count, default=0, metavar="K", help="workers that do both")
+    group.add_argument(
+        "--prefill", type=engine_args.count, metavar="N", help="prefill workers; default 1 without --unified"
+    )
+    group.add_argument(
+        "--decode", type=engine_args.count, metavar="M", help="decode workers; default 1 without --unified"
+    )
+    group.add_argument("--unified", type=engine_args.count, default=0, metavar="K", help="workers that do both")
     group.add_argument("--placement", default="least_loaded", choices=("least_loaded", "round_robin"))
     group.add_argument(
         "--max-waiting", type=engine_args.positive, default=4096, help="queued requests; one more is answered with 429"
@@ -51,29 +56,36 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", default="0.0.0.0")
     group.add_argument("--port", type=port_number, default=8000, help="0 takes a free one")
     group.add_argument("--uds", default="", metavar="PATH", help="Unix socket instead of host and port")
-    group.add_argument("--root-path", default="", help="prefix under which a proxy serves the API")
-    group.add_argument("--api-key", nargs="+", default=[], metavar="KEY", help="bearer keys that are accepted")
-    group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names for clients; default: MODEL")
+    group.add_argument("--root-path", type=root_path, default="", help="prefix under which a proxy serves the API")
+    text = engine_args.non_empty
+    group.add_argument("--api-key", type=text, nargs="+", default=[], metavar="KEY", help="accepted bearer keys")
+    group.add_argument(
+        "--served-model-name", type=text, nargs="+", metavar="NAME", help="names for clients; default: MODEL"
+    )
     group.add_argument("--chat-template", default="", metavar="FILE", help="jinja2 file; default: the tokenizer's")
-    group.add_argument("--max-logprobs", type=count, default=20, help="most logprobs a client may ask for")
-
-
-def count(text: str) -> int:
-    """A whole number from 0."""
-    return 0 if text == "0" else engine_args.positive(text)
+    group.add_argument("--max-logprobs", type=engine_args.count, default=20, help="most logprobs a client may ask for")
 
 
 def seconds(text: str) -> float:
     """A finite time from 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected seconds from 0, for example 2.5, got {text!r}")
     return value
+
+
+def root_path(text: str) -> str:
+    """A prefix with a slash before it and none after; empty for the root itself."""
+    inner = text.strip("/")
+    return f"/{inner}" if inner else ""
 
 
 def port_number(text: str) -> int:
     """0 to 65535."""
-    value = count(text)
+    value = engine_args.count(text)
     if value > 65535:
         raise argparse.ArgumentTypeError(f"a port is at most 65535, got {value}")
     return value
@@ -88,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     plan = sizing.plan(args, size, len(roles))
     name_process("launcher")
     if plan.note:
-        log.info(plan.note)
+        log.log(plan.note_level, plan.note)
     with RunDir(*([args.uds] if args.uds else [])) as run_dir:
         config = serve_config(args, directory, plan, roles, run_dir)
         log.info("more workers can join: baton worker --role ROLE --scheduler %s MODEL", config.scheduler.endpoint)
@@ -121,7 +133,8 @@ def claim_address(args: argparse.Namespace) -> int:
             probe.bind(address)
             return probe.getsockname()[1]
     except OSError as error:
-        raise UserError(f"can't serve on {args.host}:{args.port}: {error.strerror}; choose another --port") from error
+        mend = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise UserError(f"can't serve on {args.host}:{args.port}: {error.strerror}; choose another {mend}") from error
 
 
 def _check_unix_socket(path: Path) -> None:

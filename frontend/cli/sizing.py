@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import math
 import struct
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Plan:
     """0: given as a number of blocks, or left to the worker (CUDA)."""
     note: str = ""
     """For the log, when the plan departs from the model's own limit."""
+    note_level: int = logging.INFO
+    """WARNING when a pool size that the user has given is the cause: they may not have meant that."""
 
 
 def read_model_size(directory: Path, dtype: str, load_format: str) -> ModelSize:
@@ -95,7 +98,8 @@ def _fit_length(args: argparse.Namespace, model: ModelSize, pool: int) -> Plan:
             f"{_blocks(wanted, args.block_size)} or more, or a smaller --max-model-len"
         )
     note = f"the context is {capacity} tokens, what the KV pool holds, instead of the model's {wanted}"
-    return Plan(capacity, pool_bytes, note)
+    given = args.num_blocks or args.kv_cache_memory_bytes
+    return Plan(capacity, pool_bytes, note, logging.WARNING if given else logging.INFO)
 
 
 def available_memory() -> int:

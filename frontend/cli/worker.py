@@ -2,8 +2,10 @@
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
+from pathlib import Path
 
 from baton.frontend.cli import engine_args, sizing
 from baton.frontend.launcher import Launcher
@@ -14,25 +16,51 @@ from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 from baton.proto.supervision import name_process
 
+log = logging.getLogger(__name__)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `baton worker`."""
     parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; the command line wins")
     parser.add_argument("--role", choices=[role.value for role in Role], help="what the scheduler sends it")
-    parser.add_argument("--scheduler", metavar="ENDPOINT", help="the scheduler's, for example ipc:///run/…/scheduler")
+    parser.add_argument(
+        "--scheduler", type=endpoint, metavar="ENDPOINT", help="the scheduler's, for example ipc:///run/…/scheduler"
+    )
     parser.add_argument("--name", default="", help="unique in the cluster; default: from role and process id")
     engine_args.add_model_arguments(parser)
     engine_args.add_worker_arguments(parser)
+
+
+def endpoint(text: str) -> str:
+    """A ZeroMQ endpoint on this host: KV blocks move through shared memory."""
+    if text.startswith("tcp://"):
+        raise argparse.ArgumentTypeError(f"a scheduler must be on this host only, as ipc://…, got {text}")
+    if not text.removeprefix("ipc://") or not text.startswith("ipc://"):
+        raise argparse.ArgumentTypeError(f"expected an endpoint such as ipc:///run/…/scheduler, got {text!r}")
+    return text
+
+
+def check_listening(scheduler: str) -> None:
+    """Raises UserError unless the endpoint's socket exists; ZeroMQ itself would wait for it forever."""
+    try:
+        found = Path(scheduler.removeprefix("ipc://")).is_socket()
+    except OSError as error:
+        raise UserError(f"--scheduler {scheduler}: {error.strerror}") from error
+    if not found:
+        raise UserError(f"--scheduler {scheduler}: no such socket; `baton serve` logs its scheduler's endpoint")
 
 
 def run(args: argparse.Namespace) -> int:
     """Start the worker and keep it running; the exit code."""
     if not args.role or not args.scheduler:
         raise UserError("--role and --scheduler are needed: what this worker does, and for whom")
+    check_listening(args.scheduler)
     name = args.name or f"{args.role}-{os.getpid()}"
     directory = engine_args.resolve_model(args)
     plan = sizing.plan(args, sizing.read_model_size(directory, args.dtype, args.load_format), num_workers=1)
     name_process(f"launcher of {name}")
+    if plan.note:
+        log.log(plan.note_level, plan.note)
     with RunDir() as run_dir:
         config = WorkerConfig(
             name=name,

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import logging
+import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from baton.frontend.cli import engine_args, serve, sizing
+from baton.frontend.cli import bench_serve, engine_args, serve, sizing
 from baton.frontend.cli.main import COMMANDS, OneLineParser, main
 from baton.frontend.run_dir import RunDir
 from baton.proto import __version__
@@ -74,7 +76,19 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "/does/not/exist", "--port", "0"], "model not found"),
         (["serve", "demo", "--uds", "/does/not/exist/socket"], "is not a directory"),
         (["serve", "demo", "--config", "/does/not/exist.yaml"], "can't read --config"),
+        (["serve", "demo", "--api-key", ""], "argument --api-key: expected a value, got ''"),
+        (["serve", "demo", "--served-model-name", "a", " "], "argument --served-model-name: expected a value"),
+        (["serve", "demo", "--max-num-batched-tokens", "9" * 20], "at most 2147483647 is possible"),
+        (["serve", "demo", "--threads", "100000"], f"this machine has {os.cpu_count()} cores"),
+        (["serve", "demo", "--decode", "-1"], "expected a whole number from 0, got '-1'"),
+        (["serve", "demo", "--max-waiting", "0"], "expected a whole number above 0, got '0'"),
+        (["serve", "demo", "--shutdown-timeout", "soon"], "expected seconds from 0, for example 2.5, got 'soon'"),
         (["worker", "demo"], "--role and --scheduler are needed"),
+        (["worker", "demo", "--role", "unified", "--scheduler", "foo"], "expected an endpoint such as ipc://"),
+        (["worker", "demo", "--role", "unified", "--scheduler", "ipc://"], "expected an endpoint such as ipc://"),
+        (["worker", "demo", "--role", "unified", "--scheduler", "tcp://h:1"], "on this host only"),
+        (["worker", "demo", "--role", "unified", "--scheduler", "ipc:///does/not/exist"], "no such socket"),
+        (["bench", "serve", "--output-json", "/does/not/exist/x.json"], "can't write the result to /does/not/exist"),
         (["bench", "serve", "--random-range-ratio", "2"], "expected 0 <= ratio < 1"),
     ],
 )
@@ -97,6 +111,27 @@ def test_a_busy_port_is_told_before_anything_starts(capfd: pytest.CaptureFixture
         port = taken.getsockname()[1]
         assert main(["serve", "demo", "--port", str(port)]) == 2
     assert f"can't serve on 0.0.0.0:{port}: Address already in use" in capfd.readouterr().err
+
+
+def test_an_unknown_host_is_not_mended_by_another_port() -> None:
+    with pytest.raises(UserError, match="choose another --host"):
+        serve.claim_address(parse("demo", "--host", "nosuch.invalid", "--port", "0"))
+
+
+@pytest.mark.parametrize(
+    ("text", "prefix"), [("", ""), ("/", ""), ("api", "/api"), ("/api/", "/api"), ("/a/b", "/a/b")]
+)
+def test_the_root_path_has_a_slash_before_it_only(text: str, prefix: str) -> None:
+    assert parse("demo", "--root-path", text).root_path == prefix
+
+
+def test_a_benchmark_result_may_replace_an_older_one(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    args = argparse.Namespace(save_result=False, result_filename=str(file))
+    assert bench_serve.result_path(args) == file
+    assert list(tmp_path.iterdir()) == []
+    file.touch()
+    assert bench_serve.result_path(args) == file
 
 
 def test_a_live_unix_socket_is_busy_and_a_stale_one_is_not(tmp_path: Path) -> None:
@@ -125,6 +160,14 @@ def test_an_unknown_key_in_the_config_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("wings: 2\n")
     with pytest.raises(UserError, match="has no option --wings"):
+        parse("demo", "--config", str(file))
+
+
+@pytest.mark.parametrize("line", ["api-key:", "api-key: [a, null]", "model: ~"])
+def test_a_key_without_value_in_the_config_file_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(line + "\n")
+    with pytest.raises(UserError, match=f"{line.split(':')[0]} has no value"):
         parse("demo", "--config", str(file))
 
 
@@ -167,6 +210,15 @@ def test_a_pool_smaller_than_the_models_context_shortens_it(model: Path) -> None
     shortened = plan(model, "--num-blocks", "10")
     assert shortened.max_model_len == 160
     assert "instead of the model's 256" in shortened.note
+    assert shortened.note_level == logging.WARNING  # the pool's size was given, the context's was not
+
+
+def test_a_pool_sized_for_the_machine_shortens_the_context_as_information(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizing, "DEFAULT_POOL_BYTES", 160 * KV_BYTES_PER_TOKEN)
+    shortened = plan(model)
+    assert (shortened.max_model_len, shortened.note_level) == (160, logging.INFO)
 
 
 def test_a_context_that_was_asked_for_must_fit_the_pool(model: Path) -> None:
@@ -185,7 +237,7 @@ def test_too_little_memory_is_told(model: Path) -> None:
 
 
 def test_the_configuration_tree_names_everything_and_survives_json(model: Path) -> None:
-    args = parse(str(model), "--prefill", "2", "--decode", "1", "--threads", "3", "--api-key", "k1", "k2")
+    args = parse(str(model), "--prefill", "2", "--decode", "1", "--threads", "1", "--api-key", "k1", "k2")
     with RunDir() as run_dir:
         config = serve.serve_config(args, model, sizing.Plan(256, 4096), serve.worker_roles(args), run_dir)
         assert run_dir.path.stat().st_mode & 0o777 == 0o700
