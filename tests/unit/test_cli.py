@@ -8,14 +8,17 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from baton.frontend.cli import bench_serve, engine_args, serve, sizing
 from baton.frontend.cli.main import COMMANDS, OneLineParser, main
 from baton.frontend.run_dir import RunDir
 from baton.proto import __version__
 from baton.proto import config as config_tree
-from baton.proto.config import ServeConfig
+from baton.proto.config import ModelConfig, ServeConfig, WorkerConfig
 from baton.proto.errors import UserError
+from baton.proto.lifecycle import Role
+from baton.worker.backend import open_backend
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -60,6 +63,13 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     usage = capsys.readouterr().out
     assert all(f"baton {name}" in usage for name in COMMANDS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_told_what_cuda_needs(model: Path) -> None:
+    described = ModelConfig(path=str(model), served_names=("tiny",), load_format="dummy")
+    with pytest.raises(UserError, match="--device cuda"):
+        open_backend(WorkerConfig(name="unified-0", role=Role.UNIFIED, model=described, device="cuda"))
 
 
 @pytest.mark.parametrize(
