@@ -56,9 +56,6 @@ class BatchConfig(Config):
     """Streams running in one step at most."""
     depth: int = 0
     """Steps in flight; 0: 1 on CPU, 2 on CUDA."""
-    target_itl_ms: float = -1.0
-    """Time between two tokens of a running stream for which a step's prompt tokens leave room, in ms; 0: no target,
-    negative: 15 on CUDA, none on CPU."""
 
 
 class LeaseConfig(Config):

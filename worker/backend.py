@@ -96,13 +96,12 @@ def open_backend(config: WorkerConfig) -> Backend:
     return CpuBackend(config)
 
 
-def fill_batch(batch: BatchConfig, token_budget: int, depth: int, target_itl_ms: float) -> BatchConfig:
+def fill_batch(batch: BatchConfig, token_budget: int, depth: int) -> BatchConfig:
     """`batch` with a device's own values where it leaves them to it."""
     return msgspec.structs.replace(
         batch,
         max_num_batched_tokens=batch.max_num_batched_tokens or max(token_budget, batch.max_num_seqs),
         depth=batch.depth or depth,
-        target_itl_ms=target_itl_ms if batch.target_itl_ms < 0 else batch.target_itl_ms,
     )
 
 

@@ -349,10 +349,8 @@ class Batcher:
         # A step that was enqueued early began when the one before it ended.
         elapsed = result.sampled_s - max(result.started_s, self._last_sampled_s)
         self._last_sampled_s = result.sampled_s
-        if elapsed > 0:
-            self._steps.measured(planned, elapsed)
-            if tokens:
-                self._tokens_per_s = tokens / elapsed
+        if tokens and elapsed > 0:
+            self._tokens_per_s = tokens / elapsed
 
     def _settle(self, item: Planned, now: float) -> None:
         """The row's KV is in its blocks: publish full ones, and tell whoever reads along."""

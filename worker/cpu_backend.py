@@ -27,7 +27,7 @@ class CpuBackend(Backend):
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
-        self.batch = fill_batch(config.batch, TOKEN_BUDGET, DEPTH, target_itl_ms=0.0)
+        self.batch = fill_batch(config.batch, TOKEN_BUDGET, DEPTH)
         self._runner = ModelRunner(config)
         self.layout, self.max_model_len = self._runner.layout, self._runner.max_model_len
         self.num_blocks = _num_blocks(config.cache, self.layout.groups[0].block_bytes)

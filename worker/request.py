@@ -114,11 +114,6 @@ class Request:
         return self.total - self.prompt_len
 
     @property
-    def decodes(self) -> bool:
-        """Whether only tokens of its own are left to compute."""
-        return self.scheduled >= self.arrived
-
-    @property
     def rank(self) -> tuple[int, int]:
         """Lower is served first and preempted last."""
         return self.priority, self.order

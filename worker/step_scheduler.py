@@ -18,7 +18,6 @@ from baton.proto.lifecycle import Stage
 from baton.worker.block_pool import BlockPool
 from baton.worker.plan import Row, SlotInit, StepPlan
 from baton.worker.request import Request, State
-from baton.worker.step_budget import StepBudget
 
 
 @dataclass(slots=True)
@@ -47,7 +46,7 @@ class StepScheduler:
         self._leases = leases
         self._block_size = block_size
         self._max_model_len = max_model_len
-        self._budget = StepBudget(batch.max_num_batched_tokens, max(batch.target_itl_ms, 0.0) / 1000)
+        self._budget = batch.max_num_batched_tokens
         self._depth = batch.depth or 1
         self.waiting: list[Request] = []  # sorted by rank
         self.kv_here: deque[Request] = deque()
@@ -66,7 +65,7 @@ class StepScheduler:
         self._new_slots = []
         rows: list[Row] = []
         planned: list[Planned] = []
-        budget = self._budget.tokens(sum(request.decodes for request in self.running) + len(self.kv_here))
+        budget = self._budget
         preemptions = self.preemptions
         for request in list(self.running):
             if request.state is State.RUNNING and budget > 0:
@@ -250,12 +249,6 @@ class StepScheduler:
         self.running.remove(request)
         self._free_slots.append(request.slot)
         request.slot = -1
-
-    def measured(self, planned: list[Planned], seconds: float) -> None:
-        """What a step has cost, for the size of the next ones."""
-        decodes = sum(item.decodes for item in planned)
-        prompt_tokens = sum(item.end - item.start for item in planned if not item.decodes)
-        self._budget.observe(decodes, prompt_tokens, seconds)
 
     def completed(self, step: int) -> list[Planned]:
         """What the oldest step in flight was planned to do, now that its result is here."""

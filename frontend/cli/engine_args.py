@@ -64,13 +64,6 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-num-batched-tokens", type=positive, help="token budget of a step; default: 256, 8192 on a GPU"
     )
-    group.add_argument(
-        "--target-itl-ms",
-        type=float,
-        default=-1.0,
-        metavar="MS",
-        help="size prompt chunks so that running streams get a token this often; 0: no target; default: 15 on CUDA",
-    )
     group.add_argument("--max-num-seqs", type=positive, default=256, help="streams in one step at most")
     group.add_argument("--threads", type=threads, help="compute threads of each CPU worker; default: all cores")
 
@@ -211,7 +204,6 @@ def batch_config(args: argparse.Namespace) -> BatchConfig:
     return BatchConfig(
         max_num_batched_tokens=args.max_num_batched_tokens or 0,
         max_num_seqs=args.max_num_seqs,
-        target_itl_ms=args.target_itl_ms,
     )
 
 

@@ -16,7 +16,6 @@ from baton.worker.cuda.runner import CudaRunner
 from baton.worker.plan import StepPlan, StepResult
 
 TOKEN_BUDGET = 8192
-TARGET_ITL_MS = 15.0
 DEPTH = 2
 """Steps in flight, so that a GPU has the next one when it ends one."""
 
@@ -28,7 +27,7 @@ class CudaBackend(Backend):
         if config.role != Role.UNIFIED:
             raise UserError(f"a {config.role} worker can't run on a GPU yet: KV blocks move between CPU workers only")
         self.config = config
-        self.batch = fill_batch(config.batch, TOKEN_BUDGET, DEPTH, TARGET_ITL_MS)
+        self.batch = fill_batch(config.batch, TOKEN_BUDGET, DEPTH)
         open_gpu(config.gpu)
         self._runner = CudaRunner(config, self.batch.max_num_batched_tokens, self.batch.depth)
         self.layout, self.max_model_len = self._runner.layout, self._runner.max_model_len
