@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from random import Random
 
@@ -32,7 +33,7 @@ class World:
         self.now = until
 
 
-class Process:
+class Process(ABC):
     """Something with a memory to lose. Subclasses implement start() and turn()."""
 
     def __init__(self, world: World, name: str) -> None:
@@ -47,13 +48,13 @@ class Process:
         self._backlog: list[Action] = []
         self._wake_at = float("inf")
 
+    @abstractmethod
     def start(self) -> None:
         """Begin a life."""
-        raise NotImplementedError
 
+    @abstractmethod
     def turn(self) -> None:
         """Look at the clock and do what is due."""
-        raise NotImplementedError
 
     def kill(self) -> None:
         """As by kill -9."""
