@@ -147,6 +147,7 @@ class EngineClient:
         self.status: ClusterStatus | None = None
         """The cluster as the scheduler told it last."""
         self._status_at = 0.0
+        self._ended: asyncio.Future[None] | None = None
         self._closed: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -175,6 +176,12 @@ class EngineClient:
     def num_streams(self) -> int:
         """Requests that have not ended."""
         return len(self._streams)
+
+    async def all_ended(self) -> None:
+        """Wait until no stream is open."""
+        while len(self._streams):
+            self._ended = self._loop.create_future()
+            await self._ended
 
     async def all_closed(self) -> None:
         """Wait until the scheduler has acknowledged the end of every stream."""
@@ -286,6 +293,8 @@ class EngineClient:
                 case SendToWorker():
                     self._tokens.send(identity(*instruction.worker), instruction.message)
                     sent = True
+        if self._ended is not None and not self._ended.done() and not len(self._streams):
+            self._ended.set_result(None)
         if sent:  # a send may swallow the edge that announces an arrival
             self._loop.call_soon(self._drain)
         self._set_timer()

@@ -2,8 +2,8 @@
 
 python -m baton.frontend.main --config frontend.json
 
-After SIGTERM it listens no more and lets running requests finish for shutdown_timeout_s; what runs then is ended with
-an error that says so.
+After SIGTERM it answers new requests and /ready with 503 and lets running ones finish for shutdown_timeout_s; what runs
+then is ended with an error that says so, and it listens no more.
 """
 
 import asyncio
@@ -85,8 +85,9 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
     try:
         await _until_stopped(client, supervised, serving)
         generator.draining = True
+        await _drain(client, config.shutdown_timeout_s)
         server.should_exit = True
-        await _drain(client, serving, config.shutdown_timeout_s)
+        await _stop(client, serving)
     finally:
         prompts.close()
         client.close()
@@ -116,15 +117,21 @@ async def _until_stopped(client: EngineClient, supervised: Supervised, serving: 
         loop.remove_reader(supervised.stop_fd)
 
 
-async def _drain(client: EngineClient, serving: "asyncio.Task[None]", timeout_s: float) -> None:
+async def _drain(client: EngineClient, timeout_s: float) -> None:
     """Let requests finish; then end them."""
     if client.num_streams:
         log.info("%d requests may finish within %.0f s", client.num_streams, timeout_s)
-    done, _ = await asyncio.wait({serving}, timeout=timeout_s)
-    if not done:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await client.all_ended()
+    except TimeoutError:
         log.warning("%d requests are ended unfinished", client.num_streams)
         client.abort_all("the server is shutting down; the answer is incomplete")
-        await asyncio.wait({serving}, timeout=FLUSH_S)
+
+
+async def _stop(client: EngineClient, serving: "asyncio.Task[None]") -> None:
+    """Let the last answers be written and the scheduler hear of the last ends."""
+    await asyncio.wait({serving}, timeout=FLUSH_S)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(CLOSE_ACK_S):
             await client.all_closed()

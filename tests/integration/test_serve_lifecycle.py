@@ -59,14 +59,18 @@ def test_one_ready_line_and_every_process_has_its_name(serve: Serve, tiny_model:
 
 def test_sigterm_lets_a_running_stream_finish(serve: Serve, tiny_model: Path, http: httpx.Client) -> None:
     served = start(serve, tiny_model, *SPLIT)
-    request = {**body(400), "stream": True}
+    request = {**body(3000), "stream": True}
     with http.stream("POST", f"{served.url}/v1/completions", json=request) as response:
         chunks = token_ids(response)
         tokens = next(chunks)
         pids, run_dir = list(served.pids().values()), served.run_dir()
         served.process.terminate()
+        served.wait_for("requests may finish")
+        assert http.get(f"{served.url}/health").status_code == 200
+        assert http.get(f"{served.url}/ready").status_code == 503
+        assert http.post(f"{served.url}/v1/completions", json=body(5)).status_code == 503
         tokens = tokens + [token for chunk in chunks for token in chunk]
-    assert len(tokens) == 400
+    assert len(tokens) == 3000
     assert served.wait() == 0
     wait_gone(pids)
     assert not run_dir.exists()
