@@ -134,7 +134,7 @@ class LLM:
             role=Role.UNIFIED.value,
             model=config,
             cache=cache or CacheConfig(),
-            batch=batch or BatchConfig(),
+            batch=batch or BatchConfig(target_itl_ms=0.0),
             device=device,
             gpu=gpu,
             threads=threads,

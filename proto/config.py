@@ -52,8 +52,11 @@ class BatchConfig(Config):
 
     max_num_batched_tokens: int = 0
     """Token budget of a step; 0: 256 on CPU, 8192 on CUDA. It also bounds a prefill chunk."""
-    max_num_seqs: int = 256
-    """Streams running in one step at most."""
+    max_num_seqs: int = 0
+    """Streams running in one step at most; 0: 256 on CPU, 1024 on CUDA."""
+    target_itl_ms: float | None = None
+    """Time between two tokens that a step with prompts keeps while streams run, unless the queue of prompts is long; 0:
+    no target; None: none on CPU, 15 on CUDA."""
     depth: int = 0
     """Steps in flight; 0: 1 on CPU, 2 on CUDA."""
 

@@ -52,7 +52,7 @@ class Bench:
             max_model_len=8192 + 64,
             device="cuda",
             cache=CacheConfig(enable_prefix_caching=False),
-            batch=BatchConfig(max_num_seqs=max_num_seqs),
+            batch=BatchConfig(max_num_seqs=max_num_seqs, target_itl_ms=0.0),
         )
         self.engine = self.llm._engine
         self.results: dict[str, float] = {

@@ -15,7 +15,7 @@ baton() { python3 -P -m baton.frontend.cli.main "$@"; }
 
 read -ra flags <<<"${SERVE_FLAGS:-}"
 baton serve "$model" --served-model-name bench --unified 1 --device cuda --load-format dummy --max-model-len 8192 \
-  --max-num-seqs 512 --no-enable-prefix-caching --host 127.0.0.1 --port 8111 "${flags[@]}" >"$out/serve.log" 2>&1 &
+  --no-enable-prefix-caching --host 127.0.0.1 --port 8111 "${flags[@]}" >"$out/serve.log" 2>&1 &
 server=$!
 trap 'kill "$server" 2>/dev/null; wait "$server"; rm -rf "$site"' EXIT
 until grep -q "ready at" "$out/serve.log"; do

@@ -15,6 +15,7 @@ from baton.proto.layout import KVLayout
 from baton.proto.messages import Peer
 from baton.worker.batcher import Batcher
 from baton.worker.plan import StepPlan, StepResult
+from baton.worker.step_costs import StepCosts
 
 
 class Device(Protocol):
@@ -43,11 +44,12 @@ class Backend(ABC):
     """Model and pool, alive as long as the process; batchers come and go with the worker's incarnations."""
 
     config: WorkerConfig
-    batch: BatchConfig
-    """config.batch with what it leaves to the device filled in."""
+    """With what it leaves to the device filled in."""
     layout: KVLayout
     max_model_len: int
     num_blocks: int
+    costs: StepCosts | None = None
+    """Of this device's steps, when there is a target time between tokens to keep."""
 
     @abstractmethod
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
@@ -72,9 +74,10 @@ class Backend(ABC):
             self.num_blocks,
             self.max_model_len,
             self.config.cache,
-            self.batch,
+            self.config.batch,
             self.config.lease,
             self.config.early_bind_tokens,
+            self.costs,
         )
 
 
@@ -96,13 +99,18 @@ def open_backend(config: WorkerConfig) -> Backend:
     return CpuBackend(config)
 
 
-def fill_batch(batch: BatchConfig, token_budget: int, depth: int) -> BatchConfig:
-    """`batch` with a device's own values where it leaves them to it."""
-    return msgspec.structs.replace(
+def fill_batch(config: WorkerConfig, own: BatchConfig) -> WorkerConfig:
+    """`config` with the device's `own` values where its batch leaves them to it."""
+    batch = config.batch
+    max_num_seqs = batch.max_num_seqs or own.max_num_seqs
+    filled = msgspec.structs.replace(
         batch,
-        max_num_batched_tokens=batch.max_num_batched_tokens or max(token_budget, batch.max_num_seqs),
-        depth=batch.depth or depth,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=batch.max_num_batched_tokens or max(own.max_num_batched_tokens, max_num_seqs),
+        target_itl_ms=own.target_itl_ms if batch.target_itl_ms is None else batch.target_itl_ms,
+        depth=batch.depth or own.depth,
     )
+    return msgspec.structs.replace(config, batch=filled)
 
 
 def check_pool_size(num_blocks: int, block_size: int, max_model_len: int) -> None:

@@ -50,6 +50,7 @@ from baton.worker.effects import Effect, Emit, ToHolder, ToScheduler
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.pulls import Pulls
 from baton.worker.request import RemoteKV, Request, State
+from baton.worker.step_costs import StepCosts
 from baton.worker.step_scheduler import Planned, StepScheduler
 
 PREFILL, DECODE = "prefill", "decode"
@@ -61,7 +62,8 @@ Event = Welcome | Command | CancelStream | Open | Confirm | Settled | Ok | Gone 
 class Batcher:
     """All streams of one worker incarnation.
 
-    `me` is this worker's own address, `num_blocks` the size of the pool; `max_model_len` bounds a sequence.
+    `me` is this worker's own address, `num_blocks` the size of the pool; `max_model_len` bounds a sequence, and `costs`
+    are those of this device's steps, where they are known.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Batcher:
         batch: BatchConfig,
         lease: LeaseConfig,
         early_bind_tokens: int,
+        costs: StepCosts | None = None,
     ) -> None:
         self.me = me
         self.outbox: list[Effect] = []
@@ -82,7 +85,7 @@ class Batcher:
         self._max_model_len = min(max_model_len, num_blocks * cache.block_size)
         self._remember_s = lease.remember_s
         self._early_bind_tokens = early_bind_tokens
-        self._steps = StepScheduler(self.pool, self.leases, cache.block_size, self._max_model_len, batch)
+        self._steps = StepScheduler(self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs)
         self._pulls = Pulls(self.pool, cache.block_size, lease, self.outbox, self._kv_ready, self._forget)
         self._requests: dict[tuple[Sid, str], Request] = {}
         self._leased: dict[int, Request] = {}
@@ -90,8 +93,6 @@ class Batcher:
         self._arrivals = 0
         self._epoch = 0
         self._last_cmd_seq = 0
-        self._tokens_per_s = 1.0
-        self._last_sampled_s = 0.0
         self.computed_tokens = 0
         self.generated_tokens = 0
 
@@ -327,8 +328,8 @@ class Batcher:
 
     def complete(self, result: StepResult, now: float) -> None:
         """Take in the oldest step's result."""
-        planned = self._steps.completed(result.step)
-        self._measure(planned, result)
+        planned = self._steps.completed(result)
+        self.computed_tokens += sum(item.end - item.start for item in planned if not item.decodes)
         for index, item in enumerate(planned):
             if item.request.state is State.OVER:
                 continue
@@ -342,15 +343,6 @@ class Batcher:
                     item.request, result.tokens[index], result.logprobs.get(index, ()), result.sampled_s or now
                 )
         self._pulls.reserve(now)
-
-    def _measure(self, planned: list[Planned], result: StepResult) -> None:
-        tokens = sum(item.end - item.start for item in planned if not item.decodes)
-        self.computed_tokens += tokens
-        # A step that was enqueued early began when the one before it ended.
-        elapsed = result.sampled_s - max(result.started_s, self._last_sampled_s)
-        self._last_sampled_s = result.sampled_s
-        if tokens and elapsed > 0:
-            self._tokens_per_s = tokens / elapsed
 
     def _settle(self, item: Planned, now: float) -> None:
         """The row's KV is in its blocks: publish full ones, and tell whoever reads along."""
@@ -386,7 +378,7 @@ class Batcher:
             num_tokens=lease.num_tokens,
             total_tokens=len(request.tokens),
             blocks=lease.blocks,
-            tokens_per_s=self._tokens_per_s,
+            tokens_per_s=self._steps.tokens_per_s,
         )
         self.outbox.append(ToScheduler(progress))
 

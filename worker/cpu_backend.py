@@ -7,16 +7,16 @@ from pathlib import Path
 
 from baton.kv_transfer.contract import Sink, Source
 from baton.kv_transfer.shm import Greeting, ShmSink, ShmSource
-from baton.proto.config import CacheConfig, WorkerConfig
+from baton.proto.config import BatchConfig, CacheConfig, WorkerConfig
+from baton.proto.errors import UserError
 from baton.worker.backend import Backend, check_pool_size, fill_batch
 from baton.worker.cpu_device import ThreadDevice
 from baton.worker.kv_pool import HostPool
 from baton.worker.model_runner import ModelRunner
 from baton.worker.plan import StepPlan, StepResult
 
-TOKEN_BUDGET = 256
+OWN = BatchConfig(max_num_batched_tokens=256, max_num_seqs=256, target_itl_ms=0.0, depth=1)
 """Larger chunks gain no speed on a CPU and keep running streams waiting."""
-DEPTH = 1
 MEMORY_SHARE = 8
 """Without a size given, the pool takes 1 / MEMORY_SHARE of the memory that is free, and at most POOL_BYTES."""
 POOL_BYTES = 2**30
@@ -26,8 +26,9 @@ class CpuBackend(Backend):
     """See Backend."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        self.config = config
-        self.batch = fill_batch(config.batch, TOKEN_BUDGET, DEPTH)
+        self.config = config = fill_batch(config, OWN)
+        if config.batch.target_itl_ms:
+            raise UserError("--target-itl-ms needs --device cuda: on CPU a step's cost is not measured")
         self._runner = ModelRunner(config)
         self.layout, self.max_model_len = self._runner.layout, self._runner.max_model_len
         self.num_blocks = _num_blocks(config.cache, self.layout.groups[0].block_bytes)

@@ -227,8 +227,8 @@ class Session:
             num_blocks=self._backend.num_blocks,
             block_size=config.cache.block_size,
             max_model_len=self._backend.max_model_len,
-            max_num_seqs=self._backend.batch.max_num_seqs,
-            max_num_batched_tokens=self._backend.batch.max_num_batched_tokens,
+            max_num_seqs=config.batch.max_num_seqs,
+            max_num_batched_tokens=config.batch.max_num_batched_tokens,
             holdings=self._batcher.holdings(),
         )
         self._scheduler.send(hello)

@@ -6,7 +6,8 @@
     arrive ──► kv_here ─► running                  (the KV came from another worker: it needs only a slot)
 
 A step takes running streams first, so that none waits for a newcomer's prompt, then fills its token budget with chunks
-of prompts in order of arrival. At most `depth` steps are in flight; their results come back in order.
+of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). At most `depth`
+steps are in flight; their results come back in order.
 """
 
 from collections import deque
@@ -16,8 +17,9 @@ from baton.kv_transfer.leases import Leases
 from baton.proto.config import BatchConfig
 from baton.proto.lifecycle import Stage
 from baton.worker.block_pool import BlockPool
-from baton.worker.plan import Row, SlotInit, StepPlan
+from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
 from baton.worker.request import Request, State
+from baton.worker.step_costs import StepCosts
 
 
 @dataclass(slots=True)
@@ -36,27 +38,51 @@ class Planned:
         return self.start >= self.request.arrived
 
 
+@dataclass(slots=True)
+class InFlight:
+    """A step whose result has not come back."""
+
+    plan: StepPlan
+    planned: list[Planned]
+    expected_s: float
+    """What it should take; 0 when that is not known."""
+
+
 class StepScheduler:
-    """The sets of streams that can enter steps, and the steps in flight. `max_model_len` bounds a sequence."""
+    """The sets of streams that can enter steps, and the steps in flight.
+
+    `max_model_len` bounds a sequence; without `costs` a step may always take the whole token budget.
+    """
 
     def __init__(
-        self, pool: BlockPool, leases: Leases, block_size: int, max_model_len: int, batch: BatchConfig
+        self,
+        pool: BlockPool,
+        leases: Leases,
+        block_size: int,
+        max_model_len: int,
+        batch: BatchConfig,
+        costs: StepCosts | None,
     ) -> None:
         self._pool = pool
         self._leases = leases
         self._block_size = block_size
         self._max_model_len = max_model_len
-        self._budget = batch.max_num_batched_tokens
+        self._max_tokens = batch.max_num_batched_tokens
         self._depth = batch.depth or 1
+        self._target_s = (batch.target_itl_ms or 0.0) / 1000
+        self._costs = costs if self._target_s else None
         self.waiting: list[Request] = []  # sorted by rank
         self.kv_here: deque[Request] = deque()
         self.running: list[Request] = []  # sorted by rank
         self._free_slots = list(range(batch.max_num_seqs - 1, -1, -1))
-        self._in_flight: deque[tuple[StepPlan, list[Planned]]] = deque()
+        self._in_flight: deque[InFlight] = deque()
+        self._last_sampled_s = 0.0
         self._new_slots: list[SlotInit] = []
         self._step = 0
         self.cached_tokens = 0
         self.preemptions = 0
+        self.tokens_per_s = 1.0
+        """Prompt tokens a second, as the last step with a prompt computed them."""
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None when `depth` are in flight or nothing can run."""
@@ -65,7 +91,7 @@ class StepScheduler:
         self._new_slots = []
         rows: list[Row] = []
         planned: list[Planned] = []
-        budget = self._budget
+        budget = self._budget()
         preemptions = self.preemptions
         for request in list(self.running):
             if request.state is State.RUNNING and budget > 0:
@@ -84,8 +110,28 @@ class StepScheduler:
                 item.request.stepped = True
                 item.request.ledger.stages[Stage.STEPPED] = now
         plan = StepPlan(self._step, rows, self._new_slots)
-        self._in_flight.append((plan, planned))
+        self._in_flight.append(InFlight(plan, planned, self._expected_s(planned)))
         return plan
+
+    def _budget(self) -> int:
+        """Tokens of the next step."""
+        decoding = [r for r in self.running if r.total - r.scheduled == 1] + list(self.kv_here)
+        prompt = next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
+        if self._costs is None or not decoding or prompt is None:
+            return self._max_tokens
+        keys = sum(request.total for request in decoding)
+        budget = self._costs.budget(len(decoding), keys, prompt.scheduled, self.queued_tokens, self._target_s)
+        return min(budget, self._max_tokens)
+
+    def _expected_s(self, planned: list[Planned]) -> float:
+        """Of a step with prompt chunks: those are what the costs are learned from."""
+        tokens = sum(item.end - item.start for item in planned)
+        if self._costs is None or tokens == len(planned):
+            return 0.0
+        keys = sum(item.end for item in planned if item.end - item.start == 1)
+        chunks = [item for item in planned if item.end - item.start > 1]
+        pairs = sum((item.end - item.start) * (item.start + item.end) / 2 for item in chunks)
+        return self._costs.seconds(tokens, keys, pairs)
 
     def _add_row(self, request: Request, budget: int, rows: list[Row], planned: list[Planned]) -> int:
         """Plan the request's next tokens; returns how many. Preempts the latest arrivals when blocks run out."""
@@ -250,13 +296,24 @@ class StepScheduler:
         self._free_slots.append(request.slot)
         request.slot = -1
 
-    def completed(self, step: int) -> list[Planned]:
+    def completed(self, result: StepResult) -> list[Planned]:
         """What the oldest step in flight was planned to do, now that its result is here."""
-        plan, planned = self._in_flight.popleft()
-        if plan.step != step:
-            raise AssertionError(f"result of step {step} arrived while step {plan.step} was the oldest in flight")
-        self._pool.step_completed(step)
-        return planned
+        step = self._in_flight.popleft()
+        if step.plan.step != result.step:
+            raise AssertionError(f"result of step {result.step} arrived while step {step.plan.step} was the oldest")
+        self._pool.step_completed(result.step)
+        self._measure(step, result)
+        return step.planned
+
+    def _measure(self, step: InFlight, result: StepResult) -> None:
+        # A step that was enqueued early began when the one before it ended.
+        elapsed = result.sampled_s - max(result.started_s, self._last_sampled_s)
+        self._last_sampled_s = result.sampled_s
+        tokens = sum(item.end - item.start for item in step.planned if not item.decodes)
+        if tokens and elapsed > 0:
+            self.tokens_per_s = tokens / elapsed
+        if self._costs is not None and step.expected_s and elapsed > 0:
+            self._costs.learn(step.expected_s, elapsed)
 
     def fence(self, request: Request) -> int:
         """The last step in flight that may still write the request's blocks; 0 when none is."""

@@ -64,7 +64,13 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-num-batched-tokens", type=positive, help="token budget of a step; default: 256, 8192 on a GPU"
     )
-    group.add_argument("--max-num-seqs", type=positive, default=256, help="streams in one step at most")
+    group.add_argument("--max-num-seqs", type=positive, help="streams in one step at most; default: 256, 1024 on a GPU")
+    group.add_argument(
+        "--target-itl-ms",
+        type=milliseconds,
+        metavar="MS",
+        help="time between two tokens that prompts leave to running streams, 0: none; default: 15 on a GPU, 0 on CPU",
+    )
     group.add_argument("--threads", type=threads, help="compute threads of each CPU worker; default: all cores")
 
 
@@ -76,6 +82,17 @@ def share(text: str) -> float:
         value = 0.0
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 1, got {text!r}")
+    return value
+
+
+def milliseconds(text: str) -> float:
+    """A finite number, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected milliseconds, 0 or more, got {text!r}")
     return value
 
 
@@ -203,7 +220,8 @@ def batch_config(args: argparse.Namespace) -> BatchConfig:
     """A worker's iterations."""
     return BatchConfig(
         max_num_batched_tokens=args.max_num_batched_tokens or 0,
-        max_num_seqs=args.max_num_seqs,
+        max_num_seqs=args.max_num_seqs or 0,
+        target_itl_ms=args.target_itl_ms,
     )
 
 

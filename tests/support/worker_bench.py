@@ -12,6 +12,7 @@ from baton.proto.messages import Message, Peer, PrefillDone, SamplingParams, Sid
 from baton.worker import effects
 from baton.worker.batcher import Batcher
 from baton.worker.plan import StepPlan, StepResult
+from baton.worker.step_costs import StepCosts
 
 BLOCK = 16
 Tokens = list[int]
@@ -34,6 +35,8 @@ class Bench:
         depth: int = 1,
         early_bind_tokens: int = 10**6,
         caching: bool = True,
+        target_itl_ms: float = 0.0,
+        costs: StepCosts | None = None,
         token_of: Callable[[int], int] = lambda position: 1000 + position,
     ) -> None:
         self.now = 100.0
@@ -44,9 +47,10 @@ class Bench:
             num_blocks,
             max_model_len=4096,
             cache=CacheConfig(block_size=BLOCK, num_blocks=num_blocks, enable_prefix_caching=caching),
-            batch=BatchConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs, depth=depth),
+            batch=BatchConfig(budget, max_num_seqs, target_itl_ms, depth=depth),
             lease=LeaseConfig(),
             early_bind_tokens=early_bind_tokens,
+            costs=costs,
         )
         self.in_flight: deque[StepPlan] = deque()
         self.cmd_seq = 0

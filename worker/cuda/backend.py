@@ -6,18 +6,18 @@ from pathlib import Path
 from baton.kv_transfer.contract import Sink, Source
 from baton.kv_transfer.none import NoSink, NoSource
 from baton.kv_transfer.shm import Greeting
-from baton.proto.config import WorkerConfig
+from baton.proto.config import BatchConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 from baton.worker.backend import Backend, check_pool_size, fill_batch
+from baton.worker.cuda.costs import measure_costs
 from baton.worker.cuda.device import CudaDevice
 from baton.worker.cuda.memory import GpuPool, measure_pool_blocks, open_gpu
 from baton.worker.cuda.runner import CudaRunner
 from baton.worker.plan import StepPlan, StepResult
 
-TOKEN_BUDGET = 8192
-DEPTH = 2
-"""Steps in flight, so that a GPU has the next one when it ends one."""
+OWN = BatchConfig(max_num_batched_tokens=8192, max_num_seqs=1024, target_itl_ms=15.0, depth=2)
+"""Two steps in flight, so that the GPU has the next one when it ends one."""
 
 
 class CudaBackend(Backend):
@@ -26,16 +26,17 @@ class CudaBackend(Backend):
     def __init__(self, config: WorkerConfig) -> None:
         if config.role != Role.UNIFIED:
             raise UserError(f"a {config.role} worker can't run on a GPU yet: KV blocks move between CPU workers only")
-        self.config = config
-        self.batch = fill_batch(config.batch, TOKEN_BUDGET, DEPTH)
+        self.config = config = fill_batch(config, OWN)
         open_gpu(config.gpu)
-        self._runner = CudaRunner(config, self.batch.max_num_batched_tokens, self.batch.depth)
+        self._runner = CudaRunner(config)
         self.layout, self.max_model_len = self._runner.layout, self._runner.max_model_len
         self.num_blocks = self._num_blocks()
         check_pool_size(self.num_blocks, config.cache.block_size, self.max_model_len)
         self._pool = GpuPool(self.layout, self.num_blocks, self._runner.device)
         self._runner.attach_pool(self._pool.tensor)
         self._runner.capture()
+        if config.batch.target_itl_ms:
+            self.costs = measure_costs(self._runner, self.num_blocks)
 
     def _num_blocks(self) -> int:
         cache = self.config.cache
@@ -43,7 +44,7 @@ class CudaBackend(Backend):
             return cache.num_blocks
         if cache.kv_cache_memory_bytes:
             return cache.kv_cache_memory_bytes // self.layout.groups[0].block_bytes
-        return measure_pool_blocks(self._runner, cache, self.batch.max_num_batched_tokens, self.batch.max_num_seqs)
+        return measure_pool_blocks(self._runner, cache)
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         return self._runner.launch(plan).wait

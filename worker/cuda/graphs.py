@@ -1,36 +1,65 @@
-"""Decode steps as CUDA graphs: one per batch size of a ladder, all in one memory pool.
+"""Steps as CUDA graphs, one per size of two ladders, all in one memory pool.
 
-A graph replays its kernels without their launches, which on the host cost more than a small step takes on the device. A
-step runs in the smallest graph that holds it; rows beyond its own are padding, which is computed and written nowhere.
+A graph replays its kernels without their launches, which on the host cost more than a small step takes on the device.
+Decode steps are captured with their sampling, by the number of rows. Steps with prompt chunks are captured up to
+MIXED_TOKENS, by the number of tokens, and end with the hidden states: their sampling is a few launches beside
+milliseconds of work. A step runs in the smallest graph that holds it; what is beyond its own is padding, which is
+computed and written nowhere. A step that fits no graph runs the same kernels one by one.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-MAX_SIZE = 1024
+DECODE_ROWS = 1024
+MIXED_TOKENS = 1024
+"""Beyond it a step takes longer on the device than its launches on the host."""
 
 
-def ladder(max_num_seqs: int) -> list[int]:
-    """Batch sizes: every one that saves a sensible share of the work, up to max_num_seqs."""
-    sizes = [1, 2, 4, *range(8, 128, 8), *range(128, 256, 16), *range(256, 512, 32), *range(512, MAX_SIZE + 1, 64)]
-    largest = min(max_num_seqs, MAX_SIZE)
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What one graph holds: decode rows, or tokens of a step in which anything goes."""
+
+    tokens: int
+    mixed: bool
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Rows: every count that saves a sensible share of the work, up to max_num_seqs."""
+    sizes = [1, 2, 4, *range(8, 128, 8), *range(128, 256, 16), *range(256, 512, 32), *range(512, DECODE_ROWS + 1, 64)]
+    return _up_to(sizes, min(max_num_seqs, DECODE_ROWS))
+
+
+def mixed_sizes(max_tokens: int) -> list[int]:
+    """Tokens, up to max_tokens. Products take them in tiles of 64 or 128 rows: finer steps would save nothing."""
+    sizes = [*range(16, 64, 16), *range(64, 256, 32), *range(256, 512, 64), *range(512, MIXED_TOKENS + 1, 128)]
+    return _up_to(sizes, min(max_tokens, MIXED_TOKENS))
+
+
+def _up_to(sizes: list[int], largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
-class DecodeGraphs:
-    """`run(size)` enqueues one decode step of `size` rows and returns its hidden states; it is captured once a size."""
+class StepGraphs:
+    """`run(size)` enqueues a step of this size and returns its hidden states; it is captured once a size."""
 
-    def __init__(self, run: Callable[[int], torch.Tensor], sizes: list[int]) -> None:
+    def __init__(self, run: Callable[[Size], torch.Tensor], decode: list[int], mixed: list[int]) -> None:
         self._run = run
-        self.sizes = sizes
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.decode, self.mixed = decode, mixed
+        self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, sizes: list[int] | None = None) -> None:
-        """Capture, largest first, so that the others fit into its memory."""
-        for size in sorted(sizes or self.sizes, reverse=True):
+    @property
+    def sizes(self) -> list[Size]:
+        """Largest first, so that each fits into the memory of those before it."""
+        sizes = [*(Size(tokens, True) for tokens in self.mixed), *(Size(rows, False) for rows in self.decode)]
+        return sorted(sizes, key=lambda size: (size.tokens, size.mixed), reverse=True)
+
+    def capture(self, sizes: list[Size] | None = None) -> None:
+        """Capture these sizes, or all."""
+        for size in self.sizes if sizes is None else sizes:
             self._run(size)  # compiles, and lets libraries make their workspaces
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -38,13 +67,18 @@ class DecodeGraphs:
                 hidden = self._run(size)
             self._graphs[size] = graph, hidden
 
-    def size_for(self, rows: int) -> int | None:
-        """The size that a step of so many rows runs in, or None when it is beyond the ladder."""
-        index = bisect_left(self.sizes, rows)
-        return self.sizes[index] if index < len(self.sizes) else None
+    def largest(self) -> list[Size]:
+        """The sizes that need the most memory."""
+        return [Size(self.mixed[-1], True), Size(self.decode[-1], False)]
 
-    def replay(self, size: int) -> torch.Tensor:
-        """Run the step whose inputs were copied last; its hidden states [size, hidden], until the next replay."""
+    def fit(self, tokens: int, mixed: bool) -> Size | None:
+        """The size that such a step runs in, or None when it is beyond the ladder or nothing was captured."""
+        ladder = self.mixed if mixed else self.decode
+        index = bisect_left(ladder, tokens)
+        return Size(ladder[index], mixed) if self._graphs and index < len(ladder) else None
+
+    def replay(self, size: Size) -> torch.Tensor:
+        """Run the step whose inputs were copied last; its hidden states [rows, hidden], until the next replay."""
         graph, hidden = self._graphs[size]
         graph.replay()
         return hidden

@@ -51,13 +51,13 @@ def open_gpu(index: int) -> torch.device:
     return device
 
 
-def measure_pool_blocks(runner: CudaRunner, cache: CacheConfig, max_tokens: int, max_seqs: int) -> int:
+def measure_pool_blocks(runner: CudaRunner, cache: CacheConfig) -> int:
     """KV blocks that fit beside weights, activations and graphs. Raises UserError when nothing is left."""
     device, block_bytes = runner.device, runner.layout.groups[0].block_bytes
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    rows = min(max_seqs, max_tokens)
-    per_row = min(max_tokens // rows, runner.max_model_len - 1)
+    rows = min(runner.max_seqs, runner.max_tokens)
+    per_row = min(runner.max_tokens // rows, runner.max_model_len - 1)
     blocks_per_row = -(-per_row // cache.block_size)
     scratch = GpuPool(runner.layout, rows * blocks_per_row, device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -17,7 +17,7 @@ from baton.kernels.cuda import attention, work
 from baton.kernels.cuda.ops import AttentionWork, CudaOps
 from baton.proto.config import WorkerConfig
 from baton.worker.batch import Batch
-from baton.worker.cuda.graphs import DecodeGraphs, ladder
+from baton.worker.cuda.graphs import Size, StepGraphs, decode_sizes, mixed_sizes
 from baton.worker.cuda.sampler import CudaSampler, DeviceLogprobs
 from baton.worker.cuda.slots import DeviceSlots
 from baton.worker.cuda.step_buffer import StepBuffer, StepInputs, StepLayout
@@ -25,6 +25,9 @@ from baton.worker.loaded_model import LoadedModel
 from baton.worker.plan import Row, StepPlan, StepResult
 
 log = logging.getLogger(__name__)
+
+_SPARE_TILES = 64
+"""Tiles of a mixed graph beyond what one prompt needs: the last one of each further prompt may be half empty."""
 
 
 class Pending:
@@ -53,30 +56,31 @@ class Pending:
 class CudaRunner:
     """Owns the model, the streams' state on the device and the graphs. All methods are called from one thread.
 
-    Attributes: layout (KVLayout), max_model_len and vocab_size. Raises ValueError when the model can't be served.
+    Attributes: layout (KVLayout), max_model_len, vocab_size and block_size; max_tokens and max_seqs of a step. Raises
+    ValueError when the model can't be served.
     """
 
-    def __init__(self, config: WorkerConfig, max_tokens: int, depth: int) -> None:
-        """At most `depth` steps are in flight, of at most `max_tokens` tokens each."""
+    def __init__(self, config: WorkerConfig) -> None:
+        """config.batch has nothing left to the device."""
         self.device = torch.device("cuda", config.gpu)
         torch.cuda.set_device(self.device)
         loaded = LoadedModel(config, self.device)
         assert isinstance(loaded.ops, CudaOps)
         self._loaded, self._ops, self.model = loaded, loaded.ops, loaded.model
         self.layout, self.vocab_size, self.max_model_len = loaded.layout, loaded.vocab_size, loaded.max_model_len
-        self._max_tokens, self._max_seqs = max_tokens, config.batch.max_num_seqs
-        self._block_size = config.cache.block_size
+        self.max_tokens, self.max_seqs = config.batch.max_num_batched_tokens, config.batch.max_num_seqs
+        self.block_size = config.cache.block_size
         self._tile_tokens = attention.tile_tokens(loaded.num_heads, loaded.num_kv_heads)
-        max_blocks = -(-self.max_model_len // self._block_size)
-        self._slots = DeviceSlots(self._max_seqs, max_blocks, self._block_size, self.device)
-        self._sampler = CudaSampler(self.vocab_size, self._max_seqs, loaded.ops, self.device)
-        largest = self._layout(max_tokens, self._max_seqs, self._max_seqs, max_tokens)
-        table_words = 2 * (self._slots.tables.numel() + max_tokens)
-        self._buffer = StepBuffer(largest.words + table_words, depth + 1, self.device)
-        self._tokens = torch.zeros(self._max_seqs, dtype=torch.int64, device=self.device)
-        self._host_tokens = [torch.zeros(self._max_seqs, dtype=torch.int64, pin_memory=True) for _ in range(depth + 1)]
-        self._graphs = DecodeGraphs(self._decode_step, ladder(self._max_seqs))
-        self._captured = False
+        max_blocks = -(-self.max_model_len // self.block_size)
+        self._slots = DeviceSlots(self.max_seqs, max_blocks, self.block_size, self.device)
+        self._sampler = CudaSampler(self.vocab_size, self.max_seqs, loaded.ops, self.device)
+        largest = self._layout(self.max_tokens, self.max_seqs, self.max_seqs, self.max_tokens + _SPARE_TILES)
+        table_words = 2 * (self._slots.tables.numel() + self.max_tokens)
+        ring = config.batch.depth + 1
+        self._buffer = StepBuffer(largest.words + table_words, ring, self.device)
+        self._tokens = torch.zeros(self.max_seqs, dtype=torch.int64, device=self.device)
+        self._host_tokens = [torch.zeros(self.max_seqs, dtype=torch.int64, pin_memory=True) for _ in range(ring)]
+        self._graphs = self._new_graphs()
 
     def attach_pool(self, pool: torch.Tensor) -> None:
         """The KV pool: [num_blocks, *layout.groups[0].shape] of the layout's dtype. The caller keeps owning it."""
@@ -87,23 +91,25 @@ class CudaRunner:
         """Let go of the pool."""
         del self._pool
 
+    def _new_graphs(self) -> StepGraphs:
+        return StepGraphs(self._captured_step, decode_sizes(self.max_seqs), mixed_sizes(self.max_tokens))
+
     @torch.inference_mode()
     def measure_graphs(self) -> int:
         """Bytes that the graphs take beside the pool attached, measured on the largest."""
         self._buffer.device.zero_()  # a step of nothing: what the last one left has another layout
         before = torch.cuda.memory_reserved(self.device)
-        graphs = DecodeGraphs(self._decode_step, self._graphs.sizes)
-        graphs.capture(self._graphs.sizes[-1:])
+        graphs = self._new_graphs()
+        graphs.capture(graphs.largest())
         return torch.cuda.memory_reserved(self.device) - before
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture the decode graphs over the pool attached last."""
+        """Capture the graphs over the pool attached last."""
         started = time.monotonic()
         self._buffer.device.zero_()
         self._graphs.capture()
-        self._captured = True
-        log.info("captured %d decode graphs in %.1f s", len(self._graphs.sizes), time.monotonic() - started)
+        log.info("captured %d graphs in %.1f s", len(self._graphs.sizes), time.monotonic() - started)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Launch and wait."""
@@ -116,26 +122,39 @@ class CudaRunner:
         for init in plan.new_slots:
             self._sampler.take(init)
         rows = _Rows(plan.rows)
-        size = self._graphs.size_for(len(plan.rows)) if self._captured and rows.all_decode else None
-        layout, inputs = self._pack(plan, rows, size)
-        hidden = self._graphs.replay(size) if size is not None else self._step(inputs, layout)
+        lists = work.plan(rows.query_start, rows.seq_lens, rows.slots, self._loaded.num_kv_heads, self._tile_tokens)
+        size, layout = self._fit(rows, lists)
+        inputs = self._upload(plan, rows, lists, layout)
+        hidden = self._graphs.replay(size) if size else self._forward(inputs, layout)
+        if size is None or size.mixed:
+            self._sample(inputs, len(rows.sampling), hidden)
         logprobs = self._resample(rows, inputs, hidden)
         host = self._host_tokens[plan.step % len(self._host_tokens)][: len(rows.sampling)]
         host.copy_(self._tokens[: len(host)], non_blocking=True)
         return Pending(plan, host, logprobs, started)
 
+    def _fit(self, rows: "_Rows", lists: work.Work) -> tuple[Size | None, StepLayout]:
+        """The graph that this step runs in, if any, and how its inputs lie."""
+        size = self._graphs.fit(rows.num_tokens, not rows.all_decode)
+        if size is not None:
+            layout = self._layout_of(size)
+            if len(lists.tiles) <= layout.tiles:
+                return size, layout
+        decode_rows = int((rows.lengths == 1).sum())
+        return None, self._layout(rows.num_tokens, len(rows.sampling), decode_rows, len(lists.tiles))
+
     def _layout(self, tokens: int, samples: int, decode_rows: int, tiles: int) -> StepLayout:
         items = work.max_items(decode_rows, self._loaded.num_kv_heads) if decode_rows else 0
         return StepLayout(tokens, samples, items, tiles)
 
-    def _pack(self, plan: StepPlan, rows: "_Rows", size: int | None) -> tuple[StepLayout, StepInputs]:
-        """Fill the host's words for a graph of `size` rows, or for this step as it is, and copy them over."""
-        lists = work.plan(rows.query_start, rows.seq_lens, rows.slots, self._loaded.num_kv_heads, self._tile_tokens)
-        if size is not None:
-            layout = self._layout(size, size, size, 0)
-        else:
-            decode_rows = int((rows.lengths == 1).sum())
-            layout = self._layout(rows.num_tokens, len(rows.sampling), decode_rows, len(lists.tiles))
+    def _layout_of(self, size: Size) -> StepLayout:
+        rows = min(size.tokens, self.max_seqs)
+        if not size.mixed:
+            return self._layout(rows, rows, rows, 0)
+        return self._layout(size.tokens, rows, rows, -(-size.tokens // self._tile_tokens) + _SPARE_TILES)
+
+    def _upload(self, plan: StepPlan, rows: "_Rows", lists: work.Work, layout: StepLayout) -> StepInputs:
+        """Fill the host's words and copy them over, with what changed in the block tables."""
         host = self._buffer.host()
         inputs = StepInputs(layout, host)
         arrays = {name: inputs[name].numpy() for name in layout.sections}
@@ -156,15 +175,19 @@ class CudaRunner:
             arrays["parts"][:tokens], arrays["parts"][tokens:] = lists.parts, 0
         updates = self._buffer.upload(host, layout, self._slots.updates(plan.new_slots, plan.rows))
         self._slots.apply(updates)
-        return layout, StepInputs(layout, self._buffer.device)
+        return StepInputs(layout, self._buffer.device)
 
-    def _decode_step(self, size: int) -> torch.Tensor:
-        """The step that a graph of `size` rows captures."""
-        layout = self._layout(size, size, size, 0)
-        return self._step(StepInputs(layout, self._buffer.device), layout)
+    def _captured_step(self, size: Size) -> torch.Tensor:
+        """What the graph of this size captures."""
+        layout = self._layout_of(size)
+        inputs = StepInputs(layout, self._buffer.device)
+        hidden = self._forward(inputs, layout)
+        if not size.mixed:
+            self._sample(inputs, layout.samples, hidden)
+        return hidden
 
-    def _step(self, inputs: StepInputs, layout: StepLayout) -> torch.Tensor:
-        """Forward and sample; returns the hidden states of the sampled rows."""
+    def _forward(self, inputs: StepInputs, layout: StepLayout) -> torch.Tensor:
+        """Hidden states [layout.samples, hidden] of the rows to sample."""
         token_ids, slot_mapping = self._slots.prepare(inputs["token_ids"], inputs["positions"], inputs["token_slots"])
         planned = AttentionWork(
             tables=self._slots.tables,
@@ -185,11 +208,13 @@ class CudaRunner:
             max_seq_len=0,
             planned=planned,
         )
-        hidden = self.model(batch, self._pool)
-        if layout.samples:
-            tokens = self._ops.draw(self.model.logits(hidden), *inputs.draw_columns)
-            self._slots.store_sampled(tokens, inputs["sample_slots"], self._tokens)
-        return hidden
+        return self.model(batch, self._pool)
+
+    def _sample(self, inputs: StepInputs, count: int, hidden: torch.Tensor) -> None:
+        """Draw the first `count` rows' tokens and keep them as the last of their slots."""
+        if count:
+            tokens = self._ops.draw(self.model.logits(hidden[:count]), *(c[:count] for c in inputs.draw_columns))
+            self._slots.store_sampled(tokens, inputs["sample_slots"][:count], self._tokens)
 
     def _resample(self, rows: "_Rows", inputs: StepInputs, hidden: torch.Tensor) -> DeviceLogprobs | None:
         slots = rows.slots[rows.sampling]

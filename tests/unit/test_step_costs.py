@@ -1,0 +1,61 @@
+"""How many prompt tokens a step takes while streams wait for their next token."""
+
+import pytest
+from support.worker_bench import Bench
+
+from baton.worker.step_costs import StepCosts
+
+TABLE = [(64, 0.005), (128, 0.006), (256, 0.008), (512, 0.013), (1024, 0.025), (2048, 0.049)]
+"""Tokens and seconds, near those of an 8B model on one GPU."""
+
+
+def costs(per_key: float = 0.0, per_pair: float = 0.0) -> StepCosts:
+    return StepCosts(TABLE, per_key, per_pair)
+
+
+@pytest.mark.parametrize(("target_ms", "expected"), [(7, 128), (15, 512), (30, 1024), (1000, 2048)])
+def test_a_step_is_the_largest_within_the_target(target_ms: int, expected: int) -> None:
+    assert costs().budget(rows=8, keys=0, start=0, backlog=1000, target_s=target_ms / 1000) == expected
+
+
+def test_cached_keys_and_a_chunk_deep_in_its_prompt_make_steps_smaller() -> None:
+    assert costs(per_key=1e-8).budget(rows=32, keys=600_000, start=0, backlog=100, target_s=0.015) == 256
+    assert costs(per_pair=1e-9).budget(rows=32, keys=0, start=0, backlog=100, target_s=0.015) == 512
+    assert costs(per_pair=1e-9).budget(rows=32, keys=0, start=30_000, backlog=100, target_s=0.015) == 256
+
+
+def test_a_long_queue_makes_steps_larger() -> None:
+    sizes = [costs().budget(rows=8, keys=0, start=0, backlog=n, target_s=0.015) for n in (1000, 8000, 50_000)]
+    assert sizes == [512, 1024, 2048]
+
+
+def test_prompts_go_on_when_decode_alone_takes_longer_than_the_target() -> None:
+    assert costs(per_key=1e-6).budget(rows=100, keys=40_000, start=0, backlog=100, target_s=0.015) == 512
+    assert costs().budget(rows=3000, keys=0, start=0, backlog=100, target_s=0.015) == 3001
+
+
+def test_finished_steps_correct_the_table() -> None:
+    model = costs()
+    for _ in range(100):
+        model.learn(model.seconds(512), 0.0195)
+    assert model.seconds(512) == pytest.approx(0.0195, rel=0.01)
+    assert model.budget(rows=8, keys=0, start=0, backlog=1000, target_s=0.015) == 256
+    model.learn(model.seconds(512), 60.0)
+    assert model.seconds(512) < 0.0217  # one step that stalled is not the rule
+
+
+def test_only_running_streams_make_prompts_wait() -> None:
+    bench = Bench(num_blocks=1000, budget=4096, target_itl_ms=15.0, costs=costs())
+    bench.prefill(1, list(range(3000)), max_tokens=20)
+    plan = bench.launch()
+    assert plan is not None
+    assert [row.num_tokens for row in plan.rows] == [3000]
+    bench.finish()
+    bench.prefill(2, list(range(5000, 6000)), max_tokens=20)
+    chunks = []
+    while len(chunks) < 3:
+        plan = bench.launch()
+        assert plan is not None
+        chunks.append([row.num_tokens for row in plan.rows])
+        bench.finish()
+    assert chunks == [[1, 511], [1, 489], [1, 1]]

@@ -1,0 +1,68 @@
+"""What this GPU's steps take, timed once before the first request."""
+
+import logging
+
+from baton.proto.messages import SamplingParams
+from baton.worker.cuda.graphs import mixed_sizes
+from baton.worker.cuda.runner import CudaRunner
+from baton.worker.plan import Row, SlotInit, StepPlan
+from baton.worker.step_costs import StepCosts
+
+log = logging.getLogger(__name__)
+
+_BEYOND_GRAPHS = (1536, 2048)
+"""Larger steps compute prompts no faster: they only hold up whoever waits for a token."""
+_PROBE_TOKENS, _PROBE_START = 512, 8192
+_PROBE_ROWS, _PROBE_LENGTH = 64, 1024
+
+
+def measure_costs(runner: CudaRunner, num_blocks: int) -> StepCosts:
+    """Time steps of the sizes that a step with prompts may have. What is in the pool's blocks is overwritten."""
+    probe = _Probe(runner, num_blocks)
+    longest = runner.max_model_len - 1
+    tokens = min(_PROBE_TOKENS, runner.max_tokens, longest // 2)
+    start = min(_PROBE_START, longest - tokens)
+    per_pair = (probe.seconds([(start, tokens)]) - probe.seconds([(0, tokens)])) / (tokens * start)
+    rows, length = min(_PROBE_ROWS, runner.max_seqs), min(_PROBE_LENGTH, longest - 1)
+    per_key = (probe.seconds([(length, 1)] * rows) - probe.seconds([(1, 1)] * rows)) / (rows * (length - 1))
+    table = []
+    for size in [*mixed_sizes(runner.max_tokens), *(size for size in _BEYOND_GRAPHS if size <= runner.max_tokens)]:
+        prompts = [(0, part) for part in _parts(size, longest)]
+        pairs = sum(part * part / 2 for _, part in prompts)
+        table.append((size, probe.seconds(prompts) - pairs * max(per_pair, 0.0)))
+    log.info(
+        "a step of %s; %.1f ns a key, %.2f ns a query and 1,000 keys",
+        ", ".join(f"{tokens} tokens: {seconds * 1000:.1f} ms" for tokens, seconds in table[:: max(1, len(table) // 6)]),
+        per_key * 1e9,
+        per_pair * 1e12,
+    )
+    return StepCosts(table, max(per_key, 0.0), max(per_pair, 0.0))
+
+
+def _parts(total: int, largest: int) -> list[int]:
+    """`total` in parts of at most `largest`."""
+    return [min(largest, total - start) for start in range(0, total, largest)]
+
+
+class _Probe:
+    """Times steps of rows given as (tokens cached before, tokens computed)."""
+
+    def __init__(self, runner: CudaRunner, num_blocks: int) -> None:
+        self._runner, self._num_blocks = runner, num_blocks
+
+    def seconds(self, rows: list[tuple[int, int]]) -> float:
+        """The second of two such steps, enqueued one behind the other."""
+        first, second = [self._runner.launch(self._plan(step, rows)) for step in (0, 1)]
+        began = first.wait().sampled_s
+        return second.wait().sampled_s - began
+
+    def _plan(self, step: int, rows: list[tuple[int, int]]) -> StepPlan:
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        planned, inits, block = [], [], 0
+        for slot, (start, count) in enumerate(rows):
+            needed = -(-(start + count) // self._runner.block_size)
+            blocks = [index % self._num_blocks for index in range(block, block + needed)]
+            block += needed
+            inits.append(SlotInit(slot, (0, slot), 0, params, start + count, [0] * (start + count), blocks))
+            planned.append(Row(slot, start, count, [0] * count, False, [], True, 0))
+        return StepPlan(step, planned, inits)

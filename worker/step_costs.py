@@ -1,0 +1,63 @@
+"""What a step costs, and how many prompt tokens it may take while streams wait for their next token.
+
+A step's time is that of its products, which depends on its tokens alone and comes from a table measured at start, plus
+what attention reads: `per_key` for each cached token of a decode row, `per_pair` for each pair of a prompt chunk's
+query and key. How hot the GPU runs and what the host adds is a factor learned from finished steps.
+
+    streams running   the largest step within the target between two tokens
+    prompts queue     the step may take a share of the time that the queue needs to drain: nobody's pause is longer than
+                      a fraction of what the others wait
+    nothing running   the whole token budget: there is nobody to hold up
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+QUEUE_SHARE = 6
+"""A running stream's pause may be this part of the time that the queued prompts need."""
+LEAST_PREFILL = 0.25
+"""Prompts get at least this much time of a step, as a part of what its decode rows take, whatever the target."""
+_LEARNING = 0.1
+_FACTOR = (0.8, 2.0)
+
+
+class StepCosts:
+    """Seconds of steps by size. `table`: (tokens, seconds) without attention, tokens ascending."""
+
+    def __init__(self, table: Sequence[tuple[int, float]], per_key: float, per_pair: float) -> None:
+        self.table = list(table)
+        self.per_key, self.per_pair = per_key, per_pair
+        self.factor = 1.0
+        self._sizes = [tokens for tokens, _ in self.table]
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second at best."""
+        return max(tokens / seconds for tokens, seconds in self.table) / self.factor
+
+    def seconds(self, tokens: int, keys: int = 0, pairs: float = 0.0) -> float:
+        """Of a step of so many tokens, whose decode rows read `keys` tokens and whose chunks make `pairs`."""
+        index = min(bisect_left(self._sizes, tokens), len(self.table) - 1)
+        size, seconds = self.table[index]
+        base = seconds * max(1.0, tokens / size)
+        return (base + keys * self.per_key + pairs * self.per_pair) * self.factor
+
+    def budget(self, rows: int, keys: int, start: int, backlog: int, target_s: float) -> int:
+        """Tokens of a step with `rows` decode rows over `keys` cached tokens.
+
+        `backlog` prompt tokens are queued, the first of them at position `start` of its prompt.
+        """
+        decode_s = self.seconds(rows, keys)
+        allowed = max(target_s, decode_s * (1 + LEAST_PREFILL), backlog / self.prefill_rate / QUEUE_SHARE)
+        best = self._sizes[min(bisect_left(self._sizes, rows + 1), len(self._sizes) - 1)]
+        for size in self._sizes:
+            chunk = size - rows
+            if chunk > 0 and self.seconds(size, keys, chunk * (start + chunk / 2)) <= allowed:
+                best = size
+        return max(best, rows + 1)
+
+    def learn(self, expected_s: float, took_s: float) -> None:
+        """A step that was to take `expected_s` took `took_s`."""
+        ratio = self.factor * took_s / expected_s
+        low, high = _FACTOR
+        self.factor += _LEARNING * (min(max(ratio, low), high) - self.factor)
