@@ -18,11 +18,12 @@ from baton.kernels.cuda.ops import AttentionWork, CudaOps
 from baton.proto.config import WorkerConfig
 from baton.worker.batch import Batch
 from baton.worker.cuda.graphs import Size, StepGraphs, decode_sizes, mixed_sizes
+from baton.worker.cuda.rows import Rows
 from baton.worker.cuda.sampler import CudaSampler, DeviceLogprobs
 from baton.worker.cuda.slots import DeviceSlots
 from baton.worker.cuda.step_buffer import StepBuffer, StepInputs, StepLayout
 from baton.worker.loaded_model import LoadedModel
-from baton.worker.plan import Row, StepPlan, StepResult
+from baton.worker.plan import StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class CudaRunner:
         started = time.monotonic()
         for init in plan.new_slots:
             self._sampler.take(init)
-        rows = _Rows(plan.rows)
+        rows = Rows(plan.rows)
         lists = work.plan(rows.query_start, rows.seq_lens, rows.slots, self._loaded.num_kv_heads, self._tile_tokens)
         size, layout = self._fit(rows, lists)
         inputs = self._upload(plan, rows, lists, layout)
@@ -133,7 +134,7 @@ class CudaRunner:
         host.copy_(self._tokens[: len(host)], non_blocking=True)
         return Pending(plan, host, logprobs, started)
 
-    def _fit(self, rows: "_Rows", lists: work.Work) -> tuple[Size | None, StepLayout]:
+    def _fit(self, rows: Rows, lists: work.Work) -> tuple[Size | None, StepLayout]:
         """The graph that this step runs in, if any, and how its inputs lie."""
         size = self._graphs.fit(rows.num_tokens, not rows.all_decode)
         if size is not None:
@@ -153,7 +154,7 @@ class CudaRunner:
             return self._layout(rows, rows, rows, 0)
         return self._layout(size.tokens, rows, rows, -(-size.tokens // self._tile_tokens) + _SPARE_TILES)
 
-    def _upload(self, plan: StepPlan, rows: "_Rows", lists: work.Work, layout: StepLayout) -> StepInputs:
+    def _upload(self, plan: StepPlan, rows: Rows, lists: work.Work, layout: StepLayout) -> StepInputs:
         """Fill the host's words and copy them over, with what changed in the block tables."""
         host = self._buffer.host()
         inputs = StepInputs(layout, host)
@@ -216,7 +217,7 @@ class CudaRunner:
             tokens = self._ops.draw(self.model.logits(hidden[:count]), *(c[:count] for c in inputs.draw_columns))
             self._slots.store_sampled(tokens, inputs["sample_slots"][:count], self._tokens)
 
-    def _resample(self, rows: "_Rows", inputs: StepInputs, hidden: torch.Tensor) -> DeviceLogprobs | None:
+    def _resample(self, rows: Rows, inputs: StepInputs, hidden: torch.Tensor) -> DeviceLogprobs | None:
         slots = rows.slots[rows.sampling]
         extra = self._sampler.extra_rows(slots)
         if not len(extra):
@@ -231,25 +232,3 @@ class CudaRunner:
         self._tokens[indices] = tokens
         self._slots.last_tokens[device_slots] = tokens
         return logprobs
-
-
-class _Rows:
-    """A plan's rows as columns."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        columns = np.array(
-            [(row.slot, row.start, row.num_tokens, row.samples, row.output_index) for row in rows], dtype=np.int64
-        )
-        self.slots, starts, self.lengths, samples, self.output_indices = columns.T
-        self.sampling = np.flatnonzero(samples)
-        self.query_start = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(self.lengths, out=self.query_start[1:])
-        self.num_tokens = int(self.query_start[-1])
-        self.seq_lens = starts + self.lengths
-        self.sequence = np.repeat(np.arange(len(rows)), self.lengths)
-        self.positions = np.arange(self.num_tokens) + (starts - self.query_start[:-1])[self.sequence]
-        self.all_decode = self.num_tokens == len(rows) == len(self.sampling)
-
-    def token_ids(self, rows: list[Row]) -> list[int]:
-        """[num_tokens]; -1 stands for the token that the slot sampled last."""
-        return [token for row in rows for token in (row.tokens or (-1,))]
