@@ -1,0 +1,27 @@
+"""A plan's rows as columns, which is how they are copied to the device."""
+
+import numpy as np
+
+from baton.worker.plan import Row
+
+
+class Rows:
+    """slots, lengths, seq_lens, output_indices int64 [rows]; query_start [rows + 1]; positions, sequence [num_tokens]."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        columns = np.array(
+            [(row.slot, row.start, row.num_tokens, row.samples, row.output_index) for row in rows], dtype=np.int64
+        )
+        self.slots, starts, self.lengths, samples, self.output_indices = columns.T
+        self.sampling = np.flatnonzero(samples)
+        self.query_start = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(self.lengths, out=self.query_start[1:])
+        self.num_tokens = int(self.query_start[-1])
+        self.seq_lens = starts + self.lengths
+        self.sequence = np.repeat(np.arange(len(rows)), self.lengths)
+        self.positions = np.arange(self.num_tokens) + (starts - self.query_start[:-1])[self.sequence]
+        self.all_decode = self.num_tokens == len(rows) == len(self.sampling)
+
+    def token_ids(self, rows: list[Row]) -> list[int]:
+        """[num_tokens]; -1 stands for the token that the slot sampled last."""
+        return [token for row in rows for token in (row.tokens or (-1,))]
