@@ -99,9 +99,11 @@ class CudaRunner:
     def measure_graphs(self) -> int:
         """Bytes that the graphs take beside the pool attached, measured on the largest."""
         self._buffer.device.zero_()  # a step of nothing: what the last one left has another layout
+        torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         graphs = self._new_graphs()
         graphs.capture(graphs.largest())
+        torch.cuda.empty_cache()  # what the same steps took outside of the graphs counts as activations
         return torch.cuda.memory_reserved(self.device) - before
 
     @torch.inference_mode()
