@@ -1,8 +1,8 @@
 """What a step costs, and how many prompt tokens it may take while streams wait for their next token.
 
-A step's time is that of its products, which depends on its tokens alone and comes from a table measured at start, plus
-what attention reads: `per_key` for each cached token of a decode row, `per_pair` for each pair of a prompt chunk's
-query and key. How hot the GPU runs and what the host adds is a factor learned from finished steps.
+A step's time is that of its tokens, as the first ones of their prompts, from a table measured at start; plus what they
+read of the cache: `per_key` for each cached token of a decode row, `per_pair` for each pair of a prompt chunk's query
+and a cached key. How hot the GPU runs and what the host adds is a factor learned from finished steps.
 
     streams running   the largest step within the target between two tokens
     prompts queue     the step may take a share of the time that the queue needs to drain: nobody's pause is longer than
@@ -22,7 +22,7 @@ _FACTOR = (0.8, 2.0)
 
 
 class StepCosts:
-    """Seconds of steps by size. `table`: (tokens, seconds) without attention, tokens ascending."""
+    """Seconds of steps by size. `table`: (tokens, seconds) without a cache, tokens ascending."""
 
     def __init__(self, table: Sequence[tuple[int, float]], per_key: float, per_pair: float) -> None:
         self.table = list(table)
@@ -35,7 +35,7 @@ class StepCosts:
         """Prompt tokens a second at best."""
         return max(tokens / seconds for tokens, seconds in self.table) / self.factor
 
-    def seconds(self, tokens: int, keys: int = 0, pairs: float = 0.0) -> float:
+    def seconds(self, tokens: int, keys: int = 0, pairs: int = 0) -> float:
         """Of a step of so many tokens, whose decode rows read `keys` tokens and whose chunks make `pairs`."""
         index = min(bisect_left(self._sizes, tokens), len(self.table) - 1)
         size, seconds = self.table[index]
@@ -52,7 +52,7 @@ class StepCosts:
         best = self._sizes[min(bisect_left(self._sizes, rows + 1), len(self._sizes) - 1)]
         for size in self._sizes:
             chunk = size - rows
-            if chunk > 0 and self.seconds(size, keys, chunk * (start + chunk / 2)) <= allowed:
+            if chunk > 0 and self.seconds(size, keys, chunk * start) <= allowed:
                 best = size
         return max(best, rows + 1)
 

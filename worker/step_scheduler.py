@@ -130,7 +130,7 @@ class StepScheduler:
             return 0.0
         keys = sum(item.end for item in planned if item.end - item.start == 1)
         chunks = [item for item in planned if item.end - item.start > 1]
-        pairs = sum((item.end - item.start) * (item.start + item.end) / 2 for item in chunks)
+        pairs = sum((item.end - item.start) * item.start for item in chunks)
         return self._costs.seconds(tokens, keys, pairs)
 
     def _add_row(self, request: Request, budget: int, rows: list[Row], planned: list[Planned]) -> int:

@@ -1,6 +1,7 @@
 """What this GPU's steps take, timed once before the first request."""
 
 import logging
+import time
 
 from baton.proto.messages import SamplingParams
 from baton.worker.cuda.graphs import mixed_sizes
@@ -10,14 +11,20 @@ from baton.worker.step_costs import StepCosts
 
 log = logging.getLogger(__name__)
 
-_BEYOND_GRAPHS = (1536, 2048)
-"""Larger steps compute prompts no faster: they only hold up whoever waits for a token."""
+_BEYOND_GRAPHS = (1536, 2048, 3072)
+"""Larger steps compute prompts hardly faster: they only hold up whoever waits for a token."""
+_SHORTEST = 64
 _PROBE_TOKENS, _PROBE_START = 512, 8192
 _PROBE_ROWS, _PROBE_LENGTH = 64, 1024
 
 
-def measure_costs(runner: CudaRunner, num_blocks: int) -> StepCosts:
-    """Time steps of the sizes that a step with prompts may have. What is in the pool's blocks is overwritten."""
+def measure_costs(runner: CudaRunner, num_blocks: int) -> StepCosts | None:
+    """Time steps of the sizes that a step with prompts may have. What is in the pool's blocks is overwritten.
+
+    None where sequences are so short that chunks make no difference.
+    """
+    if runner.max_model_len < _SHORTEST:
+        return None
     probe = _Probe(runner, num_blocks)
     longest = runner.max_model_len - 1
     tokens = min(_PROBE_TOKENS, runner.max_tokens, longest // 2)
@@ -25,11 +32,8 @@ def measure_costs(runner: CudaRunner, num_blocks: int) -> StepCosts:
     per_pair = (probe.seconds([(start, tokens)]) - probe.seconds([(0, tokens)])) / (tokens * start)
     rows, length = min(_PROBE_ROWS, runner.max_seqs), min(_PROBE_LENGTH, longest - 1)
     per_key = (probe.seconds([(length, 1)] * rows) - probe.seconds([(1, 1)] * rows)) / (rows * (length - 1))
-    table = []
-    for size in [*mixed_sizes(runner.max_tokens), *(size for size in _BEYOND_GRAPHS if size <= runner.max_tokens)]:
-        prompts = [(0, part) for part in _parts(size, longest)]
-        pairs = sum(part * part / 2 for _, part in prompts)
-        table.append((size, probe.seconds(prompts) - pairs * max(per_pair, 0.0)))
+    sizes = [*mixed_sizes(runner.max_tokens), *(size for size in _BEYOND_GRAPHS if size <= runner.max_tokens)]
+    table = [(size, probe.seconds([(0, part) for part in _parts(size, longest)])) for size in sizes]
     log.info(
         "a step of %s; %.1f ns a key, %.2f ns a query and 1,000 keys",
         ", ".join(f"{tokens} tokens: {seconds * 1000:.1f} ms" for tokens, seconds in table),
@@ -51,10 +55,12 @@ class _Probe:
         self._runner, self._num_blocks = runner, num_blocks
 
     def seconds(self, rows: list[tuple[int, int]]) -> float:
-        """The second of two such steps, enqueued one behind the other."""
-        first, second = [self._runner.launch(self._plan(step, rows)) for step in (0, 1)]
-        began = first.wait().sampled_s
-        return second.wait().sampled_s - began
+        """Of one of two such steps, enqueued one behind the other; a first one compiles what is not yet compiled."""
+        self._runner.execute(self._plan(0, rows))
+        started = time.monotonic()
+        for pending in [self._runner.launch(self._plan(step, rows)) for step in (0, 1)]:
+            ended = pending.wait().sampled_s
+        return (ended - started) / 2
 
     def _plan(self, step: int, rows: list[tuple[int, int]]) -> StepPlan:
         params = SamplingParams(max_tokens=1, temperature=0.0)

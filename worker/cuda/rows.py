@@ -6,7 +6,7 @@ from baton.worker.plan import Row
 
 
 class Rows:
-    """slots, lengths, seq_lens, output_indices int64 [rows]; query_start [rows + 1]; positions, sequence [num_tokens]."""
+    """slots, lengths, seq_lens and output_indices int64 [rows], query_start [rows + 1], positions [num_tokens]."""
 
     def __init__(self, rows: list[Row]) -> None:
         columns = np.array(

@@ -10,7 +10,6 @@ on one stream, so that a step sees what the steps before it left.
 import logging
 import time
 
-import numpy as np
 import torch
 
 from baton.kernels.cuda import attention, work
