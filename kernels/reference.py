@@ -111,6 +111,11 @@ class TorchOps:
         return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=scaled.shape[1] - 1)
 
 
+def copy_blocks(source: torch.Tensor, target: torch.Tensor, jobs: torch.Tensor) -> None:
+    """target[jobs[i, 1]] = source[jobs[i, 0]]: whole blocks along the first axis; jobs int64 [n, 2]."""
+    target[jobs[:, 1]] = source[jobs[:, 0]]
+
+
 def _rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """x [n, heads, head_dim], table float32 [n, 1, rotary_dim]."""
     cos, sin = table.to(x.dtype).chunk(2, dim=-1)

@@ -1,13 +1,16 @@
 """What every transport promises: whole blocks, pulled by the side that owns the destination.
 
-A worker has one Source, which serves its own pool, and one Sink per transport in use, which fills its pool from peers'.
-The source half exists because some transports need the owner to act; with shared memory it only hands out the mapping.
+A worker has one Source, which tells peers how its pool can be read, and one Sink, which fills its pool from theirs.
+Between the two stand the transports: each offers the pool in its way, and opens what a peer offers as a Link.
 A pull reads whatever the source blocks hold at that moment: whether that was still the right content is settled
 afterwards, by the lease's owner (leases.py), and nobody uses the copy before.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import msgspec
 
 from baton.proto.messages import Peer
 
@@ -40,11 +43,11 @@ class Source(ABC):
     """The owner's half: makes this worker's pool readable."""
 
     address: str
-    """What peers pass to their sink: 'shm:/…'."""
+    """What peers pass to their sink: 'unix:/…'."""
 
     @abstractmethod
     def close(self) -> None:
-        """Stop serving; what peers have mapped stays readable to them until they let go."""
+        """Stop serving; returns when peers have let go of the pool, or after a bound when they don't."""
 
 
 class Sink(ABC):
@@ -64,4 +67,62 @@ class Sink(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End after the pull that is running, and let go of every peer's memory."""
+        """End after the pulls that are running, and let go of every peer's memory."""
+
+
+@dataclass(slots=True, frozen=True)
+class Pool:
+    """A worker's blocks as transports see them: block i is bytes [i, i + 1) * block_bytes from `address`."""
+
+    address: int
+    num_blocks: int
+    block_bytes: int
+    memfd: int = -1
+    """The file behind `address`; -1 for memory of a GPU."""
+    gpu: int = -1
+    """Index of the GPU that `address` is on; -1 for host memory."""
+
+
+class TransferError(Exception):
+    """Blocks can't be had from a peer; says from whom and why."""
+
+
+class Link(ABC):
+    """A peer's pool, open for reading. All calls come from one thread."""
+
+    batch_bytes = 0
+    """Pulls that wait are copied together up to so many bytes; a larger one goes alone."""
+
+    def prepare(self) -> bool:
+        """Do a little of what makes later copies faster; whether more of it is left."""
+        return False
+
+    @abstractmethod
+    def copy(self, pulls: Sequence[Pull]) -> None:
+        """Copy all their blocks; returns when the last byte is in place. Raises TransferError or OSError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the peer's memory."""
+
+
+class Transport(ABC):
+    """One way for blocks to cross, as one worker sees it."""
+
+    name: str
+    """As in --kv-transfer, in ledgers and logs."""
+
+    @abstractmethod
+    def offer(self) -> msgspec.Struct:
+        """What a peer needs to read this worker's pool."""
+
+    @abstractmethod
+    def obstacle(self, offer: msgspec.Raw) -> str:
+        """Why this worker can't read a peer that makes this offer; empty when it can."""
+
+    @abstractmethod
+    def open(self, offer: msgspec.Raw, memfd: int) -> Link:
+        """Open the pool of the peer that makes this offer. `memfd` stays the caller's; -1 when there is none.
+
+        Raises TransferError or OSError.
+        """

@@ -43,7 +43,7 @@ class CacheConfig(Config):
     kv_cache_memory_bytes: int = 0
     """Per worker; 0: a share of the machine's free memory, or what gpu_memory_utilization leaves on a GPU."""
     gpu_memory_utilization: float = 0.9
-    """Share of a GPU's memory that weights, activations and KV pool may take together."""
+    """Share of a GPU's memory that weights, activations and KV pools of all workers on it may take together."""
     enable_prefix_caching: bool = True
 
 
@@ -88,6 +88,10 @@ class WorkerConfig(Config):
     """cpu | cuda."""
     gpu: int = 0
     """Index of the GPU among those that are visible."""
+    gpu_workers: int = 1
+    """Workers of the deployment on that GPU, this one included."""
+    gpu_kv_share: float = 1.0
+    """This worker's part of what all of them leave for KV blocks."""
     threads: int = 0
     """Compute threads on CPU; 0: all cores that this process may use."""
     scheduler: str = ""

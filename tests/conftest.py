@@ -2,5 +2,9 @@
 
 import os
 
+import pytest
+
 # Read when torch loads. With the default, threads that wait spin, and everything else on a shared core starves.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+pytest.register_assert_rewrite("support.transport_suite")

@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 
 from baton.kv_transfer.contract import Sink, Source
-from baton.kv_transfer.shm import Greeting
+from baton.kv_transfer.greeting import Greeting
 from baton.proto.config import BatchConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.layout import KVLayout

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baton.kv_transfer.contract import Sink, Source
-from baton.kv_transfer.shm import Greeting, ShmSink, ShmSource
+from baton.kv_transfer.greeting import Greeting, GreetingSource
+from baton.kv_transfer.shm import ShmTransport
+from baton.kv_transfer.sink import PeerSink
 from baton.proto.config import BatchConfig, CacheConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.worker.backend import Backend, check_pool_size, fill_batch
@@ -44,8 +46,8 @@ class CpuBackend(Backend):
         return ThreadDevice(self._runner)
 
     def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
-        source = ShmSource(path, greeting, self._pool.memfd)
-        return source, ShmSink(greeting, self._pool.address, self._pool.block_bytes)
+        transports = [ShmTransport(self._pool.blocks)]
+        return GreetingSource(path, greeting, transports, self._pool.memfd), PeerSink(greeting, transports)
 
     def close(self) -> None:
         self._pool.close()

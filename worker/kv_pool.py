@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from baton.kv_transfer.contract import Pool
 from baton.proto.errors import UserError
 from baton.proto.layout import KVLayout
 
@@ -37,9 +38,9 @@ class HostPool:
         self.tensor = torch.frombuffer(self._mapping, dtype=DTYPES[group.dtype]).view(num_blocks, *group.shape)
 
     @property
-    def address(self) -> int:
-        """Of the first byte, in this process."""
-        return self.tensor.data_ptr()
+    def blocks(self) -> Pool:
+        """For transports."""
+        return Pool(self.tensor.data_ptr(), self.num_blocks, self.block_bytes, memfd=self.memfd)
 
     def close(self) -> None:
         """Let go of the file; the mapping follows when the last tensor view of it is gone."""

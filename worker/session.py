@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 
 from baton.kv_transfer.contract import Pull
-from baton.kv_transfer.shm import Greeting
+from baton.kv_transfer.greeting import Greeting
 from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import Body, Dealer, Router, identity
 from baton.proto.heartbeat import Heartbeat

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from baton.proto.config import BatchConfig, CacheConfig, ModelConfig
@@ -15,6 +17,8 @@ from baton.proto.supervision import EXIT_USER_ERROR, die_with_parent
 
 MAX_NUMBER = 2**31 - 1
 """Counts and indices are 32-bit in kernels."""
+_KV_PARTS = {Role.PREFILL: 1, Role.DECODE: 3, Role.UNIFIED: 3}
+"""How workers on one GPU divide what is left for KV blocks: a prefill worker keeps a prompt's until they are pulled."""
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -44,12 +48,16 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     """How a worker runs it."""
     group = parser.add_argument_group("worker")
     group.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    group.add_argument("--gpus", type=gpu_list, help="GPUs of the workers, for example 0,1; default: the first ones")
+    group.add_argument(
+        "--gpus",
+        type=gpu_list,
+        help="GPUs for the workers, in turn, for example 0,1; default: one each, the first ones",
+    )
     group.add_argument(
         "--gpu-memory-utilization",
         type=share,
         default=0.9,
-        help="share of a GPU's memory for weights, activations and KV pool",
+        help="share of a GPU's memory for weights, activations and KV pools of all workers on it",
     )
     group.add_argument("--block-size", type=block_size, default=16, help="tokens per KV block, a multiple of 16")
     group.add_argument(
@@ -104,17 +112,25 @@ def gpu_list(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def gpu_of(args: argparse.Namespace, index: int, role: str) -> int:
-    """The GPU of a deployment's worker `index`; 0 on CPU. Raises UserError when it can't have one."""
+@dataclass(frozen=True)
+class GpuPlace:
+    """Where a worker runs, and with whom; the fields of WorkerConfig."""
+
+    gpu: int = 0
+    gpu_workers: int = 1
+    gpu_kv_share: float = 1.0
+
+
+def place_on_gpus(args: argparse.Namespace, roles: Sequence[Role]) -> list[GpuPlace]:
+    """The GPU of each worker, with its share of the KV memory where several are on one."""
     if args.device != "cuda":
-        return 0
-    if role != Role.UNIFIED:
-        raise UserError(f"a {role} worker can't run on a GPU yet; use --unified")
-    if args.gpus is None:
-        return index
-    if index >= len(args.gpus):
-        raise UserError(f"--gpus names {len(args.gpus)} GPUs, fewer than there are workers")
-    return int(args.gpus[index])
+        return [GpuPlace()] * len(roles)
+    gpus = [args.gpus[index % len(args.gpus)] if args.gpus else index for index in range(len(roles))]
+    places = []
+    for gpu, role in zip(gpus, roles, strict=True):
+        beside = [other for place, other in zip(gpus, roles, strict=True) if place == gpu]
+        places.append(GpuPlace(gpu, len(beside), _KV_PARTS[role] / sum(_KV_PARTS[other] for other in beside)))
+    return places
 
 
 def positive(text: str) -> int:

@@ -66,7 +66,7 @@ def _load(args: argparse.Namespace) -> "LLM":
         seed=model.seed,
         max_model_len=model.max_model_len,
         device=args.device,
-        gpu=engine_args.gpu_of(args, 0, Role.UNIFIED),
+        gpu=engine_args.place_on_gpus(args, [Role.UNIFIED])[0].gpu,
         threads=args.threads or 0,
         cache=engine_args.cache_config(args, plan.pool_bytes),
         batch=engine_args.batch_config(args),

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             cache=engine_args.cache_config(args, plan.pool_bytes),
             batch=engine_args.batch_config(args),
             device=args.device,
-            gpu=engine_args.gpu_of(args, 0, args.role),
+            gpu=engine_args.place_on_gpus(args, [args.role])[0].gpu,
             threads=args.threads or 0,
             scheduler=args.scheduler,
             run_dir=str(run_dir.path),

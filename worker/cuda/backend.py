@@ -4,11 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baton.kv_transfer.contract import Sink, Source
-from baton.kv_transfer.none import NoSink, NoSource
-from baton.kv_transfer.shm import Greeting
+from baton.kv_transfer.cuda_ipc import CudaIpcTransport
+from baton.kv_transfer.greeting import Greeting, GreetingSource
+from baton.kv_transfer.sink import PeerSink
 from baton.proto.config import BatchConfig, WorkerConfig
-from baton.proto.errors import UserError
-from baton.proto.lifecycle import Role
 from baton.worker.backend import Backend, check_pool_size, fill_batch
 from baton.worker.cuda.costs import measure_costs
 from baton.worker.cuda.device import CudaDevice
@@ -24,8 +23,6 @@ class CudaBackend(Backend):
     """See Backend."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        if config.role != Role.UNIFIED:
-            raise UserError(f"a {config.role} worker can't run on a GPU yet: KV blocks move between CPU workers only")
         self.config = config = fill_batch(config, OWN)
         open_gpu(config.gpu)
         self._runner = CudaRunner(config)
@@ -44,7 +41,7 @@ class CudaBackend(Backend):
             return cache.num_blocks
         if cache.kv_cache_memory_bytes:
             return cache.kv_cache_memory_bytes // self.layout.groups[0].block_bytes
-        return measure_pool_blocks(self._runner, cache)
+        return measure_pool_blocks(self._runner, self.config)
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         return self._runner.launch(plan).wait
@@ -53,7 +50,8 @@ class CudaBackend(Backend):
         return CudaDevice(self._runner)
 
     def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
-        return NoSource(), NoSink()
+        transports = [CudaIpcTransport(self._pool.blocks, self._pool.memory)]
+        return GreetingSource(path, greeting, transports, memfd=-1), PeerSink(greeting, transports)
 
     def close(self) -> None:
         self._pool.close()

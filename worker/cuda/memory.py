@@ -4,7 +4,9 @@ import logging
 
 import torch
 
-from baton.proto.config import CacheConfig
+from baton.kv_transfer.contract import Pool
+from baton.kv_transfer.cuda_memory import OUT_OF_MEMORY, CudaError, ExportedMemory
+from baton.proto.config import WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.layout import KVLayout
 from baton.proto.messages import SamplingParams
@@ -14,9 +16,12 @@ from baton.worker.plan import Row, SlotInit, StepPlan
 
 log = logging.getLogger(__name__)
 
+PROCESS_BYTES = 800 * 2**20
+"""What a process takes on a GPU beside torch's allocations: the CUDA context and loaded kernels."""
+
 
 class GpuPool:
-    """The KV blocks on a GPU: `tensor` [num_blocks, *layout.groups[0].shape]."""
+    """The KV blocks on a GPU, zeroed, in memory that peers can map: `tensor` [num_blocks, *layout.groups[0].shape]."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
         (group,) = layout.groups
@@ -24,16 +29,26 @@ class GpuPool:
         self.num_blocks = num_blocks
         self.block_bytes = group.block_bytes
         try:
-            self.tensor = torch.zeros(num_blocks, *group.shape, dtype=DTYPES[group.dtype], device=device)
-        except torch.OutOfMemoryError as error:
+            self.memory = ExportedMemory(num_blocks * group.block_bytes)
+        except CudaError as error:
+            if error.code != OUT_OF_MEMORY:
+                raise
             raise UserError(
                 f"the KV pool of {num_blocks} blocks ({num_blocks * group.block_bytes / 2**30:.1f} GiB) does not fit "
                 f"on {device}; lower --num-blocks, --kv-cache-memory-bytes or --gpu-memory-utilization"
             ) from error
+        self.tensor = self.memory.tensor(device).view(DTYPES[group.dtype]).view(num_blocks, *group.shape)
+        self._gpu = device.index
+
+    @property
+    def blocks(self) -> Pool:
+        """For transports."""
+        return Pool(self.memory.address, self.num_blocks, self.block_bytes, gpu=self._gpu)
 
     def close(self) -> None:
-        """Give the memory back to torch."""
+        """Free the memory, once every step has ended."""
         del self.tensor
+        self.memory.close()
 
 
 def open_gpu(index: int) -> torch.device:
@@ -41,7 +56,8 @@ def open_gpu(index: int) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no NVIDIA driver or GPU here")
     if index >= torch.cuda.device_count():
-        raise UserError(f"--gpus {index}: only {torch.cuda.device_count()} GPUs are visible here")
+        visible = torch.cuda.device_count()
+        raise UserError(f"GPU {index} is not there, {visible} visible; --gpus 0 puts all workers on the first")
     device = torch.device("cuda", index)
     try:
         torch.cuda.set_device(device)
@@ -51,11 +67,14 @@ def open_gpu(index: int) -> torch.device:
     return device
 
 
-def measure_pool_blocks(runner: CudaRunner, cache: CacheConfig) -> int:
+def measure_pool_blocks(runner: CudaRunner, config: WorkerConfig) -> int:
     """KV blocks that fit beside weights, activations and graphs. Raises UserError when nothing is left."""
-    device, block_bytes = runner.device, runner.layout.groups[0].block_bytes
+    device, block_bytes, cache = runner.device, runner.layout.groups[0].block_bytes, config.cache
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
+    # Beside others that load at this moment, what is in use says little: they are taken to need what this one does.
+    workers = config.gpu_workers
+    loaded = total - free if workers == 1 else torch.cuda.memory_reserved(device) + PROCESS_BYTES
     rows = min(runner.max_seqs, runner.max_tokens)
     per_row = min(runner.max_tokens // rows, runner.max_model_len - 1)
     blocks_per_row = -(-per_row // cache.block_size)
@@ -70,15 +89,19 @@ def measure_pool_blocks(runner: CudaRunner, cache: CacheConfig) -> int:
     scratch.close()
     runner.detach_pool()
     torch.cuda.empty_cache()
-    room = int(total * cache.gpu_memory_utilization) - (total - free) - activations - graphs
+    left = int(total * cache.gpu_memory_utilization) - workers * (loaded + activations + graphs)
+    room = int(left * config.gpu_kv_share)
     log.info(
-        "GPU memory: %.2f GiB, %.2f in use after loading, %.2f for activations, %.2f for graphs, %.2f for KV blocks",
-        *(value / 2**30 for value in (total, total - free, activations, graphs, max(room, 0))),
+        "GPU memory: %.2f GiB for %d workers; each %.2f after loading, %.2f for activations, %.2f for graphs; "
+        "here %.2f for KV blocks",
+        total / 2**30,
+        workers,
+        *(value / 2**30 for value in (loaded, activations, graphs, max(room, 0))),
     )
     if room < block_bytes:
         raise UserError(
-            f"no room for a KV pool: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB are in use after loading, "
-            f"a step takes {(activations + graphs) / 2**30:.1f}; raise --gpu-memory-utilization "
+            f"no room for a KV pool: of {total / 2**30:.1f} GiB each of {workers} workers has {loaded / 2**30:.1f} in "
+            f"use after loading, a step takes {(activations + graphs) / 2**30:.1f}; raise --gpu-memory-utilization "
             f"{cache.gpu_memory_utilization}, or lower --max-num-batched-tokens or --max-num-seqs"
         )
     return room // block_bytes

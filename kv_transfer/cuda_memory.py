@@ -1,0 +1,99 @@
+"""GPU memory that other processes can map: the few calls of the CUDA driver that torch does not offer.
+
+torch's allocator hands out parts of larger segments, which may grow and move, and such a part can't be exported by
+itself. The driver library has one name whatever the version of the toolkit. All calls act on the calling thread's
+current device, in the context that torch uses too.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+GRANULARITY = 2 * 2**20
+"""The driver maps pages of this size: a smaller allocation would share its page, and export what lies beside it."""
+OUT_OF_MEMORY = 2
+_LAZY_PEER_ACCESS = 1
+_HANDLE_BYTES = 64
+
+_Handle = ctypes.c_char * _HANDLE_BYTES
+
+
+class CudaError(Exception):
+    """A driver call failed."""
+
+    def __init__(self, call: str, code: int) -> None:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(code, ctypes.byref(name))
+        super().__init__(f"{call}: {(name.value or b'error').decode()} ({code})")
+        self.code = code
+
+
+class ExportedMemory:
+    """`size` bytes on the current device from `address`, zeroed; memory that peers have mapped outlives `close`."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        pointer = ctypes.c_uint64()
+        _call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(-(-size // GRANULARITY) * GRANULARITY))
+        self.address = pointer.value
+        _call("cuMemsetD8_v2", ctypes.c_uint64(self.address), ctypes.c_ubyte(0), ctypes.c_size_t(size))
+
+    def handle(self) -> bytes:
+        """What a peer needs to map it."""
+        handle = _Handle()
+        _call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(self.address))
+        return bytes(handle)
+
+    def tensor(self, device: torch.device) -> torch.Tensor:
+        """All of it as uint8 [size]; not to be used after `close`."""
+        return torch.as_tensor(_ArrayInterface(self), device=device)
+
+    def close(self) -> None:
+        """Give the memory back, once every kernel that uses it has ended."""
+        _call("cuMemFree_v2", ctypes.c_uint64(self.address))
+
+
+class MappedMemory:
+    """A peer's ExportedMemory from `address`. It stays valid when the peer dies, until `close`."""
+
+    def __init__(self, handle: bytes) -> None:
+        pointer = ctypes.c_uint64()
+        # The handle is a struct that goes by value.
+        _call(
+            "cuIpcOpenMemHandle_v2",
+            ctypes.byref(pointer),
+            _HandleByValue.from_buffer_copy(handle),
+            ctypes.c_uint(_LAZY_PEER_ACCESS),
+        )
+        self.address = pointer.value
+
+    def close(self) -> None:
+        """Unmap, once every kernel that reads it has ended."""
+        _call("cuIpcCloseMemHandle", ctypes.c_uint64(self.address))
+
+
+class _HandleByValue(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_char * _HANDLE_BYTES),)
+
+
+class _ArrayInterface:
+    def __init__(self, memory: ExportedMemory) -> None:
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (memory.size,),
+            "typestr": "|u1",
+            "data": (memory.address, False),
+            "version": 3,
+        }
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, *arguments: Any) -> None:
+    code = getattr(_driver(), name)(*arguments)
+    if code:
+        raise CudaError(name, code)

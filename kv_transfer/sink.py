@@ -1,0 +1,162 @@
+"""The reader's half, whatever the transport: a thread for each peer, so that one that is slow or dead delays no other.
+
+    start ─► the peer's queue ─► greet ─► choose a transport ─► open ─► copy what waits, together ─► PullDone
+                                   └───── refused, gone ───────┴─────────────────┴─► PullDone(ok=False)
+
+A peer is opened once per incarnation. When its connection ends, what it had opened is closed after the copy that uses
+it, and the thread ends; a later pull from the same peer begins anew.
+"""
+
+import logging
+import os
+import selectors
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from baton.kv_transfer.contract import Link, Pull, PullDone, Sink, TransferError, Transport
+from baton.kv_transfer.greeting import Greeted, Greeting, greet
+from baton.kv_transfer.topology import choose
+from baton.proto.messages import Peer
+
+log = logging.getLogger(__name__)
+
+
+class PeerSink(Sink):
+    """Pulls over `transports`, the best one first."""
+
+    def __init__(self, me: Greeting, transports: Sequence[Transport]) -> None:
+        self._me = me
+        self._transports = transports
+        self._readers: dict[int, _Reader] = {}  # by the owner's incarnation
+        self._done: deque[PullDone] = deque()
+        self._ready = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def start(self, pull: Pull) -> None:
+        reader = self._readers.get(pull.owner.incarnation)
+        if reader is None or not reader.put(pull):
+            self._readers = {key: each for key, each in self._readers.items() if not each.over}
+            reader = _Reader(pull.owner, self._me, self._transports, self._finished)
+            self._readers[pull.owner.incarnation] = reader
+            reader.put(pull)
+
+    def fileno(self) -> int:
+        return self._ready
+
+    def completed(self) -> list[PullDone]:
+        try:
+            os.eventfd_read(self._ready)
+        except BlockingIOError:
+            return []
+        return [self._done.popleft() for _ in range(len(self._done))]
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.stop()
+        for reader in self._readers.values():
+            reader.join()
+        os.close(self._ready)
+
+    def _finished(self, done: PullDone) -> None:
+        """Called from the readers' threads."""
+        self._done.append(done)
+        os.eventfd_write(self._ready, 1)
+
+
+class _Reader:
+    """The pulls from one peer, in a thread of their own."""
+
+    def __init__(
+        self, owner: Peer, me: Greeting, transports: Sequence[Transport], finished: Callable[[PullDone], None]
+    ) -> None:
+        self._owner = owner
+        self._me = me
+        self._transports = transports
+        self._finished = finished
+        self._lock = threading.Lock()
+        self._queue: deque[Pull] = deque()
+        self._batch: list[Pull] = []
+        """What is being copied."""
+        self._block_bytes = me.layout.groups[0].block_bytes
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._stopping = False
+        self.over = False
+        self._thread = threading.Thread(target=self._run, name=f"kv-{owner.worker}", daemon=True)
+        self._thread.start()
+
+    def put(self, pull: Pull) -> bool:
+        """Queue a pull; False when the thread has ended or is about to."""
+        with self._lock:
+            if self.over:
+                return False
+            self._queue.append(pull)
+            os.eventfd_write(self._wake, 1)
+            return True
+
+    def stop(self) -> None:
+        """End after the copy that is running; what is queued then is never answered."""
+        with self._lock:
+            self._stopping = True
+            if not self.over:
+                os.eventfd_write(self._wake, 1)
+
+    def join(self) -> None:
+        """Wait for the end."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        reason = f"{self._owner.worker} has gone"
+        try:
+            with greet(self._owner, self._me) as greeted:
+                self._read(greeted)
+        except (OSError, TransferError) as error:
+            reason = str(error)
+        except Exception as error:
+            log.exception("the transfer from %s failed", self._owner.worker)
+            reason = f"{type(error).__name__}: {error}"
+        with self._lock:
+            self.over = True
+            os.close(self._wake)
+        for pull in (*self._batch, *self._queue):
+            self._finished(PullDone(pull.transfer, ok=False, reason=reason))
+
+    def _read(self, greeted: Greeted) -> None:
+        """Copy until the peer goes or this side stops."""
+        transport, why = choose(self._transports, greeted.owner)
+        link = transport.open(greeted.owner.offers[transport.name], greeted.memfd)
+        log.info("%s reads %s through %s: %s", self._me.name, self._owner.worker, transport.name, why)
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._wake, selectors.EVENT_READ)
+                selector.register(greeted.connection, selectors.EVENT_READ)
+                more = True
+                while not self._stopping:
+                    more = more and link.prepare()
+                    for key, _ in selector.select(0 if more or self._queue else None):
+                        if key.fileobj is greeted.connection:
+                            return
+                        os.eventfd_read(self._wake)
+                    if self._queue:
+                        self._copy(link, transport.name, greeted.owner.num_blocks)
+        finally:
+            link.close()
+
+    def _copy(self, link: Link, transport: str, num_blocks: int) -> None:
+        """Copy the pulls that have waited longest, as many as go together."""
+        self._batch = self._next_batch(link.batch_bytes)
+        for pull in self._batch:
+            if max(pull.source) >= num_blocks:
+                raise TransferError(f"block {max(pull.source)} is beyond {self._owner.worker}'s pool of {num_blocks}")
+        link.copy(self._batch)
+        for pull in self._batch:
+            num_bytes = len(pull.source) * self._block_bytes
+            self._finished(PullDone(pull.transfer, ok=True, transport=transport, num_bytes=num_bytes))
+        self._batch = []
+
+    def _next_batch(self, batch_bytes: int) -> list[Pull]:
+        batch = [self._queue.popleft()]
+        blocks = len(batch[0].source)
+        while self._queue and (blocks + len(self._queue[0].source)) * self._block_bytes <= batch_bytes:
+            batch.append(self._queue.popleft())
+            blocks += len(batch[-1].source)
+        return batch

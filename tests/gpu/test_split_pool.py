@@ -1,0 +1,111 @@
+"""Prefill and decode in two processes on one GPU, served over HTTP, against transformers on the same GPU."""
+
+import random
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("fastapi")
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+from support.deployment import Deployment  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+VOCAB = 3000
+MAX_TOKENS = 40
+TIE = 1e-3
+SPLIT = ("--prefill", "1", "--decode", "1", "--device", "cuda", "--gpus", "0", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def model(device: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    """A random model of transformers on the GPU, and its checkpoint with a tokenizer of one word a token."""
+    if device != "cuda":
+        pytest.skip("no GPU")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+    )
+    directory = tmp_path_factory.mktemp("model")
+    reference = transformers.LlamaForCausalLM(config).eval()
+    reference.save_pretrained(directory)
+    words = {f"w{i}": i for i in range(VOCAB)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save(str(directory / "tokenizer.json"))
+    yield reference.cuda(), directory
+    torch.cuda.empty_cache()
+
+
+def random_prompts(count: int) -> list[list[int]]:
+    return [
+        [random.randrange(3, VOCAB) for _ in range(random.choice((1, 15, 16, 40, 300, 1500)))] for _ in range(count)
+    ]
+
+
+def check(reference: Any, prompt: list[int], output: list[int]) -> None:
+    """Every token is the reference's best after the tokens before it, or as good as that."""
+    assert len(output) == MAX_TOKENS
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt + output], device="cuda")).logits[0, len(prompt) - 1 : -1].float()
+    best = logits.max(-1).values
+    chosen = logits[range(len(output)), output]
+    assert (best - chosen).max() < TIE
+
+
+def complete_all(deployment: Deployment, prompts: list[list[int]]) -> list[list[int]]:
+    answers = deployment.complete_all(
+        prompts, max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True, return_token_ids=True
+    )
+    return [answer["choices"][0]["token_ids"] for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--num-blocks", "1000"),
+        ("--num-blocks", "1000", "--max-num-batched-tokens", "256"),
+        ("--gpu-memory-utilization", "0.1", "--no-enable-prefix-caching"),
+    ],
+    ids=["whole prompts", "in chunks", "pools measured, no prefix cache"],
+)
+def test_tokens_are_those_of_transformers(model: tuple[Any, Path], flags: tuple[str, ...]) -> None:
+    reference, directory = model
+    prompts = random_prompts(40)
+    with Deployment(*SPLIT, *flags, model=str(directory)) as deployment:
+        outputs = complete_all(deployment, prompts)
+        pulled = deployment.total("baton_tokens_total", 'source="pulled"')
+        deployment.wait_idle()
+        deployment.wait_for("decode-0 reads prefill-0 through cuda_ipc")
+    for prompt, output in zip(prompts, outputs, strict=True):
+        check(reference, prompt, output)
+    assert pulled == sum(map(len, prompts))
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+def test_streams_outlive_a_killed_worker(model: tuple[Any, Path], victim: str) -> None:
+    reference, directory = model
+    prompts = random_prompts(60)
+    with Deployment(*SPLIT, "--num-blocks", "1000", model=str(directory)) as deployment, ThreadPoolExecutor(1) as pool:
+        complete_all(deployment, prompts[:1])
+        beside = pool.submit(complete_all, deployment, prompts)
+        psutil.Process(deployment.pids()[victim]).send_signal(signal.SIGKILL)
+        outputs = beside.result()
+        deployment.wait_for(f"{victim} is ready again")
+        deployment.wait_idle()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        check(reference, prompt, output)
