@@ -25,6 +25,7 @@ class ModelRunner:
     """
 
     def __init__(self, config: WorkerConfig) -> None:
+        """config.batch has nothing left to the device."""
         self.threads = config.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self.threads)
         loaded = LoadedModel(config, torch.device("cpu"))

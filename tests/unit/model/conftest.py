@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from baton.proto.config import CacheConfig, ModelConfig, WorkerConfig
+from baton.proto.config import BatchConfig, CacheConfig, ModelConfig, WorkerConfig
 from baton.proto.messages import SamplingParams, TokenLogprobs
 from baton.worker.model_runner import ModelRunner
 from baton.worker.plan import Row, SlotInit, StepPlan
@@ -18,9 +18,8 @@ class Driver:
 
     def __init__(self, path: Path, num_blocks: int = 200, block_size: int = 16, **model: object) -> None:
         config = ModelConfig(path=str(path), served_names=("m",), **model)  # type: ignore[arg-type]
-        self.runner = ModelRunner(
-            WorkerConfig(name="w", role="unified", model=config, cache=CacheConfig(block_size=block_size))
-        )
+        cache, batch = CacheConfig(block_size=block_size), BatchConfig(max_num_seqs=256)
+        self.runner = ModelRunner(WorkerConfig(name="w", role="unified", model=config, cache=cache, batch=batch))
         shape = self.runner.layout.groups[0].shape
         dtype = getattr(torch, self.runner.layout.groups[0].dtype)
         self.runner.attach_pool(torch.zeros(num_blocks, *shape, dtype=dtype))
