@@ -5,16 +5,15 @@ read of the cache: `per_key` for each cached token of a decode row, `per_pair` f
 and a cached key. How hot the GPU runs and what the host adds is a factor learned from finished steps.
 
     streams running   the largest step within the target between two tokens
-    prompts queue     the step may take a share of the time that the queue needs to drain: nobody's pause is longer than
-                      a fraction of what the others wait
+    prompts queue     as many of them as would clear the queue in a few steps: a pause is a share of what others wait
     nothing running   the whole token budget: there is nobody to hold up
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
-QUEUE_SHARE = 6
-"""A running stream's pause may be this part of the time that the queued prompts need."""
+QUEUE_STEPS = 6
+"""The queued prompts may take so many steps at least, however long those become."""
 LEAST_PREFILL = 0.25
 """Prompts get at least this much time of a step, as a part of what its decode rows take, whatever the target."""
 _LEARNING = 0.1
@@ -30,11 +29,6 @@ class StepCosts:
         self.factor = 1.0
         self._sizes = [tokens for tokens, _ in self.table]
 
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens a second at best."""
-        return max(tokens / seconds for tokens, seconds in self.table) / self.factor
-
     def seconds(self, tokens: int, keys: int = 0, pairs: int = 0) -> float:
         """Of a step of so many tokens, whose decode rows read `keys` tokens and whose chunks make `pairs`."""
         index = min(bisect_left(self._sizes, tokens), len(self.table) - 1)
@@ -47,12 +41,12 @@ class StepCosts:
 
         `backlog` prompt tokens are queued, the first of them at position `start` of its prompt.
         """
-        decode_s = self.seconds(rows, keys)
-        allowed = max(target_s, decode_s * (1 + LEAST_PREFILL), backlog / self.prefill_rate / QUEUE_SHARE)
+        allowed_s = max(target_s, self.seconds(rows, keys) * (1 + LEAST_PREFILL))
+        share = backlog / QUEUE_STEPS
         best = self._sizes[min(bisect_left(self._sizes, rows + 1), len(self._sizes) - 1)]
         for size in self._sizes:
             chunk = size - rows
-            if chunk > 0 and self.seconds(size, keys, chunk * start) <= allowed:
+            if chunk > 0 and (chunk <= share or self.seconds(size, keys, chunk * start) <= allowed_s):
                 best = size
         return max(best, rows + 1)
 

@@ -29,6 +29,10 @@ def test_a_long_queue_makes_steps_larger() -> None:
     assert sizes == [512, 1024, 2048]
 
 
+def test_a_queue_beside_many_streams_is_cleared_too() -> None:
+    assert costs().budget(rows=900, keys=0, start=0, backlog=10_000, target_s=0.015) == 2048
+
+
 def test_prompts_go_on_when_decode_alone_takes_longer_than_the_target() -> None:
     assert costs(per_key=1e-6).budget(rows=100, keys=40_000, start=0, backlog=100, target_s=0.015) == 512
     assert costs().budget(rows=3000, keys=0, start=0, backlog=100, target_s=0.015) == 3001
