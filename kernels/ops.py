@@ -4,7 +4,7 @@ reference.TorchOps says what each computes, in plain torch; cpu.CpuOps is the sa
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -17,6 +17,14 @@ class PackedWeight:
     rows: int
 
 
+class Norm(NamedTuple):
+    """An RMSNorm: x / sqrt(mean(x², -1) + eps) * weight, in float32. Zhang & Sennrich, 2019."""
+
+    weight: torch.Tensor
+    """[features]."""
+    eps: float
+
+
 class Ops(Protocol):
     """What the layers call. No operation keeps state; all of a model's are called from one thread."""
 
@@ -24,22 +32,29 @@ class Ops(Protocol):
         """weight [rows, features] of a linear layer or an embedding, which may be dropped afterwards."""
         ...
 
-    def linear(self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [n, features] W^T + bias [rows] -> [n, rows]."""
+    def linear(
+        self,
+        x: torch.Tensor,
+        packed: PackedWeight,
+        bias: torch.Tensor | None,
+        norm: Norm | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """norm(x [n, features]) W^T + bias [rows] + residual [n, rows] -> [n, rows]; `residual` may be overwritten."""
+        ...
+
+    def gated_linear(
+        self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, norm: Norm | None = None
+    ) -> torch.Tensor:
+        """silu(gate) * up of norm(x [n, features]) W^T + bias, whose first half of rows is gate -> [n, rows / 2]."""
         ...
 
     def embedding(self, token_ids: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
         """token_ids int64 [n] -> the weight's rows [n, features]."""
         ...
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x / sqrt(mean(x², -1) + eps) * weight. x [n, hidden] -> [n, hidden]. Zhang & Sennrich, 2019."""
-        ...
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """residual + x, normed and as it is: ([n, hidden], [n, hidden]). `residual` may be overwritten."""
+    def rms_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """x [n, features] -> [n, features]."""
         ...
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from baton.kernels.ops import PackedWeight
+from baton.kernels.ops import Norm, PackedWeight
 
 
 class TorchOps:
@@ -13,26 +13,33 @@ class TorchOps:
         """See Ops: as it is."""
         return PackedWeight(weight, len(weight))
 
-    def linear(self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear(
+        self,
+        x: torch.Tensor,
+        packed: PackedWeight,
+        bias: torch.Tensor | None,
+        norm: Norm | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See Ops."""
-        return functional.linear(x, packed.data, bias)
+        y = functional.linear(x if norm is None else self.rms_norm(x, norm), packed.data, bias)
+        return y if residual is None else residual + y
+
+    def gated_linear(
+        self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, norm: Norm | None = None
+    ) -> torch.Tensor:
+        """See Ops."""
+        return self.silu_and_mul(self.linear(x, packed, bias, norm))
 
     def embedding(self, token_ids: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
         """See Ops."""
         return functional.embedding(token_ids, packed.data)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """See Ops."""
         x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        return weight * normed.to(x.dtype)
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See Ops."""
-        total = x + residual
-        return self.rms_norm(total, weight, eps), total
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + norm.eps)
+        return norm.weight * normed.to(x.dtype)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See Ops."""
@@ -56,7 +63,7 @@ class TorchOps:
         query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         if qk_norm is not None:
             query_weight, key_weight, eps = qk_norm
-            query, key = self.rms_norm(query, query_weight, eps), self.rms_norm(key, key_weight, eps)
+            query, key = self.rms_norm(query, Norm(query_weight, eps)), self.rms_norm(key, Norm(key_weight, eps))
         table = cos_sin[positions.long()][:, None, :]  # [n, 1, rotary_dim]
         query, key = _rotate(query, table), _rotate(key, table)
         blocks, offsets = slot_mapping // block_size, slot_mapping % block_size

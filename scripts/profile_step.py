@@ -28,31 +28,36 @@ from baton.worker.weights.resolve import resolve
 
 PARTS = {
     "linear": "products",
+    "gated_linear": "products",
     "paged_attention": "attention",
     "rope_and_cache": "rotary + KV write",
     "rms_norm": "norms",
-    "add_rms_norm": "norms",
     "silu_and_mul": "SwiGLU",
     "embedding": "embedding",
 }
 
 
-class TimedOps:
-    """Forwards to the real operations and adds up their wall time by part."""
+class Timer:
+    """Adds up wall time by part; what a timed call spends in other timed calls counts there only."""
 
-    def __init__(self, ops: Any, seconds: dict[str, float]) -> None:
-        self._ops, self._seconds = ops, seconds
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inside = 0.0
 
-    def __getattr__(self, name: str) -> Any:
-        operation = getattr(self._ops, name)
+    def watch(self, owner: Any, name: str, part: str) -> None:
+        """Replace the method `name` of an object by one that is timed."""
+        original = getattr(owner, name)
 
         def timed(*args: Any) -> Any:
-            started = time.perf_counter()
-            result = operation(*args)
-            self._seconds[PARTS[name]] += time.perf_counter() - started
+            started, outside = time.perf_counter(), self._inside
+            self._inside = 0.0
+            result = original(*args)
+            elapsed = time.perf_counter() - started
+            self.seconds[part] += elapsed - self._inside
+            self._inside = outside + elapsed
             return result
 
-        return timed
+        setattr(owner, name, timed)
 
 
 class Profile:
@@ -72,33 +77,22 @@ class Profile:
         )
         self.blocks_per_stream = -(-(args.prompt + args.output) // args.block_size)
         self.runner.attach_pool(torch.zeros(self.blocks_per_stream * args.batch, *self.runner.layout.groups[0].shape))
-        self.seconds: dict[str, float] = defaultdict(float)
-        for module in self.runner.model.modules():
-            if hasattr(module, "ops"):
-                module.ops = TimedOps(module.ops, self.seconds)
-        self._time(self.runner._slots, "build_batch", "batch building")
-        self._time(self.runner._sampler, "sample", "sampling")
+        self.timer = Timer()
+        for name, part in PARTS.items():
+            self.timer.watch(self.runner._loaded.ops, name, part)
+        self.timer.watch(self.runner._slots, "build_batch", "batch building")
+        self.timer.watch(self.runner._sampler, "sample", "sampling")
         self.number = 0
-
-    def _time(self, owner: Any, name: str, part: str) -> None:
-        original = getattr(owner, name)
-
-        def timed(*args: Any) -> Any:
-            started = time.perf_counter()
-            result = original(*args)
-            self.seconds[part] += time.perf_counter() - started
-            return result
-
-        setattr(owner, name, timed)
 
     def step(self, rows: list[Row], inits: list[SlotInit]) -> dict[str, float]:
         """Seconds by part, `total` among them."""
-        self.seconds.clear()
+        self.timer.seconds.clear()
         self.number += 1
         started = time.perf_counter()
         self.runner.execute(StepPlan(self.number, rows, inits))
         total = time.perf_counter() - started
-        return {**self.seconds, "Python and the rest": total - sum(self.seconds.values()), "total": total}
+        seconds = self.timer.seconds
+        return {**seconds, "Python and the rest": total - sum(seconds.values()), "total": total}
 
     def run(self, args: argparse.Namespace) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
         """Prefill in chunks of the token budget, then decode: the steps' times."""

@@ -21,15 +21,12 @@ INLINE void scale_row(const float *x, const float *weight, float scale, float *y
     for (; i < size; i++) y[i] = weight[i] * (x[i] * scale);
 }
 
-/* residual += x unless x is NULL, then y = norm(residual) * weight; all [n, size]. */
-void baton_add_rms_norm(const float *x, float *residual, const float *weight, float eps, float *y, int64_t n,
-                        int64_t size, int threads) {
+/* y = norm(x) * weight; x and y [n, size]. */
+void baton_rms_norm(const float *x, const float *weight, float eps, float *y, int64_t n, int64_t size, int threads) {
 #pragma omp parallel for num_threads(threads) if (n * size >= PARALLEL_FROM)
     for (int64_t row = 0; row < n; row++) {
-        float *r = residual + row * size;
-        if (x)
-            for (int64_t i = 0; i < size; i++) r[i] += x[row * size + i];
-        scale_row(r, weight, 1.0f / sqrtf(mean_square(r, size) + eps), y + row * size, size);
+        const float *from = x + row * size;
+        scale_row(from, weight, 1.0f / sqrtf(mean_square(from, size) + eps), y + row * size, size);
     }
 }
 

@@ -1,4 +1,4 @@
-/* y = x w^T + b for few rows of x and weights that are read once: the products of a decode step or a prefill chunk.
+/* y = x w^T + b + r for few rows of x and weights that are read once: the products of a decode step or a prefill chunk.
  *
  * Weights are packed in panels of NR output features, [panels][in_features][NR], so that a tile streams one panel from
  * memory front to back while MR rows of results stay in registers. Each result is one chain of fused multiply-adds over
@@ -9,7 +9,7 @@
 #define PREFETCH 8 /* steps of k ahead */
 
 INLINE void tile(const int rows, const float *restrict x, size_t ldx, const float *restrict panel, size_t k_size,
-                 vf bias0, vf bias1, float *restrict y, size_t ldy) {
+                 vf bias0, vf bias1, const float *restrict residual, float *restrict y, size_t ldy) {
     vf acc[MR][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) acc[r][0] = bias0, acc[r][1] = bias1;
@@ -25,13 +25,17 @@ INLINE void tile(const int rows, const float *restrict x, size_t ldx, const floa
             acc[r][1] += value * w1;
         }
     }
+    if (residual)
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++)
+            acc[r][0] += load(residual + r * ldy), acc[r][1] += load(residual + r * ldy + VL);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) store(y + r * ldy, acc[r][0]), store(y + r * ldy + VL, acc[r][1]);
 }
 
-static void tile_rows(int rows, const float *x, size_t ldx, const float *panel, size_t k_size, vf b0, vf b1, float *y,
-                      size_t ldy) {
-#define CASE(n) case n: tile(n, x, ldx, panel, k_size, b0, b1, y, ldy); break;
+static void tile_rows(int rows, const float *x, size_t ldx, const float *panel, size_t k_size, vf b0, vf b1,
+                      const float *residual, float *y, size_t ldy) {
+#define CASE(n) case n: tile(n, x, ldx, panel, k_size, b0, b1, residual, y, ldy); break;
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if MR == 12
@@ -43,9 +47,10 @@ static void tile_rows(int rows, const float *x, size_t ldx, const float *panel, 
 
 int baton_panel_width(void) { return NR; }
 
-/* x [m, k], rows ldx apart; packed [ceil(n / NR), k, NR], padded with zeros; bias [n] or NULL; y [m, n]. */
-void baton_linear(const float *x, int64_t ldx, const float *packed, const float *bias, float *y, int64_t m, int64_t n,
-                  int64_t k, int threads) {
+/* x [m, k], rows ldx apart; packed [ceil(n / NR), k, NR], padded with zeros; bias [n] or NULL; residual [m, n] or NULL;
+ * y [m, n]. */
+void baton_linear(const float *x, int64_t ldx, const float *packed, const float *bias, const float *residual, float *y,
+                  int64_t m, int64_t n, int64_t k, int threads) {
     const int64_t panels = (n + NR - 1) / NR, row_blocks = (m + MR - 1) / MR;
     const int64_t grain = panels / (threads * 4) > 0 ? panels / (threads * 4) : 1;
 #pragma omp parallel for schedule(dynamic, grain) num_threads(threads)
@@ -59,11 +64,14 @@ void baton_linear(const float *x, int64_t ldx, const float *packed, const float 
         for (int64_t block = 0; block < row_blocks; block++) {
             const int64_t rows = (m - row) / (row_blocks - block); /* even tiles: no thin one at the end */
             float *out = y + row * n + p * NR;
+            const float *added = residual ? residual + row * n + p * NR : NULL;
             if (columns == NR) {
-                tile_rows(rows, x + row * ldx, ldx, panel, k, b0, b1, out, n);
+                tile_rows(rows, x + row * ldx, ldx, panel, k, b0, b1, added, out, n);
             } else {
-                tile_rows(rows, x + row * ldx, ldx, panel, k, b0, b1, edge, NR);
-                for (int64_t r = 0; r < rows; r++) memcpy(out + r * n, edge + r * NR, columns * sizeof(float));
+                tile_rows(rows, x + row * ldx, ldx, panel, k, b0, b1, NULL, edge, NR);
+                for (int64_t r = 0; r < rows; r++)
+                    for (int64_t c = 0; c < columns; c++)
+                        out[r * n + c] = edge[r * NR + c] + (added ? added[r * n + c] : 0);
             }
             row += rows;
         }

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from baton.kernels.ops import PackedWeight
+from baton.kernels.ops import Norm, PackedWeight
 
 MAX_HEAD_DIM = 256
 
 _SIGNATURES = {
     "baton_panel_width": (),
-    "baton_linear": (c_void_p, c_int64, *[c_void_p] * 3, *[c_int64] * 3, c_int),
-    "baton_add_rms_norm": (*[c_void_p] * 3, c_float, c_void_p, *[c_int64] * 2, c_int),
+    "baton_linear": (c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 3, c_int),
+    "baton_rms_norm": (*[c_void_p] * 2, c_float, c_void_p, *[c_int64] * 2, c_int),
     "baton_silu_and_mul": (*[c_void_p] * 2, *[c_int64] * 2, c_int),
     "baton_rope_and_cache": (*[c_void_p] * 7, c_float, *[c_int64] * 8, c_int),
     "baton_draw": (*[c_void_p] * 7, *[c_int64] * 2, c_int),
@@ -42,8 +42,17 @@ class CpuOps:
         """See Ops."""
         return packed.data[token_ids // self._panel, :, token_ids % self._panel]
 
-    def linear(self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear(
+        self,
+        x: torch.Tensor,
+        packed: PackedWeight,
+        bias: torch.Tensor | None,
+        norm: Norm | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See Ops."""
+        if norm is not None:
+            x = self.rms_norm(x, norm)
         n, features = x.shape
         y = torch.empty(n, packed.rows)
         self._lib.baton_linear(
@@ -51,6 +60,7 @@ class CpuOps:
             x.stride(0),
             packed.data.data_ptr(),
             None if bias is None else bias.data_ptr(),
+            None if residual is None else residual.data_ptr(),
             y.data_ptr(),
             n,
             packed.rows,
@@ -59,22 +69,17 @@ class CpuOps:
         )
         return y
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def gated_linear(
+        self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, norm: Norm | None = None
+    ) -> torch.Tensor:
         """See Ops."""
-        return self._norm(None, x, weight, eps)
+        return self.silu_and_mul(self.linear(x, packed, bias, norm))
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def rms_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """See Ops."""
-        return self._norm(x.data_ptr(), residual, weight, eps), residual
-
-    def _norm(self, x: int | None, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y = torch.empty_like(residual)
-        n, size = residual.shape
-        self._lib.baton_add_rms_norm(
-            x, residual.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), n, size, self._threads
-        )
+        y = torch.empty_like(x)
+        n, size = x.shape
+        self._lib.baton_rms_norm(x.data_ptr(), norm.weight.data_ptr(), norm.eps, y.data_ptr(), n, size, self._threads)
         return y
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

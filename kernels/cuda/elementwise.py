@@ -3,40 +3,46 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from baton.kernels.cuda import pdl
+from baton.kernels.ops import Norm
 
 
 @triton.jit
-def _rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, size, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per row; with a residual, x + residual is normed and also written over the residual."""
+def _rms_norm(x_ptr, weight_ptr, out_ptr, eps, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < size
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + row * size + columns, mask=mask, other=0.0)
-    if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + row * size + columns, mask=mask, other=0.0)
-        tl.store(residual_ptr + row * size + columns, x, mask=mask)
     x32 = x.to(tl.float32)
     normed = x32 * tl.rsqrt(tl.sum(x32 * x32, axis=0) / size + eps)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
     tl.store(out_ptr + row * size + columns, weight * normed.to(x.dtype), mask=mask)
 
 
-def rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x, residual [n, hidden], dense; see Ops.add_rms_norm. Overwrites the residual with the sum."""
+def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """x [n, hidden], dense; see Ops."""
     n, size = x.shape
     out = torch.empty_like(x)
     block = triton.next_power_of_2(size)
-    _rms_norm[(n,)](
-        x, residual, weight, out, eps, size, residual is not None, block, num_warps=min(16, max(1, block // 512))
-    )
+    warps = min(16, max(1, block // 512))
+    _rms_norm[(n,)](x, norm.weight, out, norm.eps, size, block, num_warps=warps, **pdl.options())
     return out
 
 
 @triton.jit
-def _silu_and_mul(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def _silu_and_mul(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     gate = tl.load(gate_up_ptr + row * 2 * size + columns, mask=mask, other=0.0)
     up = tl.load(gate_up_ptr + row * 2 * size + size + columns, mask=mask, other=0.0)
     gate32 = gate.to(tl.float32)
@@ -48,7 +54,8 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     n, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(n, size, dtype=gate_up.dtype, device=gate_up.device)
     block = min(2048, triton.next_power_of_2(size))
-    _silu_and_mul[(n, triton.cdiv(size, block))](gate_up, out, size, block, num_warps=min(8, max(1, block // 256)))
+    warps = min(8, max(1, block // 256))
+    _silu_and_mul[(n, triton.cdiv(size, block))](gate_up, out, size, block, num_warps=warps, **pdl.options())
     return out
 
 
@@ -74,6 +81,7 @@ def _rope_and_cache(
     HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per token and HEADS heads. A head is its two rotating halves and the rest, which stays."""
     token = tl.program_id(0).to(tl.int64)
@@ -83,6 +91,9 @@ def _rope_and_cache(
     rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
     in_half = (head < total) & (column < HALF)
     in_rest = (head < total) & (rest < HEAD_DIM)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     base = qkv_ptr + token * total * HEAD_DIM + head * HEAD_DIM
     first = tl.load(base + column, mask=in_half, other=0.0)
     second = tl.load(base + HALF + column, mask=in_half, other=0.0)
@@ -157,5 +168,6 @@ def rope_and_cache(
         triton.next_power_of_2(half),
         triton.next_power_of_2(max(1, dim - 2 * half)),
         num_warps=4,
+        **pdl.options(),
     )
     return qkv.view(len(qkv), total, dim)[:, :num_heads]

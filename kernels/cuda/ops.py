@@ -1,4 +1,4 @@
-"""The fused operations on an NVIDIA GPU: cuBLAS for the products, Triton for everything around them."""
+"""The fused operations on an NVIDIA GPU: cuBLAS for products of many rows, Triton for few and for everything else."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from baton.kernels.cuda import attention, elementwise, sampling, work
-from baton.kernels.ops import PackedWeight
+from baton.kernels.cuda import attention, elementwise, sampling, skinny, tuning, work
+from baton.kernels.ops import Norm, PackedWeight
 
 
 @dataclass(slots=True)
@@ -29,27 +29,67 @@ class AttentionWork:
 class CudaOps:
     """Implements ops.Ops. All launches go to the current stream; nothing waits for the device."""
 
+    def __init__(self, skinny_products: bool = True) -> None:
+        """skinny_products: take our own kernels for few rows where they were measured to be faster than cuBLAS."""
+        self._tiles = tuning.product_tiles() if skinny_products else None
+
     def pack(self, weight: torch.Tensor) -> PackedWeight:
         """See Ops: as it is."""
         return PackedWeight(weight, len(weight))
 
-    def linear(self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear(
+        self,
+        x: torch.Tensor,
+        packed: PackedWeight,
+        bias: torch.Tensor | None,
+        norm: Norm | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See Ops."""
-        return functional.linear(x, packed.data, bias)
+        if self._is_skinny(x):
+            return self._skinny_product(x, packed, bias, norm, residual, gated=False)
+        x = x if norm is None else self.rms_norm(x, norm)
+        if residual is None:
+            return functional.linear(x, packed.data, bias)
+        if bias is not None:
+            residual += bias
+        return residual.addmm_(x, packed.data.T)
+
+    def gated_linear(
+        self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, norm: Norm | None = None
+    ) -> torch.Tensor:
+        """See Ops."""
+        if self._is_skinny(x):
+            return self._skinny_product(x, packed, bias, norm, None, gated=True)
+        return self.silu_and_mul(self.linear(x, packed, bias, norm))
+
+    def _is_skinny(self, x: torch.Tensor) -> bool:
+        """Whether skinny.py takes a product of x. With float32 the tensor cores would round, so only single rows."""
+        return self._tiles is not None and len(x) <= (self._tiles.most_rows if x.element_size() == 2 else 1)
+
+    def _skinny_product(
+        self,
+        x: torch.Tensor,
+        packed: PackedWeight,
+        bias: torch.Tensor | None,
+        norm: Norm | None,
+        residual: torch.Tensor | None,
+        gated: bool,
+    ) -> torch.Tensor:
+        assert self._tiles is not None
+        if len(x) == 1:
+            tile = self._tiles.gated if gated else self._tiles.plain
+            return skinny.one_row(x, packed.data, bias, norm, residual, gated, tile)
+        x = x if norm is None else self.rms_norm(x, norm)
+        return skinny.few_rows(x, packed.data, bias, residual, gated, self._tiles.several(len(x)))
 
     def embedding(self, token_ids: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
         """See Ops."""
         return functional.embedding(token_ids, packed.data)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """See Ops."""
-        return elementwise.rms_norm(x, None, weight, eps)
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See Ops."""
-        return elementwise.rms_norm(x, residual, weight, eps), residual
+        return elementwise.rms_norm(x, norm)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See Ops."""
@@ -118,10 +158,6 @@ class CudaOps:
             block_tables, counted, items if some else None, parts if some else None, tiles if len(tiles) else None
         )
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits [n, vocab] -> int64 [n], the first of equals."""
-        return sampling.argmax(logits)
-
     def draw(
         self,
         logits: torch.Tensor,
@@ -132,6 +168,4 @@ class CudaOps:
         uniforms: torch.Tensor,
     ) -> torch.Tensor:
         """See Ops. Rows with temperature 0 get their argmax, and the parameters may be strided."""
-        tokens = sampling.argmax(logits)
-        sampling.draw(logits, temperatures, top_k, top_p, min_p, uniforms, tokens)
-        return tokens
+        return sampling.draw(logits, temperatures, top_k, top_p, min_p, uniforms)

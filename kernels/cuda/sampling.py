@@ -3,16 +3,30 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_SPLITS = 16
-"""Programs per row of the argmax: one alone would read a row of 128k logits at the speed of one multiprocessor."""
+from baton.kernels.cuda import pdl
+
+_PROGRAMS = 512
+"""Of the argmax, unless each row has 16: one per row would read 128k logits at the speed of one multiprocessor."""
 
 
 @triton.jit
 def _argmax_parts(
-    logits_ptr, values_ptr, indices_ptr, row_stride, size, span, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr,
+    values_ptr,
+    indices_ptr,
+    row_stride,
+    size,
+    span,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     where = tl.zeros([BLOCK], tl.int32)
     end = tl.minimum(size, (split + 1) * span)
@@ -27,27 +41,6 @@ def _argmax_parts(
     index = tl.min(tl.where(best == value, where, 2147483647), axis=0)
     tl.store(values_ptr + row * SPLITS + split, value)
     tl.store(indices_ptr + row * SPLITS + split, index)
-
-
-@triton.jit
-def _argmax_final(values_ptr, indices_ptr, tokens_ptr, SPLITS: tl.constexpr):
-    row = tl.program_id(0)
-    values = tl.load(values_ptr + row * SPLITS + tl.arange(0, SPLITS))
-    indices = tl.load(indices_ptr + row * SPLITS + tl.arange(0, SPLITS))
-    best = tl.max(values, axis=0)
-    tl.store(tokens_ptr + row, tl.min(tl.where(values == best, indices, 2147483647), axis=0).to(tl.int64))
-
-
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """logits [n, vocab] of any float dtype -> int64 [n], the first of equals."""
-    n, size = logits.shape
-    values = torch.empty(n, _SPLITS, dtype=torch.float32, device=logits.device)
-    indices = torch.empty(n, _SPLITS, dtype=torch.int32, device=logits.device)
-    tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
-    span = triton.cdiv(size, _SPLITS)
-    _argmax_parts[(n, _SPLITS)](logits, values, indices, logits.stride(0), size, span, _SPLITS, 1024, num_warps=4)
-    _argmax_final[(n,)](values, indices, tokens, _SPLITS, num_warps=1)
-    return tokens
 
 
 @triton.jit
@@ -91,6 +84,8 @@ def _lowest_kept(logits_ptr, size, best, temperature, floor, wanted, COUNT: tl.c
 @triton.jit
 def _draw(
     logits_ptr,
+    values_ptr,
+    indices_ptr,
     temperatures_ptr,
     top_k_ptr,
     top_p_ptr,
@@ -104,21 +99,30 @@ def _draw(
     min_p_stride,
     uniform_stride,
     size,
+    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One program per row. `tokens` holds the row's argmax and keeps it where the temperature is 0."""
+    """One program per row: the argmax of the row's parts, and a draw unless the temperature is 0."""
     row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    values = tl.load(values_ptr + row * SPLITS + tl.arange(0, SPLITS))
+    indices = tl.load(indices_ptr + row * SPLITS + tl.arange(0, SPLITS))
+    best = tl.max(values, axis=0)
+    greedy = tl.min(tl.where(values == best, indices, 2147483647), axis=0)
     temperature = tl.load(temperatures_ptr + row * temperature_stride)
     if temperature <= 0.0:
+        tl.store(tokens_ptr + row, greedy.to(tl.int64))
         return
     logits_row = logits_ptr + row * row_stride
-    best = tl.load(logits_row + tl.load(tokens_ptr + row)).to(tl.float32)
     top_k, min_p = tl.load(top_k_ptr + row * top_k_stride), tl.load(min_p_ptr + row * min_p_stride)
     top_p = tl.load(top_p_ptr + row * top_p_stride)
     threshold = tl.where(min_p > 0, tl.log(min_p), -3.0e38)
     if (top_k > 0) & (top_k < size):
         threshold = _lowest_kept(logits_row, size, best, temperature, threshold, top_k.to(tl.float64), True, BLOCK)
-    total = _mass(logits_ptr + row * row_stride, size, best, temperature, threshold, False, BLOCK)
+    total = _mass(logits_row, size, best, temperature, threshold, False, BLOCK)
     if top_p < 1.0:
         threshold = _lowest_kept(logits_row, size, best, temperature, threshold, top_p * total, False, BLOCK)
         total = _mass(logits_row, size, best, temperature, threshold, False, BLOCK)
@@ -136,7 +140,7 @@ def _draw(
         below += tl.sum(weights, axis=0)
         first += BLOCK
     # Rounding of the sum may leave the target unreached; the argmax is then as likely as any last token.
-    tl.store(tokens_ptr + row, token.to(tl.int64), mask=token < size)
+    tl.store(tokens_ptr + row, tl.where(token < size, token, greedy).to(tl.int64))
 
 
 def draw(
@@ -146,11 +150,32 @@ def draw(
     top_p: torch.Tensor,
     min_p: torch.Tensor,
     uniforms: torch.Tensor,
-    tokens: torch.Tensor,
-) -> None:
-    """See Ops.draw; the parameters [n] may be strided. `tokens` int64 [n] holds each row's argmax and takes the draws;
-    rows with temperature 0 keep theirs."""
+) -> torch.Tensor:
+    """See Ops.draw. logits of any float dtype; rows with temperature 0 get their argmax, the first of equals; the
+    parameters [n] may be strided."""
     n, size = logits.shape
+    splits = triton.next_power_of_2(max(16, min(128, _PROGRAMS // n)))
+    values = torch.empty(n, splits, dtype=torch.float32, device=logits.device)
+    indices = torch.empty(n, splits, dtype=torch.int32, device=logits.device)
+    tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
+    span, options = triton.cdiv(size, splits), pdl.options()
+    _argmax_parts[(n, splits)](
+        logits, values, indices, logits.stride(0), size, span, splits, 1024, num_warps=4, **options
+    )
     columns = (temperatures, top_k, top_p, min_p, uniforms)
     strides = [column.stride(0) for column in columns]
-    _draw[(n,)](logits, *columns, tokens, logits.stride(0), *strides, size, 4096, num_warps=16)
+    _draw[(n,)](
+        logits,
+        values,
+        indices,
+        *columns,
+        tokens,
+        logits.stride(0),
+        *strides,
+        size,
+        splits,
+        4096,
+        num_warps=16,
+        **options,
+    )
+    return tokens

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from baton.kernels.cuda.ops import CudaOps
+from baton.kernels.ops import Norm
 from baton.kernels.reference import TorchOps
 
 pytestmark = pytest.mark.gpu
@@ -27,14 +28,10 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(1, 576), (3, 50), (33, 4096)])
-def test_norms(device: str, dtype: torch.dtype, rows: int, size: int) -> None:
-    x, residual = torch.randn(2, rows, size, device=device, dtype=dtype)
-    weight = torch.randn(size, device=device, dtype=dtype)
-    assert_near(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
-    expected = reference.add_rms_norm(x, residual, weight, 1e-5)
-    actual = ops.add_rms_norm(x, residual.clone(), weight, 1e-5)
-    assert_near(actual[0], expected[0])
-    assert torch.equal(actual[1], expected[1])
+def test_norm(device: str, dtype: torch.dtype, rows: int, size: int) -> None:
+    x = torch.randn(rows, size, device=device, dtype=dtype)
+    norm = Norm(torch.randn(size, device=device, dtype=dtype), 1e-5)
+    assert_near(ops.rms_norm(x, norm), reference.rms_norm(x, norm))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,9 +103,11 @@ def test_blocks_beyond_two_gigabytes(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_argmax_takes_the_first_of_equals(device: str, dtype: torch.dtype) -> None:
+def test_rows_with_temperature_0_get_the_first_of_the_largest(device: str, dtype: torch.dtype) -> None:
     logits = torch.randint(-50, 50, (7, 30011), device=device).to(dtype)
-    assert torch.equal(ops.argmax(logits).cpu(), logits.float().cpu().argmax(-1))
+    zero = torch.zeros(7, device=device)
+    off = (zero.long(), zero.double() + 1, zero, zero.double())
+    assert torch.equal(ops.draw(logits, zero, *off).cpu(), logits.float().cpu().argmax(-1))
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 7])
@@ -127,10 +126,3 @@ def test_draw(device: str, top_k: int, top_p: float, min_p: float) -> None:
     drawn, expected = ops.draw(logits, *arguments), reference.draw(logits, *arguments)
     # A cumulative sum within rounding of the uniform may fall on either side.
     assert (drawn != expected).sum() <= 1
-
-
-def test_rows_with_temperature_0_are_greedy(device: str) -> None:
-    logits = torch.randn(3, 1000, device=device)
-    zero = torch.zeros(3, device=device)
-    one, none = torch.ones(3, device=device, dtype=torch.float64), torch.zeros(3, device=device, dtype=torch.int64)
-    assert torch.equal(ops.draw(logits, zero, none, one, zero, one * 0.5), logits.argmax(-1))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from baton.kernels.ops import Ops, PackedWeight
+from baton.kernels.ops import Norm, Ops, PackedWeight
 
 
 class Matrix(nn.Module):
@@ -34,9 +34,13 @@ class Linear(Matrix):
         super().__init__(rows, features, ops, dtype)
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, features] -> [num_tokens, rows]."""
-        return self.ops.linear(x, self.packed, self.bias)
+    def forward(self, x: torch.Tensor, norm: Norm | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """norm(x [num_tokens, features]) W^T + b + residual -> [num_tokens, rows]; `residual` may be overwritten."""
+        return self.ops.linear(x, self.packed, self.bias, norm, residual)
+
+    def gated(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """silu(gate) * up of norm(x [num_tokens, features]), whose first half of rows is gate -> [.., rows / 2]."""
+        return self.ops.gated_linear(x, self.packed, self.bias, norm)
 
 
 class Embedding(Matrix):
@@ -46,6 +50,6 @@ class Embedding(Matrix):
         """int64 [n] -> [n, features]."""
         return self.ops.embedding(token_ids, self.packed)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, features] -> [n, rows]."""
-        return self.ops.linear(x, self.packed, None)
+    def logits(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """norm(x [n, features]) -> [n, rows]."""
+        return self.ops.linear(x, self.packed, None, norm)

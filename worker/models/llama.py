@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from baton.kernels.ops import Ops
+from baton.kernels.ops import Norm, Ops
 from baton.worker.batch import Batch
 from baton.worker.layers.linear import Embedding, Linear, Matrix
 from baton.worker.layers.rotary import cos_sin_table
@@ -92,11 +92,13 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
 
-    def forward(self, x: torch.Tensor, batch: Batch, cos_sin: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, hidden] -> [num_tokens, hidden]; writes this layer's KV of the tokens into the pool."""
+    def forward(
+        self, x: torch.Tensor, norm: Norm, batch: Batch, cos_sin: torch.Tensor, pool: torch.Tensor
+    ) -> torch.Tensor:
+        """x + attention(norm(x)), [num_tokens, hidden]; writes this layer's KV of the tokens into the pool."""
         norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.config.qk_norm else None
         query = self.ops.rope_and_cache(
-            self.qkv_proj(x),
+            self.qkv_proj(x, norm),
             self.config.num_heads,
             cos_sin,
             batch.positions,
@@ -115,7 +117,7 @@ class Attention(nn.Module):
             self.config.head_dim**-0.5,
             batch.planned,
         )
-        return self.o_proj(attended)
+        return self.o_proj(attended, residual=x)
 
 
 class MLP(nn.Module):
@@ -123,14 +125,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
-        self.ops = ops
         inner = config.intermediate_size
         self.gate_up_proj = Linear(config.hidden_size, (inner, inner), config.mlp_bias, ops, dtype)
         self.down_proj = Linear(inner, (config.hidden_size,), config.mlp_bias, ops, dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, hidden] -> [num_tokens, hidden]."""
-        return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """x + feed_forward(norm(x)), [num_tokens, hidden]."""
+        return self.down_proj(self.gate_up_proj.gated(x, norm), residual=x)
 
 
 class RMSNorm(nn.Module):
@@ -141,36 +142,26 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
         self.eps = eps
 
+    @property
+    def norm(self) -> Norm:
+        """As the operations take it."""
+        return Norm(self.weight, self.eps)
+
 
 class Layer(nn.Module):
-    """One decoder layer. The residual stream stays un-normed beside the normed input of the next part."""
+    """One decoder layer: both parts read the residual stream through a norm and add to it."""
 
     def __init__(self, config: LlamaConfig, layer: int, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
-        self.ops = ops
         self.self_attn = Attention(config, layer, ops, dtype)
         self.mlp = MLP(config, ops, dtype)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        batch: Batch,
-        cos_sin: torch.Tensor,
-        pool: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [num_tokens, hidden] is what the layer before adds to the residual (None before the first layer)."""
-        norm = self.input_layernorm
-        if residual is None:
-            residual, x = x, self.ops.rms_norm(x, norm.weight, norm.eps)
-        else:
-            x, residual = self.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
-        x = self.self_attn(x, batch, cos_sin, pool)
-        norm = self.post_attention_layernorm
-        x, residual = self.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
-        return self.mlp(x), residual
+    def forward(self, x: torch.Tensor, batch: Batch, cos_sin: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden] -> [num_tokens, hidden]."""
+        x = self.self_attn(x, self.input_layernorm.norm, batch, cos_sin, pool)
+        return self.mlp(x, self.post_attention_layernorm.norm)
 
 
 class Decoder(nn.Module):
@@ -178,7 +169,6 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LlamaConfig, max_model_len: int, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
-        self.ops = ops
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, ops, dtype)
         self.layers = nn.ModuleList(Layer(config, index, ops, dtype) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -187,12 +177,9 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         """See LlamaForCausalLM.forward."""
         x = self.embed_tokens(batch.token_ids)
-        residual = None
         for layer in self.layers:
-            x, residual = layer(x, residual, batch, self.cos_sin, pool)
-        assert residual is not None
-        x, residual = x[batch.logits_indices], residual[batch.logits_indices]
-        return self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)[0]
+            x = layer(x, batch, self.cos_sin, pool)
+        return x[batch.logits_indices]
 
 
 class LlamaForCausalLM(nn.Module):
@@ -218,7 +205,7 @@ class LlamaForCausalLM(nn.Module):
                 module.pack()
 
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the last norm of the tokens in batch.logits_indices: [num_samples, hidden].
+        """Hidden states before the last norm of the tokens in batch.logits_indices: [num_samples, hidden].
 
         pool: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], written for every token of the batch.
         """
@@ -226,4 +213,5 @@ class LlamaForCausalLM(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_samples, hidden] -> [num_samples, vocab_size] of the model's dtype."""
-        return self.model.embed_tokens.logits(hidden) if self.tied else self.lm_head(hidden)
+        norm = self.model.norm.norm
+        return self.model.embed_tokens.logits(hidden, norm) if self.tied else self.lm_head(hidden, norm)

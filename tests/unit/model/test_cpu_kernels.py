@@ -11,6 +11,7 @@ import torch
 
 from baton.kernels.cpu.build import BuildError, build
 from baton.kernels.cpu.ops import CpuOps
+from baton.kernels.ops import Norm
 from baton.kernels.reference import TorchOps
 from baton.worker.attention import choose_ops
 
@@ -27,12 +28,24 @@ def ops() -> CpuOps:
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 12, 13, 31, 64])
 @pytest.mark.parametrize(("features", "outputs"), [(576, 960), (37, 50), (128, 1)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_linear(ops: CpuOps, rows: int, features: int, outputs: int, bias: bool) -> None:
+@pytest.mark.parametrize("around", ["nothing", "bias", "norm and residual"])
+def test_linear(ops: CpuOps, rows: int, features: int, outputs: int, around: str) -> None:
     x, weight = torch.randn(rows, features), torch.randn(outputs, features)
-    b = torch.randn(outputs) if bias else None
-    expected = reference.linear(x, reference.pack(weight), b)
-    torch.testing.assert_close(ops.linear(x, ops.pack(weight), b), expected, atol=1e-3, rtol=1e-4)
+    bias = torch.randn(outputs) if around == "bias" else None
+    norm, residual = None, None
+    if around == "norm and residual":
+        norm, residual = Norm(torch.randn(features), 1e-5), torch.randn(rows, outputs)
+    expected = reference.linear(x, reference.pack(weight), bias, norm, residual)
+    actual = ops.linear(x, ops.pack(weight), bias, norm, residual)
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "features", "outputs"), [(1, 576, 3072), (20, 37, 50)])
+def test_gated_linear(ops: CpuOps, rows: int, features: int, outputs: int) -> None:
+    x, weight = torch.randn(rows, features), torch.randn(outputs, features) / features
+    bias, norm = torch.randn(outputs), Norm(torch.randn(features), 1e-5)
+    expected = reference.gated_linear(x, reference.pack(weight), bias, norm)
+    torch.testing.assert_close(ops.gated_linear(x, ops.pack(weight), bias, norm), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_of_a_product_has_the_same_bits_in_every_batch(ops: CpuOps) -> None:
@@ -48,13 +61,9 @@ def test_embedding_reads_packed_rows(ops: CpuOps) -> None:
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 576), (3, 50), (300, 512)])
-def test_norms(ops: CpuOps, rows: int, size: int) -> None:
-    x, residual, weight = torch.randn(rows, size), torch.randn(rows, size), torch.randn(size)
-    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
-    expected = reference.add_rms_norm(x, residual, weight, 1e-5)
-    actual = ops.add_rms_norm(x, residual.clone(), weight, 1e-5)
-    torch.testing.assert_close(actual[0], expected[0])
-    torch.testing.assert_close(actual[1], expected[1])
+def test_norm(ops: CpuOps, rows: int, size: int) -> None:
+    x, norm = torch.randn(rows, size), Norm(torch.randn(size), 1e-5)
+    torch.testing.assert_close(ops.rms_norm(x, norm), reference.rms_norm(x, norm))
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1536), (4, 50), (200, 512)])
