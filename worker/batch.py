@@ -25,8 +25,8 @@ class Batch:
     """int32 [num_seqs], tokens in the cache after this step."""
     block_tables: torch.Tensor
     """int32 [num_seqs, width]; entries beyond a sequence's blocks are not read."""
-    logits_indices: torch.Tensor
-    """int64 [num_samples]: the tokens whose logits are wanted."""
+    logits_indices: torch.Tensor | None
+    """int64 [num_samples]: the tokens whose logits are wanted; None: of all, in their order."""
     max_query_len: int
     """Most tokens of one sequence; 1 for a pure decode step."""
     max_seq_len: int

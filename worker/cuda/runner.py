@@ -205,7 +205,7 @@ class CudaRunner:
             query_start=inputs["counts"][:0],
             seq_lens=inputs["counts"][:0],
             block_tables=self._slots.tables[:0],
-            logits_indices=inputs["logits_indices"],
+            logits_indices=None if layout.is_decode else inputs["logits_indices"],
             max_query_len=0,
             max_seq_len=0,
             planned=planned,

@@ -48,6 +48,11 @@ class StepLayout:
         return sections
 
     @property
+    def is_decode(self) -> bool:
+        """Whether every token is one of a decode row and sampled."""
+        return self.tiles == 0 and self.tokens == self.samples
+
+    @property
     def words(self) -> int:
         """Length without the table updates."""
         offset, rows, words = self.sections["tiles"]

@@ -179,7 +179,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(batch.token_ids)
         for layer in self.layers:
             x = layer(x, batch, self.cos_sin, pool)
-        return x[batch.logits_indices]
+        return x if batch.logits_indices is None else x[batch.logits_indices]
 
 
 class LlamaForCausalLM(nn.Module):
@@ -205,7 +205,7 @@ class LlamaForCausalLM(nn.Module):
                 module.pack()
 
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
-        """Hidden states before the last norm of the tokens in batch.logits_indices: [num_samples, hidden].
+        """Hidden states, before the last norm, of the tokens in batch.logits_indices: [num_samples, hidden].
 
         pool: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], written for every token of the batch.
         """
