@@ -8,11 +8,11 @@ MODEL_DIR needs config.json and tokenizer files only: weights are random. Greedy
 
 import argparse
 import gc
-import itertools
 import json
 import random
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -189,14 +189,18 @@ def profile(bench: Bench, batch: int, length: int) -> dict[str, Any]:
         elapsed = time.perf_counter() - started
     while bench.engine.step():
         pass
-    kernels: dict[str, float] = {}
-    spans = []
-    for event in trace.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us()
-            spans.append((event.time_range.start, event.time_range.end))
-    spans.sort()
-    gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
+    spans = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in trace.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    # A kernel may start before the one ahead of it ends, and waits for it then: what they share counts for that one.
+    kernels: dict[str, float] = defaultdict(float)
+    gaps, last_end = [], spans[0][0]
+    for start, end, name in spans:
+        gaps.append(max(0.0, start - last_end))
+        kernels[name] += max(0.0, end - max(start, last_end))
+        last_end = max(last_end, end)
     busy = sum(kernels.values())
     top = sorted(kernels.items(), key=lambda item: -item[1])[:14]
     return {
