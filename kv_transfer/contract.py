@@ -6,11 +6,13 @@ A pull reads whatever the source blocks hold at that moment: whether that was st
 afterwards, by the lease's owner (leases.py), and nobody uses the copy before.
 """
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from baton.proto.messages import Peer
 
@@ -82,6 +84,10 @@ class Pool:
     gpu: int = -1
     """Index of the GPU that `address` is on; -1 for host memory."""
 
+    def addresses(self, blocks: Sequence[int]) -> np.ndarray:
+        """Where these blocks begin, int64 [n]."""
+        return self.address + np.asarray(blocks, dtype=np.int64) * self.block_bytes
+
 
 class TransferError(Exception):
     """Blocks can't be had from a peer; says from whom and why."""
@@ -121,8 +127,13 @@ class Transport(ABC):
         """Why this worker can't read a peer that makes this offer; empty when it can."""
 
     @abstractmethod
-    def open(self, offer: msgspec.Raw, memfd: int) -> Link:
-        """Open the pool of the peer that makes this offer. `memfd` stays the caller's; -1 when there is none.
+    def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> Link:
+        """Open the pool of the peer that makes this offer. Raises TransferError or OSError.
 
-        Raises TransferError or OSError.
+        The connection leads to the peer's `serve`, for transports that have one. Both it and `memfd`, -1 when there is
+        none, stay the caller's and are open as long as the link.
         """
+
+    def serve(self, connection: socket.socket) -> None:
+        """Send to one reader until its connection ends, in a thread of its own; for transports whose owner must act."""
+        raise TransferError(f"{self.name} needs nothing from the owner")

@@ -1,22 +1,21 @@
 """Transport `cuda_ipc`: the owner exports its pool once, the reader maps it and copies blocks with one kernel a batch.
 
-    pulls ─► (source address, target address) of every block ─► one copy to the device ─► one launch ─► event ─► done
-
-Works between two processes on one GPU, and between GPUs that can reach each other's memory. Copies have a stream of
-their own and a bound on the multiprocessors that they take, so that decode steps go on beside them. The reader's thread
-waits for the event, without the interpreter lock. Source blocks need no event: an owner names them only when the step
-that wrote them has ended. Mapped memory stays valid when its owner dies, until it is closed.
+Works between two processes on one GPU, and between GPUs that can reach each other's memory. Source blocks need no
+event: an owner names them only when the step that wrote them has ended. Mapped memory stays valid when its owner dies,
+until it is closed.
 """
 
+import dataclasses
+import socket
 from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 import torch
 
-from baton.kernels.cuda.copy import copy_blocks
 from baton.kv_transfer.contract import Link, Pool, Pull, TransferError, Transport
-from baton.kv_transfer.cuda_memory import CudaError, ExportedMemory, MappedMemory
+from baton.kv_transfer.cuda_memory import CudaError, MappedMemory, export
+from baton.kv_transfer.gpu_mover import GpuMover, warm_up
 
 BATCH_BYTES = 512 * 2**20
 """Copied by one launch at most, so that the first of many pulls need not wait for the last: 0.3 ms on one GPU."""
@@ -35,14 +34,13 @@ class CudaIpcTransport(Transport):
 
     name = "cuda_ipc"
 
-    def __init__(self, pool: Pool, memory: ExportedMemory) -> None:
+    def __init__(self, pool: Pool) -> None:
+        """`pool` lies in ExportedMemory."""
         self._pool = pool
-        self._memory = memory
-        # Compiles the kernel before a request waits for it.
-        copy_blocks(torch.empty(0, 2, dtype=torch.int64, device=torch.device("cuda", pool.gpu)), pool.block_bytes)
+        warm_up(pool)
 
     def offer(self) -> CudaIpcOffer:
-        return CudaIpcOffer(_uuid(self._pool.gpu), self._memory.handle())
+        return CudaIpcOffer(_uuid(self._pool.gpu), export(self._pool.address))
 
     def obstacle(self, offer: msgspec.Raw) -> str:
         mine, theirs = _uuid(self._pool.gpu), msgspec.msgpack.decode(offer, type=CudaIpcOffer).gpu
@@ -55,45 +53,30 @@ class CudaIpcTransport(Transport):
             return f"GPU {self._pool.gpu} can't reach the memory of GPU {index}"
         return ""
 
-    def open(self, offer: msgspec.Raw, memfd: int) -> "CudaIpcLink":
-        torch.cuda.set_device(self._pool.gpu)
+    def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> "CudaIpcLink":
         try:
-            mapped = MappedMemory(msgspec.msgpack.decode(offer, type=CudaIpcOffer).handle)
+            return CudaIpcLink(self._pool, msgspec.msgpack.decode(offer, type=CudaIpcOffer).handle)
         except CudaError as error:
             raise TransferError(f"the pool can't be mapped: {error}") from error
-        return CudaIpcLink(self._pool, mapped)
 
 
 class CudaIpcLink(Link):
-    """A mapped pool, with the stream that reads it."""
+    """A mapped pool."""
 
     batch_bytes = BATCH_BYTES
 
-    def __init__(self, pool: Pool, mapped: MappedMemory) -> None:
+    def __init__(self, pool: Pool, handle: bytes) -> None:
         self._pool = pool
-        self._mapped = mapped
-        # A batch writes no block of ours twice, so it has no more copies than we have blocks.
-        self._host_jobs = torch.empty(pool.num_blocks, 2, dtype=torch.int64, pin_memory=True)
-        self._jobs = torch.empty(pool.num_blocks, 2, dtype=torch.int64, device=torch.device("cuda", pool.gpu))
-        self._stream = torch.cuda.Stream(pool.gpu)
-        self._done = torch.cuda.Event()
+        self._mover = GpuMover(pool)
+        self._mapped = MappedMemory(handle)
+        self._theirs = dataclasses.replace(pool, address=self._mapped.address)
 
     def copy(self, pulls: Sequence[Pull]) -> None:
-        size = self._pool.block_bytes
-        source = np.concatenate([pull.source for pull in pulls])
-        target = np.concatenate([pull.target for pull in pulls])
-        host, jobs = self._host_jobs[: len(source)], self._jobs[: len(source)]
-        addresses = host.numpy()
-        addresses[:, 0] = self._mapped.address + source * size
-        addresses[:, 1] = self._pool.address + target * size
-        with torch.cuda.stream(self._stream):
-            jobs.copy_(host, non_blocking=True)
-            copy_blocks(jobs, size)
-            self._done.record()
-        self._done.synchronize()
+        source = np.concatenate([self._theirs.addresses(pull.source) for pull in pulls])
+        target = np.concatenate([self._pool.addresses(pull.target) for pull in pulls])
+        self._mover.move(source, target)
 
     def close(self) -> None:
-        self._stream.synchronize()
         self._mapped.close()
 
 

@@ -17,7 +17,11 @@ OUT_OF_MEMORY = 2
 _LAZY_PEER_ACCESS = 1
 _HANDLE_BYTES = 64
 
-_Handle = ctypes.c_char * _HANDLE_BYTES
+
+class _Handle(ctypes.Structure):
+    """CUipcMemHandle: goes by value."""
+
+    _fields_ = (("reserved", ctypes.c_char * _HANDLE_BYTES),)
 
 
 class CudaError(Exception):
@@ -40,12 +44,6 @@ class ExportedMemory:
         self.address = pointer.value
         _call("cuMemsetD8_v2", ctypes.c_uint64(self.address), ctypes.c_ubyte(0), ctypes.c_size_t(size))
 
-    def handle(self) -> bytes:
-        """What a peer needs to map it."""
-        handle = _Handle()
-        _call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(self.address))
-        return bytes(handle)
-
     def tensor(self, device: torch.device) -> torch.Tensor:
         """All of it as uint8 [size]; not to be used after `close`."""
         return torch.as_tensor(_ArrayInterface(self), device=device)
@@ -55,16 +53,22 @@ class ExportedMemory:
         _call("cuMemFree_v2", ctypes.c_uint64(self.address))
 
 
+def export(address: int) -> bytes:
+    """What a peer needs to map the ExportedMemory at `address`."""
+    handle = _Handle()
+    _call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(address))
+    return bytes(handle)
+
+
 class MappedMemory:
-    """A peer's ExportedMemory from `address`. It stays valid when the peer dies, until `close`."""
+    """A peer's ExportedMemory from `address`, by what `export` said; valid until `close`, also when the peer dies."""
 
     def __init__(self, handle: bytes) -> None:
         pointer = ctypes.c_uint64()
-        # The handle is a struct that goes by value.
         _call(
             "cuIpcOpenMemHandle_v2",
             ctypes.byref(pointer),
-            _HandleByValue.from_buffer_copy(handle),
+            _Handle.from_buffer_copy(handle),
             ctypes.c_uint(_LAZY_PEER_ACCESS),
         )
         self.address = pointer.value
@@ -72,10 +76,6 @@ class MappedMemory:
     def close(self) -> None:
         """Unmap, once every kernel that reads it has ended."""
         _call("cuIpcCloseMemHandle", ctypes.c_uint64(self.address))
-
-
-class _HandleByValue(ctypes.Structure):
-    _fields_ = (("reserved", ctypes.c_char * _HANDLE_BYTES),)
 
 
 class _ArrayInterface:

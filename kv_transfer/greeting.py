@@ -2,7 +2,8 @@
 
     reader ── connect, Greeting ──► owner's socket (0700 directory)
     reader ◄── Greeting + memfd ─── owner              or a Refusal that names both layouts
-    the connection stays open as a sign of life, and the reader keeps the owner's memory open as long
+    reader ── Attach ─────────────► owner              only for transports whose owner has to send: it starts a thread
+    the connection stays open as a sign of life, and the reader keeps what it has opened as long
 
 When the owner leaves it closes its direction of every connection and waits until the readers have closed theirs: then
 nobody reads its memory any more.
@@ -52,6 +53,12 @@ class Refusal(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class Attach(msgspec.Struct, frozen=True, tag=True):
+    """The reader wants the owner to send through this transport; all further messages are the transport's own."""
+
+    transport: str
+
+
 class GreetingSource(Source):
     """Answers greetings with what `transports` offer, in a thread of its own."""
 
@@ -62,6 +69,8 @@ class GreetingSource(Source):
         offers = {each.name: msgspec.Raw(msgspec.msgpack.encode(each.offer())) for each in transports}
         self._me = msgspec.structs.replace(me, offers=offers)
         self._memfd = memfd
+        self._transports = {each.name: each for each in transports}
+        self._serving: list[tuple[socket.socket, threading.Thread]] = []
         self._wake = os.eventfd(0)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(path))
@@ -97,17 +106,20 @@ class GreetingSource(Source):
                 connection.settimeout(CONNECT_TIMEOUT_S)
                 self._connections.add(connection)
                 self._selector.register(connection, selectors.EVENT_READ)
-            elif isinstance(key.fileobj, socket.socket) and not self._greet(key.fileobj):
+            elif isinstance(key.fileobj, socket.socket) and not self._answer(key.fileobj):
                 self._drop(key.fileobj)
         return False
 
-    def _greet(self, connection: socket.socket) -> bool:
-        """Answer a reader's greeting; False when the connection is over."""
+    def _answer(self, connection: socket.socket) -> bool:
+        """Answer what a reader says; False when the connection is over."""
         try:
             data = connection.recv(GREETING_BYTES)
             if not data:
                 return False
-            peer = msgspec.msgpack.decode(data, type=Greeting)
+            peer = msgspec.msgpack.decode(data, type=Greeting | Attach)
+            if isinstance(peer, Attach):
+                self._attach(connection, self._transports[peer.transport])
+                return True
             if reason := self._me.layout.mismatch(peer.layout):
                 refusal = Refusal(f"{self._me.name} and {peer.name} can't share KV blocks: {reason}")
                 log.error(refusal.reason)
@@ -115,10 +127,19 @@ class GreetingSource(Source):
                 return False
             descriptors = [self._memfd] if self._memfd >= 0 else []
             socket.send_fds(connection, [msgspec.msgpack.encode(self._me)], descriptors)
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, KeyError, msgspec.DecodeError) as error:
             log.warning("a reader's greeting failed: %s", error)
             return False
         return True
+
+    def _attach(self, connection: socket.socket, transport: Transport) -> None:
+        """Leave the connection to a thread that serves it."""
+        self._selector.unregister(connection)
+        self._connections.remove(connection)
+        thread = threading.Thread(target=_serve_reader, args=(transport, connection), name="kv-sender", daemon=True)
+        self._serving = [(each, running) for each, running in self._serving if running.is_alive()]
+        self._serving.append((connection, thread))
+        thread.start()
 
     def _drop(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
@@ -126,7 +147,7 @@ class GreetingSource(Source):
         connection.close()
 
     def _say_goodbye(self) -> None:
-        for connection in self._connections:
+        for connection in (*self._connections, *(each for each, _ in self._serving)):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + LET_GO_S
@@ -134,10 +155,27 @@ class GreetingSource(Source):
             for key, _ in self._selector.select(left):
                 assert isinstance(key.fileobj, socket.socket)
                 self._drop(key.fileobj)
-        if self._connections:
-            log.warning("%d readers have not let go of the KV pool within %.0f s", len(self._connections), LET_GO_S)
+        for _, thread in self._serving:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        late = len(self._connections) + sum(thread.is_alive() for _, thread in self._serving)
+        if late:
+            log.warning("%d readers have not let go of the KV pool within %.0f s", late, LET_GO_S)
         for connection in list(self._connections):
             self._drop(connection)
+        for connection, thread in self._serving:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def _serve_reader(transport: Transport, connection: socket.socket) -> None:
+    with connection:
+        try:
+            transport.serve(connection)
+        except (OSError, TransferError, msgspec.DecodeError) as error:
+            log.warning("a reader is served no longer: %s", error)
+        except Exception:
+            log.exception("a reader is served no longer")
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,17 @@ second.
 """
 
 import ctypes
+import dataclasses
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
 from baton.kv_transfer.contract import Link, Pool, Pull, Transport
+from baton.kv_transfer.movers import HostMover
 
 POPULATE_BYTES = 16 * 2**20
 """Mapped between two looks at the queue: about 2 ms."""
@@ -41,7 +44,7 @@ class ShmTransport(Transport):
     def obstacle(self, offer: msgspec.Raw) -> str:
         return ""
 
-    def open(self, offer: msgspec.Raw, memfd: int) -> "ShmLink":
+    def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> "ShmLink":
         return ShmLink(self._pool, memfd)
 
 
@@ -52,6 +55,8 @@ class ShmLink(Link):
         self._pool = pool
         self._mapping = mmap.mmap(memfd, os.fstat(memfd).st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         self._address = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
+        self._theirs = dataclasses.replace(pool, address=self._address)
+        self._mover = HostMover(pool.block_bytes)
         self._populated = 0
 
     def prepare(self) -> bool:
@@ -62,20 +67,8 @@ class ShmLink(Link):
         return self._populated < len(self._mapping)
 
     def copy(self, pulls: Sequence[Pull]) -> None:
-        size = self._pool.block_bytes
         for pull in pulls:
-            for source, target, count in runs(pull.source, pull.target):
-                # ctypes lets go of the interpreter lock while it copies.
-                ctypes.memmove(self._pool.address + target * size, self._address + source * size, count * size)
+            self._mover.move(self._theirs.addresses(pull.source), self._pool.addresses(pull.target))
 
     def close(self) -> None:
         self._mapping.close()
-
-
-def runs(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(source, target, count) for each stretch in which both sides' block ids count up together."""
-    start = 0
-    for i in range(1, len(source) + 1):
-        if i == len(source) or source[i] != source[i - 1] + 1 or target[i] != target[i - 1] + 1:
-            yield source[start], target[start], i - start
-            start = i

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from baton.kv_transfer.contract import Link, Pull, PullDone, Sink, TransferError, Transport
 from baton.kv_transfer.greeting import Greeted, Greeting, greet
 from baton.kv_transfer.topology import choose
-from baton.proto.messages import Peer
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +35,7 @@ class PeerSink(Sink):
         reader = self._readers.get(pull.owner.incarnation)
         if reader is None or not reader.put(pull):
             self._readers = {key: each for key, each in self._readers.items() if not each.over}
-            reader = _Reader(pull.owner, self._me, self._transports, self._finished)
-            self._readers[pull.owner.incarnation] = reader
-            reader.put(pull)
+            self._readers[pull.owner.incarnation] = _Reader(pull, self._me, self._transports, self._finished)
 
     def fileno(self) -> int:
         return self._ready
@@ -64,24 +61,24 @@ class PeerSink(Sink):
 
 
 class _Reader:
-    """The pulls from one peer, in a thread of their own."""
+    """The pulls from one peer, in a thread of their own, which begins with the first of them."""
 
     def __init__(
-        self, owner: Peer, me: Greeting, transports: Sequence[Transport], finished: Callable[[PullDone], None]
+        self, first: Pull, me: Greeting, transports: Sequence[Transport], finished: Callable[[PullDone], None]
     ) -> None:
-        self._owner = owner
+        self._owner = first.owner
         self._me = me
         self._transports = transports
         self._finished = finished
         self._lock = threading.Lock()
-        self._queue: deque[Pull] = deque()
+        self._queue = deque([first])
         self._batch: list[Pull] = []
         """What is being copied."""
         self._block_bytes = me.layout.groups[0].block_bytes
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._stopping = False
         self.over = False
-        self._thread = threading.Thread(target=self._run, name=f"kv-{owner.worker}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"kv-{self._owner.worker}", daemon=True)
         self._thread.start()
 
     def put(self, pull: Pull) -> bool:
@@ -123,8 +120,10 @@ class _Reader:
     def _read(self, greeted: Greeted) -> None:
         """Copy until the peer goes or this side stops."""
         transport, why = choose(self._transports, greeted.owner)
-        link = transport.open(greeted.owner.offers[transport.name], greeted.memfd)
-        log.info("%s reads %s through %s: %s", self._me.name, self._owner.worker, transport.name, why)
+        link = transport.open(greeted.owner.offers[transport.name], greeted.connection, greeted.memfd)
+        level = logging.WARNING if why else logging.INFO
+        reason = why or ("the best of several" if len(self._transports) > 1 else "as asked for")
+        log.log(level, "%s reads %s through %s (%s)", self._me.name, self._owner.worker, transport.name, reason)
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._wake, selectors.EVENT_READ)

@@ -7,6 +7,9 @@ from typing import TypeVar
 
 import msgspec
 
+KV_TRANSFERS = {"cpu": ("shm", "tcp", "gloo"), "cuda": ("cuda_ipc", "tcp", "nccl", "gloo")}
+"""The transports that a worker's device can use."""
+
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all configuration structs."""
@@ -92,6 +95,9 @@ class WorkerConfig(Config):
     """Workers of the deployment on that GPU, this one included."""
     gpu_kv_share: float = 1.0
     """This worker's part of what all of them leave for KV blocks."""
+    kv_transfer: str = "auto"
+    """How KV blocks come from other workers: auto (the best that a pair has, told in the log) | local (they don't) |
+    cuda_ipc | nccl | gloo | shm | tcp."""
     threads: int = 0
     """Compute threads on CPU; 0: all cores that this process may use."""
     scheduler: str = ""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from baton.kv_transfer.contract import Sink, Source
 from baton.kv_transfer.greeting import Greeting, GreetingSource
-from baton.kv_transfer.shm import ShmTransport
 from baton.kv_transfer.sink import PeerSink
+from baton.kv_transfer.transports import open_transports
 from baton.proto.config import BatchConfig, CacheConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.worker.backend import Backend, check_pool_size, fill_batch
@@ -46,7 +46,7 @@ class CpuBackend(Backend):
         return ThreadDevice(self._runner)
 
     def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
-        transports = [ShmTransport(self._pool.blocks)]
+        transports = open_transports(self.config.kv_transfer, self._pool, path.parent)
         return GreetingSource(path, greeting, transports, self._pool.memfd), PeerSink(greeting, transports)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from baton.proto.config import BatchConfig, CacheConfig, ModelConfig
+from baton.proto.config import KV_TRANSFERS, BatchConfig, CacheConfig, ModelConfig
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 from baton.proto.supervision import EXIT_USER_ERROR, die_with_parent
@@ -82,6 +82,16 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=threads, help="compute threads of each CPU worker; default: all cores")
 
 
+def add_kv_transfer_argument(parser: argparse.ArgumentParser) -> None:
+    """How workers get blocks from each other."""
+    parser.add_argument(
+        "--kv-transfer",
+        default="auto",
+        choices=("auto", "local", *sorted({name for names in KV_TRANSFERS.values() for name in names})),
+        help="how KV blocks come from other workers; auto: the best that a pair has, as the log tells; local: never",
+    )
+
+
 def share(text: str) -> float:
     """A number above 0 and up to 1."""
     try:
@@ -131,6 +141,15 @@ def place_on_gpus(args: argparse.Namespace, roles: Sequence[Role]) -> list[GpuPl
         beside = [other for place, other in zip(gpus, roles, strict=True) if place == gpu]
         places.append(GpuPlace(gpu, len(beside), _KV_PARTS[role] / sum(_KV_PARTS[other] for other in beside)))
     return places
+
+
+def check_kv_transfer(args: argparse.Namespace, roles: Sequence[Role]) -> None:
+    """Raises UserError when blocks could not move as asked."""
+    possible = KV_TRANSFERS[args.device]
+    if args.kv_transfer == "local" and set(roles) != {Role.UNIFIED}:
+        raise UserError("--kv-transfer local moves no blocks between workers: it needs --unified workers alone")
+    if args.kv_transfer not in ("auto", "local", *possible):
+        raise UserError(f"--device {args.device} has no --kv-transfer {args.kv_transfer}, only {', '.join(possible)}")
 
 
 def positive(text: str) -> int:

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; the command line wins")
     engine_args.add_model_arguments(parser)
     engine_args.add_worker_arguments(parser)
+    engine_args.add_kv_transfer_argument(parser)
     _add_processes(parser.add_argument_group("processes"))
     _add_http(parser.add_argument_group("HTTP"))
 
@@ -96,6 +97,7 @@ def port_number(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Check what can be checked, start everything, keep it running; the exit code."""
     roles = worker_roles(args)
+    engine_args.check_kv_transfer(args, roles)
     args.port = claim_address(args)
     directory = engine_args.resolve_model(args)
     size = sizing.read_model_size(directory, args.dtype, args.load_format)
@@ -194,6 +196,7 @@ def serve_config(
                 batch=engine_args.batch_config(args),
                 device=args.device,
                 **dataclasses.asdict(places[index]),
+                kv_transfer=args.kv_transfer,
                 threads=args.threads or 0,
                 scheduler=scheduler,
                 run_dir=private,

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="", help="unique in the cluster; default: from role and process id")
     engine_args.add_model_arguments(parser)
     engine_args.add_worker_arguments(parser)
+    engine_args.add_kv_transfer_argument(parser)
 
 
 def endpoint(text: str) -> str:
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Start the worker and keep it running; the exit code."""
     if not args.role or not args.scheduler:
         raise UserError("--role and --scheduler are needed: what this worker does, and for whom")
+    engine_args.check_kv_transfer(args, [Role(args.role)])
     check_listening(args.scheduler)
     name = args.name or f"{args.role}-{os.getpid()}"
     directory = engine_args.resolve_model(args)
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             batch=engine_args.batch_config(args),
             device=args.device,
             gpu=engine_args.place_on_gpus(args, [args.role])[0].gpu,
+            kv_transfer=args.kv_transfer,
             threads=args.threads or 0,
             scheduler=args.scheduler,
             run_dir=str(run_dir.path),

@@ -29,6 +29,8 @@ SAMPLED: dict[str, list[list[int]]] = {}
 MODES = {
     "1 prefill + 1 decode": ["--prefill", "1", "--decode", "1", "--max-num-batched-tokens", "128"],
     "2 prefill + 2 decode": ["--prefill", "2", "--decode", "2"],
+    "1 prefill + 1 decode over tcp": ["--prefill", "1", "--decode", "1", "--kv-transfer", "tcp"],
+    "1 prefill + 1 decode over gloo": ["--prefill", "1", "--decode", "1", "--kv-transfer", "gloo"],
     "unified": ["--unified", "1"],
     "1 + 1, prefix cache off": ["--prefill", "1", "--decode", "1", "--no-enable-prefix-caching"],
     "unified, prefix cache off": ["--unified", "1", "--no-enable-prefix-caching", "--max-num-batched-tokens", "96"],

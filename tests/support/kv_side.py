@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 import torch
 
-from baton.kv_transfer.contract import Pull, PullDone, Transport
+from baton.kv_transfer.contract import Pull, PullDone
 from baton.kv_transfer.greeting import Greeting, GreetingSource
-from baton.kv_transfer.shm import ShmTransport
 from baton.kv_transfer.sink import PeerSink
+from baton.kv_transfer.transports import open_transports
 from baton.proto.layout import Group, KVLayout
 from baton.proto.messages import Peer
 from baton.worker.kv_pool import HostPool
@@ -38,14 +38,16 @@ def content(incarnation: int) -> torch.Tensor:
 
 
 class Side:
-    """A worker in this process. `pool.tensor` starts with `content(incarnation)`."""
+    """A worker in this process. `pool.tensor` starts with `content(incarnation)`; a kind is 'shm' or 'cuda tcp'."""
 
     def __init__(self, kind: str, folder: Path, name: str, incarnation: int, layout: KVLayout = LAYOUT) -> None:
-        self.pool, transports, memfd = _open(kind, layout)
+        device, _, transport = kind.rpartition(" ")
+        self.pool = _open_pool(device, layout)
+        transports = open_transports(transport, self.pool, folder)
         if layout.groups == LAYOUT.groups:
             self.pool.tensor.copy_(content(incarnation))
         greeting = Greeting(layout, name, incarnation, NUM_BLOCKS)
-        self.source = GreetingSource(folder / f"{name}-{incarnation}.kv", greeting, transports, memfd)
+        self.source = GreetingSource(folder / f"{name}-{incarnation}.kv", greeting, transports, self.pool.blocks.memfd)
         self.sink = PeerSink(greeting, transports)
         self.peer = Peer(name, incarnation, f"ipc://{name}", self.source.address)
 
@@ -75,16 +77,12 @@ class Side:
         self.pool.close()
 
 
-def _open(kind: str, layout: KVLayout) -> tuple[Any, list[Transport], int]:
-    """Pool, transports, and the memfd that greetings carry."""
-    if kind == "cuda_ipc":
-        from baton.kv_transfer.cuda_ipc import CudaIpcTransport
-        from baton.worker.cuda.memory import GpuPool, open_gpu
+def _open_pool(device: str, layout: KVLayout) -> Any:
+    if device != "cuda":
+        return HostPool(layout, NUM_BLOCKS)
+    from baton.worker.cuda.memory import GpuPool, open_gpu
 
-        gpu_pool = GpuPool(layout, NUM_BLOCKS, open_gpu(0))
-        return gpu_pool, [CudaIpcTransport(gpu_pool.blocks, gpu_pool.memory)], -1
-    pool = HostPool(layout, NUM_BLOCKS)
-    return pool, [ShmTransport(pool.blocks)], pool.memfd
+    return GpuPool(layout, NUM_BLOCKS, open_gpu(0))
 
 
 class Child:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baton.kv_transfer.contract import Sink, Source
-from baton.kv_transfer.cuda_ipc import CudaIpcTransport
 from baton.kv_transfer.greeting import Greeting, GreetingSource
 from baton.kv_transfer.sink import PeerSink
+from baton.kv_transfer.transports import open_transports
 from baton.proto.config import BatchConfig, WorkerConfig
 from baton.worker.backend import Backend, check_pool_size, fill_batch
 from baton.worker.cuda.costs import measure_costs
@@ -50,7 +50,7 @@ class CudaBackend(Backend):
         return CudaDevice(self._runner)
 
     def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
-        transports = [CudaIpcTransport(self._pool.blocks, self._pool.memory)]
+        transports = open_transports(self.config.kv_transfer, self._pool, path.parent)
         return GreetingSource(path, greeting, transports, memfd=-1), PeerSink(greeting, transports)
 
     def close(self) -> None:

@@ -1,19 +1,19 @@
-"""Blocks between processes on one GPU, held to the same suite as every other transport."""
+"""Blocks between pools of two processes on one GPU, held to the same suite as every other transport."""
 
 from typing import Any
 
 import pytest
 import torch
 from support.kv_side import LAYOUT, NUM_BLOCKS
-from support.transport_suite import TransportSuite
+from support.transport_suite import TransportSuite, start_garbage_thread
 
 pytest.importorskip("triton")
 
 pytestmark = pytest.mark.gpu
 
 
-class TestCudaIpc(TransportSuite):
-    kind = "cuda_ipc"
+class GpuSuite(TransportSuite):
+    """Pools on the GPU."""
 
     @pytest.fixture(autouse=True)
     def gpu(self, device: str) -> None:
@@ -24,6 +24,22 @@ class TestCudaIpc(TransportSuite):
         from baton.worker.cuda.memory import GpuPool, open_gpu
 
         GpuPool(LAYOUT, 1, open_gpu(0)).close()
+
+
+class TestTcp(GpuSuite):
+    kind = "cuda tcp"
+
+    def warm_up(self) -> None:
+        super().warm_up()
+        start_garbage_thread()
+
+
+class TestGloo(GpuSuite):
+    kind = "cuda gloo"
+
+
+class TestCudaIpc(GpuSuite):
+    kind = "cuda cuda_ipc"
 
     def test_memory_of_killed_owners_comes_back(self, reader: Any, child: Any) -> None:
         """20 owners' pools, 12 MiB each, are opened and their owners killed."""

@@ -1,0 +1,40 @@
+"""The transports by name, as --kv-transfer gives them; config.KV_TRANSFERS says which device has which."""
+
+from pathlib import Path
+from typing import Protocol
+
+from baton.kv_transfer.contract import Pool, Transport
+from baton.kv_transfer.shm import ShmTransport
+from baton.kv_transfer.tcp import TcpTransport
+
+AUTO = {"cpu": ("shm", "tcp"), "cuda": ("cuda_ipc", "tcp")}
+"""What auto tries, the best first. nccl is not among them before it has been run between two GPUs."""
+
+
+class WorkerPool(Protocol):
+    """What workers hold their KV blocks in."""
+
+    @property
+    def blocks(self) -> Pool:
+        """The bytes."""
+
+
+def open_transports(wanted: str, pool: WorkerPool, folder: Path) -> list[Transport]:
+    """`wanted` as in WorkerConfig.kv_transfer, the best first; `folder` is private to this user."""
+    device = "cpu" if pool.blocks.gpu < 0 else "cuda"
+    names = {"auto": AUTO[device], "local": ()}.get(wanted, (wanted,))
+    return [_open(name, pool, folder) for name in names]
+
+
+def _open(name: str, pool: WorkerPool, folder: Path) -> Transport:
+    if name == "shm":
+        return ShmTransport(pool.blocks)
+    if name == "tcp":
+        return TcpTransport(pool.blocks)
+    if name == "cuda_ipc":
+        from baton.kv_transfer.cuda_ipc import CudaIpcTransport
+
+        return CudaIpcTransport(pool.blocks)
+    from baton.kv_transfer.distributed import DistributedTransport
+
+    return DistributedTransport(name, pool.blocks, folder)
