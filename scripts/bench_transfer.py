@@ -1,0 +1,318 @@
+#!/usr/bin/env python
+"""KV blocks between two processes on one GPU: the copy alone, decode steps beside copies, a whole handoff over HTTP.
+
+    scripts/bench_transfer.py MODEL_DIR [--parts gather decode handoff] [--json FILE]
+
+MODEL_DIR needs config.json and tokenizer files only: weights are random. `handoff` also runs with --device cpu.
+"""
+
+import argparse
+import http.client
+import itertools
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import torch
+
+from baton.kv_transfer.contract import Pool, Pull
+from baton.proto.messages import Peer
+from baton.proto.supervision import die_with_parent
+
+GIB = 2**30
+OWNER_BYTES = 4 * GIB
+STAGES = ("sampled", "bound", "pull_issued", "pulled", "confirmed", "stepped")
+NOBODY = Peer("owner", 1, "", "")
+
+Figures = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------------------ the copy
+
+
+@contextmanager
+def exported_pool(block_bytes: int) -> Iterator[tuple[Any, Pool]]:
+    """A link to a pool that another process has exported, and the pool of ours that it fills."""
+    from baton.kv_transfer.cuda_ipc import CudaIpcTransport
+    from baton.kv_transfer.cuda_memory import ExportedMemory
+
+    owner = subprocess.Popen(
+        [sys.executable, __file__, "--export", str(block_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert owner.stdin is not None
+    assert owner.stdout is not None
+    offer = msgspec.Raw(bytes.fromhex(owner.stdout.readline().decode()))
+    torch.cuda.set_device(0)
+    torch.zeros(1, device="cuda")
+    memory = ExportedMemory(OWNER_BYTES)
+    pool = Pool(memory.address, OWNER_BYTES // block_bytes, block_bytes, gpu=0)
+    ours, theirs = socket.socketpair()
+    link = CudaIpcTransport(pool).open(offer, ours, -1)
+    try:
+        yield link, pool
+    finally:
+        link.close()
+        memory.close()
+        ours.close()
+        theirs.close()
+        owner.stdin.close()
+        owner.wait()
+
+
+def export(block_bytes: int) -> None:
+    """The owner's process: export a pool of random bytes until the input ends."""
+    from baton.kv_transfer.cuda_ipc import CudaIpcTransport
+    from baton.kv_transfer.cuda_memory import ExportedMemory
+
+    torch.cuda.set_device(0)
+    torch.zeros(1, device="cuda")
+    memory = ExportedMemory(OWNER_BYTES)
+    memory.tensor(torch.device("cuda", 0)).random_()
+    torch.cuda.synchronize()
+    pool = Pool(memory.address, OWNER_BYTES // block_bytes, block_bytes, gpu=0)
+    print(msgspec.msgpack.encode(CudaIpcTransport(pool).offer()).hex(), flush=True)
+    sys.stdin.read()
+
+
+def scattered(pool: Pool, count: int) -> Pull:
+    """`count` blocks at random places, to random places."""
+    source, target = (tuple(random.sample(range(pool.num_blocks), count)) for _ in range(2))
+    return Pull(1, NOBODY, source, target)
+
+
+def gather(_args: argparse.Namespace) -> Figures:
+    """TB/s of payload: on the device alone, and as the reader's thread sees it, from the pull to its end."""
+    from baton.kernels.cuda.copy import copy_blocks
+
+    figures: Figures = {}
+    for block_bytes in (2 * 2**20, 32 * 2**10):
+        with exported_pool(block_bytes) as (link, pool):
+            for payload in (GIB, GIB // 2, GIB // 32):
+                pulls = [scattered(pool, payload // block_bytes) for _ in range(20)]
+                seconds = [timed(lambda pull=pull: link.copy([pull])) for pull in pulls][4:]
+                name = f"{block_bytes // 2**10} KiB blocks, {payload // 2**20} MiB"
+                figures[f"{name}: pull, TB/s"] = payload / statistics.median(seconds) / 1e12
+                jobs = [
+                    torch.tensor([link._theirs.addresses(p.source), pool.addresses(p.target)]).T.contiguous().cuda()
+                    for p in pulls
+                ]
+                on_device = [device_seconds(lambda job=job, size=block_bytes: copy_blocks(job, size)) for job in jobs][
+                    4:
+                ]
+                figures[f"{name}: kernel, TB/s"] = payload / statistics.median(on_device) / 1e12
+    return figures
+
+
+def timed(run: Any) -> float:
+    """Seconds on the host's clock."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def device_seconds(run: Any) -> float:
+    """Seconds on the device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+# ------------------------------------------------------------------------------------------------- decode beside copies
+
+
+class Arrivals:
+    """Blocks that arrive at `rate` bytes a second, `burst` bytes at a time, from a thread as in a worker."""
+
+    def __init__(self, link: Any, pool: Pool, rate: float, burst: int) -> None:
+        self._link, self._rate, self._burst = link, rate, burst
+        self._pull = scattered(pool, burst // pool.block_bytes)
+        self._stop = threading.Event()
+        self._copied = 0
+        self._started = time.perf_counter()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._link.copy([self._pull])
+            self._copied += self._burst
+            ahead = self._copied / self._rate - (time.perf_counter() - self._started)
+            if ahead > 0:
+                self._stop.wait(ahead)
+
+    def stop(self) -> float:
+        """End; the bytes a second that really came."""
+        self._stop.set()
+        self._thread.join()
+        return self._copied / (time.perf_counter() - self._started)
+
+
+def decode(args: argparse.Namespace) -> Figures:
+    """Median milliseconds of a decode step at batch 32 and context 1,088, undisturbed and while blocks arrive."""
+    from baton.proto.config import BatchConfig, CacheConfig, ModelConfig, WorkerConfig
+    from baton.worker.engine import Engine
+
+    model = ModelConfig(path=args.model, served_names=("m",), dtype="bfloat16", load_format="dummy", max_model_len=8192)
+    cache = CacheConfig(num_blocks=8192, enable_prefix_caching=False)
+    engine = Engine(WorkerConfig("w", "unified", model, cache, BatchConfig(max_num_seqs=32), device="cuda"))
+    steps(engine, 1)
+    quiet = [steps(engine, n) for n in (2, 3)]
+    figures: Figures = {"undisturbed, ms": statistics.median(quiet), "again, ms": quiet}
+    with exported_pool(2 * 2**20) as (link, pool):
+        for burst in (512, 64):
+            arrivals = Arrivals(link, pool, 100e9, burst * 2**20)
+            figures[f"with {burst} MiB at a time, ms"] = beside = steps(engine, 10 + burst)
+            figures[f"with {burst} MiB at a time, GB/s"] = arrivals.stop() / 1e9
+            figures[f"with {burst} MiB at a time, ratio"] = beside / figures["undisturbed, ms"]
+    engine.close()
+    return figures
+
+
+def steps(engine: Any, number: int) -> float:
+    """Median milliseconds between the results of successive steps of 32 streams."""
+    from baton.proto.messages import SamplingParams
+
+    for index in range(32):
+        prompt = [random.randrange(100, 10_000) for _ in range(1024)]
+        engine.add((number, index), SamplingParams(max_tokens=128, temperature=0.0), prompt)
+    times, last = [], 0.0
+    while rows := engine.step():
+        now = time.perf_counter()
+        if len(rows) == 32:
+            times.append(now - last)
+        last = now
+    return statistics.median(times[8:-4]) * 1e3
+
+
+# ------------------------------------------------------------------------------------------------------------ handoff
+
+
+@contextmanager
+def served(args: argparse.Namespace) -> Iterator[str]:
+    """`baton serve` with one prefill and one decode worker; its URL."""
+    command = [sys.executable, "-P", "-m", "baton.frontend.cli.main", "serve", args.model]
+    flags = ["--prefill", "1", "--decode", "1", "--host", "127.0.0.1", "--port", "0", "--no-enable-prefix-caching"]
+    if args.device == "cuda":
+        flags += ["--device", "cuda", "--gpus", args.gpus, "--load-format", "dummy", "--max-model-len", "8192"]
+    process = subprocess.Popen(
+        [*command, *flags, *args.serve_flags.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr)
+            if line.startswith("ready at "):
+                break
+        else:
+            raise SystemExit(process.wait())
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        yield line.split()[2]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def handoff(args: argparse.Namespace) -> Figures:
+    """Milliseconds of one handoff after the other in an idle system, p50 and p99, by stage."""
+    ledgers, receipts = [], []
+    with served(args) as url:
+        for _ in range(args.requests + 3):
+            ledger, first_at = request(url, args.input_len)
+            ledgers.append(ledger)
+            receipts.append((first_at - ledger["stages"]["sampled"]) * 1e3)
+    ledgers, receipts = ledgers[3:], receipts[3:]
+    figures: Figures = {
+        "transport": ledgers[0]["transport"],
+        "moved MiB": ledgers[0]["moved_bytes"] / 2**20,
+        "first token sampled to client, ms": spread(receipts),
+        "sampled to stepped, ms": spread([between(ledger, "sampled", "stepped") for ledger in ledgers]),
+    }
+    for begin, end in itertools.pairwise(STAGES):
+        figures[f"{begin} to {end}, ms"] = spread([between(ledger, begin, end) for ledger in ledgers])
+    return figures
+
+
+def between(ledger: Figures, begin: str, end: str) -> float:
+    return (ledger["stages"][end] - ledger["stages"][begin]) * 1e3
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {"p50": statistics.median(ordered), "p99": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]}
+
+
+def request(url: str, input_len: int) -> tuple[Figures, float]:
+    """One streamed completion: its ledger, and when its first token was here, on the ledger's clock."""
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=120)
+    body = {
+        "prompt": [random.randrange(100, 10_000) for _ in range(input_len)],
+        "max_tokens": 8,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    headers = {"Content-Type": "application/json", "x-baton-ledger": "1"}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    response = connection.getresponse()
+    if response.status != 200:
+        raise RuntimeError(f"HTTP {response.status}: {response.read().decode(errors='replace')}")
+    first_at, ledger = 0.0, {}
+    for line in response:
+        data = line.removeprefix(b"data:").strip()
+        if line.startswith(b"data:") and data != b"[DONE]":
+            first_at = first_at or time.monotonic()
+            ledger = json.loads(data).get("baton_ledger") or ledger
+    connection.close()
+    return ledger, first_at
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="model directory, or 'demo' with --device cpu")
+    parser.add_argument("--parts", nargs="+", default=["gather", "decode", "handoff"], choices=PARTS)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="of `handoff`")
+    parser.add_argument("--gpus", default="0", help="of `handoff`: 0 or 0,1")
+    parser.add_argument("--requests", type=int, default=100)
+    parser.add_argument("--input-len", type=int, default=4096)
+    parser.add_argument("--serve-flags", default="", help="more flags of `baton serve`, in one string")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--export", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.export:
+        export(args.export)
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    result: Figures = {"device": device, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    for part in args.parts:
+        result[part] = PARTS[part](args)
+        print(part, json.dumps(result[part], indent=2), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2))
+
+
+PARTS = {"gather": gather, "decode": decode, "handoff": handoff}
+
+if __name__ == "__main__":
+    main()
