@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 import zmq
-from support.kv_side import GROUP, NUM_BLOCKS, Child, Side, content
+from support.kv_side import GROUP, NUM_BLOCKS, Child, Side, content, start_fork_server
 from support.worker_bench import BLOCK, Bench, to_scheduler
 
 from baton.kv_transfer.contract import Pull, PullDone
@@ -44,6 +44,7 @@ class TransportSuite:
 
     @pytest.fixture
     def reader(self, tmp_path: Path) -> Iterator[Side]:
+        start_fork_server()
         self.warm_up()
         descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
         side = Side(self.kind, tmp_path, "decode-0", 22)
