@@ -3,18 +3,20 @@
 
     scripts/bench_transfer.py MODEL_DIR [--parts gather decode handoff] [--json FILE]
 
-MODEL_DIR needs config.json and tokenizer files only: weights are random. `handoff` also runs with --device cpu.
+MODEL_DIR needs config.json and tokenizer files only: weights are random. Without a GPU: demo --device cpu --parts host
+handoff.
 """
 
 import argparse
+import ctypes
 import http.client
 import itertools
 import json
 import random
-import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -24,15 +26,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import msgspec
 import torch
 
 from baton.kv_transfer.contract import Pool, Pull
+from baton.kv_transfer.greeting import Greeting, GreetingSource, greet
+from baton.kv_transfer.transports import open_transports
+from baton.proto.layout import Group, KVLayout
 from baton.proto.messages import Peer
 from baton.proto.supervision import die_with_parent
+from baton.worker.kv_pool import HostPool
 
 GIB = 2**30
-OWNER_BYTES = 4 * GIB
 STAGES = ("sampled", "bound", "pull_issued", "pulled", "confirmed", "stepped")
 NOBODY = Peer("owner", 1, "", "")
 
@@ -42,48 +46,53 @@ Figures = dict[str, Any]
 # ------------------------------------------------------------------------------------------------------------ the copy
 
 
-@contextmanager
-def exported_pool(block_bytes: int) -> Iterator[tuple[Any, Pool]]:
-    """A link to a pool that another process has exported, and the pool of ours that it fills."""
-    from baton.kv_transfer.cuda_ipc import CudaIpcTransport
-    from baton.kv_transfer.cuda_memory import ExportedMemory
+def layout_of(block_bytes: int) -> KVLayout:
+    return KVLayout("bench", (Group("full", 1, 16, block_bytes, ("words",), (block_bytes // 4,), "float32"),))
 
-    owner = subprocess.Popen(
-        [sys.executable, __file__, "--export", str(block_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+
+def open_pool(transport: str, block_bytes: int, size: int) -> Any:
+    """A worker's pool, on the GPU for transports that need one."""
+    if transport != "cuda_ipc":
+        return HostPool(layout_of(block_bytes), size // block_bytes)
+    from baton.worker.cuda.memory import GpuPool, open_gpu
+
+    return GpuPool(layout_of(block_bytes), size // block_bytes, open_gpu(0))
+
+
+@contextmanager
+def opened(transport: str, block_bytes: int, size: int) -> Iterator[tuple[Any, Pool]]:
+    """A link to the pool of another process, and the pool of ours that it fills."""
+    command = [sys.executable, __file__, "--own", transport, str(block_bytes), str(size)]
+    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert owner.stdin is not None
     assert owner.stdout is not None
-    offer = msgspec.Raw(bytes.fromhex(owner.stdout.readline().decode()))
-    torch.cuda.set_device(0)
-    torch.zeros(1, device="cuda")
-    memory = ExportedMemory(OWNER_BYTES)
-    pool = Pool(memory.address, OWNER_BYTES // block_bytes, block_bytes, gpu=0)
-    ours, theirs = socket.socketpair()
-    link = CudaIpcTransport(pool).open(offer, ours, -1)
-    try:
-        yield link, pool
-    finally:
+    address = owner.stdout.readline().decode().strip()
+    pool = open_pool(transport, block_bytes, size)
+    (reading,) = open_transports(transport, pool, Path(address).parent)
+    me = Greeting(layout_of(block_bytes), "reader", 2, pool.num_blocks)
+    with greet(Peer("owner", 1, "", address), me) as greeted:
+        link = reading.open(greeted.owner.offers[transport], greeted.connection, greeted.memfd)
+        while link.prepare():
+            pass
+        yield link, pool.blocks
         link.close()
-        memory.close()
-        ours.close()
-        theirs.close()
-        owner.stdin.close()
-        owner.wait()
+    pool.close()
+    owner.stdin.close()
+    owner.wait()
 
 
-def export(block_bytes: int) -> None:
-    """The owner's process: export a pool of random bytes until the input ends."""
-    from baton.kv_transfer.cuda_ipc import CudaIpcTransport
-    from baton.kv_transfer.cuda_memory import ExportedMemory
-
-    torch.cuda.set_device(0)
-    torch.zeros(1, device="cuda")
-    memory = ExportedMemory(OWNER_BYTES)
-    memory.tensor(torch.device("cuda", 0)).random_()
-    torch.cuda.synchronize()
-    pool = Pool(memory.address, OWNER_BYTES // block_bytes, block_bytes, gpu=0)
-    print(msgspec.msgpack.encode(CudaIpcTransport(pool).offer()).hex(), flush=True)
-    sys.stdin.read()
+def own(transport: str, block_bytes: int, size: int) -> None:
+    """The owner's process: offer a pool of random bytes until the input ends."""
+    pool = open_pool(transport, block_bytes, size)
+    pool.tensor.uniform_()
+    with tempfile.TemporaryDirectory() as folder:
+        transports = open_transports(transport, pool, Path(folder))
+        greeting = Greeting(layout_of(block_bytes), "owner", 1, pool.num_blocks)
+        source = GreetingSource(Path(folder) / "owner.kv", greeting, transports, pool.blocks.memfd)
+        print(source.address, flush=True)
+        sys.stdin.read()
+        source.close()
+    pool.close()
 
 
 def scattered(pool: Pool, count: int) -> Pull:
@@ -98,7 +107,7 @@ def gather(_args: argparse.Namespace) -> Figures:
 
     figures: Figures = {}
     for block_bytes in (2 * 2**20, 32 * 2**10):
-        with exported_pool(block_bytes) as (link, pool):
+        with opened("cuda_ipc", block_bytes, 4 * GIB) as (link, pool):
             for payload in (GIB, GIB // 2, GIB // 32):
                 pulls = [scattered(pool, payload // block_bytes) for _ in range(20)]
                 seconds = [timed(lambda pull=pull: link.copy([pull])) for pull in pulls][4:]
@@ -112,6 +121,20 @@ def gather(_args: argparse.Namespace) -> Figures:
                     4:
                 ]
                 figures[f"{name}: kernel, TB/s"] = payload / statistics.median(on_device) / 1e12
+    return figures
+
+
+def host(_args: argparse.Namespace) -> Figures:
+    """GB/s of payload between two processes on CPU, SmolLM2's blocks in float32, beside one memcpy of as much."""
+    block_bytes, payload = 720 * 2**10, 90 * 2**20
+    source, target = torch.rand(payload // 4), torch.empty(payload // 4)
+    seconds = [timed(lambda: ctypes.memmove(target.data_ptr(), source.data_ptr(), payload)) for _ in range(20)]
+    figures: Figures = {"memcpy, GB/s": payload / statistics.median(seconds) / 1e9}
+    for transport in ("shm", "tcp", "gloo"):
+        with opened(transport, block_bytes, 4 * payload) as (link, pool):
+            pulls = [scattered(pool, payload // block_bytes) for _ in range(20)]
+            seconds = [timed(lambda pull=pull, link=link: link.copy([pull])) for pull in pulls][4:]
+            figures[f"{transport}, GB/s"] = payload / statistics.median(seconds) / 1e9
     return figures
 
 
@@ -174,7 +197,7 @@ def decode(args: argparse.Namespace) -> Figures:
     steps(engine, 1)
     quiet = [steps(engine, n) for n in (2, 3)]
     figures: Figures = {"undisturbed, ms": statistics.median(quiet), "again, ms": quiet}
-    with exported_pool(2 * 2**20) as (link, pool):
+    with opened("cuda_ipc", 2 * 2**20, 4 * GIB) as (link, pool):
         for burst in (512, 64):
             arrivals = Arrivals(link, pool, 100e9, burst * 2**20)
             figures[f"with {burst} MiB at a time, ms"] = beside = steps(engine, 10 + burst)
@@ -298,10 +321,11 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=4096)
     parser.add_argument("--serve-flags", default="", help="more flags of `baton serve`, in one string")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--export", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--own", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.export:
-        export(args.export)
+    if args.own:
+        transport, block_bytes, size = args.own
+        own(transport, int(block_bytes), int(size))
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     result: Figures = {"device": device, "date": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -312,7 +336,7 @@ def main() -> None:
         args.json.write_text(json.dumps(result, indent=2))
 
 
-PARTS = {"gather": gather, "decode": decode, "handoff": handoff}
+PARTS = {"gather": gather, "decode": decode, "handoff": handoff, "host": host}
 
 if __name__ == "__main__":
     main()
