@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import torch
 
 from baton.kv_transfer.contract import Pool, Pull
@@ -113,10 +114,8 @@ def gather(_args: argparse.Namespace) -> Figures:
                 seconds = [timed(lambda pull=pull: link.copy([pull])) for pull in pulls][4:]
                 name = f"{block_bytes // 2**10} KiB blocks, {payload // 2**20} MiB"
                 figures[f"{name}: pull, TB/s"] = payload / statistics.median(seconds) / 1e12
-                jobs = [
-                    torch.tensor([link._theirs.addresses(p.source), pool.addresses(p.target)]).T.contiguous().cuda()
-                    for p in pulls
-                ]
+                addresses = [(link._theirs.addresses(pull.source), pool.addresses(pull.target)) for pull in pulls]
+                jobs = [torch.from_numpy(np.stack(pair, axis=1)).cuda() for pair in addresses]
                 on_device = [device_seconds(lambda job=job, size=block_bytes: copy_blocks(job, size)) for job in jobs][
                     4:
                 ]

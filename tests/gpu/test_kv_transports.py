@@ -26,18 +26,6 @@ class GpuSuite(TransportSuite):
         GpuPool(LAYOUT, 1, open_gpu(0)).close()
 
 
-class TestTcp(GpuSuite):
-    kind = "cuda tcp"
-
-    def warm_up(self) -> None:
-        super().warm_up()
-        start_garbage_thread()
-
-
-class TestGloo(GpuSuite):
-    kind = "cuda gloo"
-
-
 class TestCudaIpc(GpuSuite):
     kind = "cuda cuda_ipc"
 
@@ -51,3 +39,15 @@ class TestCudaIpc(GpuSuite):
             owner.kill()
             assert not reader.pull(owner.peer, [0], [0]).ok  # by now its memory has been let go of
         assert torch.cuda.mem_get_info()[0] > free - 60 * 2**20
+
+
+class TestTcp(GpuSuite):
+    kind = "cuda tcp"
+
+    def warm_up(self) -> None:
+        super().warm_up()
+        start_garbage_thread()
+
+
+class TestGloo(GpuSuite):
+    kind = "cuda gloo"

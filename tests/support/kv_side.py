@@ -122,7 +122,7 @@ class Child:
 
 # Children are forks of a process that has imported everything: a start takes milliseconds instead of seconds.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["support.kv_side", "baton.kv_transfer.distributed", "baton.worker.cuda.memory"])
+_FORKS.set_forkserver_preload(["support.kv_side", "baton.kv_transfer.distributed", "baton.kv_transfer.gpu_mover"])
 
 
 def start_fork_server() -> None:
