@@ -3,20 +3,19 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import aiohttp
 import msgspec
 from tqdm import tqdm
 
 from baton.frontend.bench.dataset import Request
+from baton.frontend.bench.http import Connections, HttpError
 from baton.frontend.bench.report import Result
 from baton.proto.errors import UserError
 
 TIMEOUT_S = 6 * 3600.0
-LONGEST_LINE = 2**22
 
 
 @dataclass(frozen=True)
@@ -35,21 +34,20 @@ class Client:
     """Connections to one server; an async context manager."""
 
     def __init__(self, server: Server) -> None:
+        """Raises UserError for what is no URL."""
         self._server = server
-        self._decode = msgspec.json.Decoder().decode
-        headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
-        self._session = aiohttp.ClientSession(
-            headers=headers,
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(TIMEOUT_S),
-            read_bufsize=LONGEST_LINE,
-        )
+        try:
+            self._connections = Connections(
+                server.base_url, {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        await self._connections.close()
 
     async def first_model(self) -> str:
         """The name of the first served model."""
@@ -89,19 +87,16 @@ class Client:
 
     async def send(self, model: str, request: Request) -> Result:
         """One streamed request; a failure is told in the result."""
-        result = Result()
-        started = time.perf_counter()
+        body = msgspec.json.encode(self._body(model, request))
+        timer = StreamTimer()
         try:
-            async with self._session.post(
-                self._server.base_url + self._server.endpoint, json=self._body(model, request)
-            ) as reply:
-                if reply.status != 200:
-                    result.error = f"HTTP {reply.status}: {(await reply.text())[:200]}"
-                    return result
-                await self._time_stream(reply, result, started)
-        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, msgspec.DecodeError) as error:
-            result.error = f"{type(error).__name__}: {error}"
-        return result
+            async with asyncio.timeout(TIMEOUT_S):
+                await self._connections.request("POST", self._server.endpoint, body, timer.feed)
+        except HttpError as error:
+            return Result(error=str(error))
+        except (OSError, msgspec.DecodeError) as error:
+            return Result(error=f"{type(error).__name__}: {error}")
+        return timer.result()
 
     def _body(self, model: str, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -117,53 +112,93 @@ class Client:
             return {**body, "messages": [message], "max_completion_tokens": request.output_len}
         return {**body, "prompt": request.prompt, "max_tokens": request.output_len}
 
-    async def _time_stream(self, reply: aiohttp.ClientResponse, result: Result, started: float) -> None:
-        latest = started
-        chunks = 0
-        ended = False
-        async for data in _events(reply):
-            now = time.perf_counter()
-            if data == b"[DONE]":
-                ended = True
-                continue
-            event = self._decode(data)
-            if "error" in event:
-                result.error = f"in the stream: {event['error'].get('message', event['error'])}"
-                return
-            if usage := event.get("usage"):
-                result.input_tokens = usage["prompt_tokens"]
-                result.output_tokens = usage.get("completion_tokens", 0)
-            if not event.get("choices") or not _has_token(event["choices"][0], first=chunks == 0):
-                continue
-            chunks += 1
-            if chunks == 1:
-                result.ttft_s = now - started
-            else:
-                result.itl_s.append(now - latest)
-            latest = now
-        result.latency_s = latest - started
-        result.output_tokens = result.output_tokens or chunks
-        if not ended or not chunks:
-            result.error = "the stream ended early" if not ended else "the stream had no token"
-
     async def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        answer = bytearray()
+        data = b"" if body is None else msgspec.json.encode(body)
         try:
-            async with self._session.request(method, self._server.base_url + path, json=body) as reply:
-                if reply.status != 200:
-                    raise UserError(f"{self._server.base_url}{path} answered HTTP {reply.status}: {await reply.text()}")
-                return self._decode(await reply.read())
-        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            async with asyncio.timeout(TIMEOUT_S):
+                await self._connections.request(method, path, data, lambda piece, _: answer.extend(piece))
+            return msgspec.json.decode(answer)
+        except (HttpError, OSError, msgspec.DecodeError) as error:
             raise UserError(f"no usable answer from {self._server.base_url}{path}: {error}") from error
 
 
-def _has_token(choice: dict[str, Any], first: bool) -> bool:
+class _Delta(msgspec.Struct, gc=False):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    text: str | None = None
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct, gc=False):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Event(msgspec.Struct, gc=False):
+    """As much of a chunk as says when which tokens came."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decode = msgspec.json.Decoder(_Event).decode
+
+
+class StreamTimer:
+    """Reads one streamed answer and notes when its tokens came."""
+
+    def __init__(self) -> None:
+        self._result = Result()
+        self.started = self._latest = time.perf_counter()
+        self._chunks = 0
+        self._ended = False
+        self._rest = b""
+
+    def feed(self, data: bytes, now: float) -> None:
+        """Bytes of the body that arrived at `now`. Raises msgspec.DecodeError for an event that is no JSON."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._event(line[5:].strip(), now)
+
+    def result(self) -> Result:
+        """What is known once the answer has ended."""
+        result = self._result
+        result.latency_s = self._latest - self.started
+        result.output_tokens = result.output_tokens or self._chunks
+        if not result.error and not self._ended:
+            result.error = "the stream ended early"
+        elif not result.error and not self._chunks:
+            result.error = "the stream had no token"
+        return result
+
+    def _event(self, data: bytes, now: float) -> None:
+        if data == b"[DONE]":
+            self._ended = True
+            return
+        event = _decode(data)
+        if event.error is not None:
+            told = event.error.get("message") if isinstance(event.error, dict) else None
+            self._result.error = f"in the stream: {told or event.error}"
+        if event.usage is not None:
+            self._result.input_tokens = event.usage.prompt_tokens
+            self._result.output_tokens = event.usage.completion_tokens
+        if not event.choices or not _has_token(event.choices[0], first=self._chunks == 0):
+            return
+        self._chunks += 1
+        if self._chunks == 1:
+            self._result.ttft_s = now - self.started
+        else:
+            self._result.itl_s.append(now - self._latest)
+        self._latest = now
+
+
+def _has_token(choice: _Choice, first: bool) -> bool:
     """Whether a chunk brings output. A role alone does not; an end does if nothing came before it."""
-    text = choice.get("text") or (choice.get("delta") or {}).get("content")
-    return bool(text) or (first and choice.get("finish_reason") is not None)
-
-
-async def _events(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The data of each server-sent event."""
-    async for line in reply.content:
-        if line.startswith(b"data:"):
-            yield line[5:].strip()
+    text = choice.text or (choice.delta and choice.delta.content)
+    return bool(text) or (first and choice.finish_reason is not None)
