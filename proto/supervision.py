@@ -11,6 +11,7 @@ launcher: the kernel kills it when its parent dies.
 import argparse
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -28,6 +29,9 @@ from baton.proto import config as config_tree
 from baton.proto.config import FrontendConfig, SchedulerConfig, WorkerConfig
 from baton.proto.errors import UserError
 
+GC_THRESHOLD = 10_000
+"""Objects more than before, until the garbage collector looks for cycles among them; a step of a thousand streams makes
+several thousand that live for milliseconds."""
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 _PR_SET_PDEATHSIG = 1
@@ -52,6 +56,7 @@ class Supervised:
     def __init__(self, launcher: socket.socket | None) -> None:
         self._launcher = launcher
         self._stopping = False
+        self._ready = False
         self.stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         """Readable, and never read, from the first SIGTERM on: give it to a poller or to loop.add_reader."""
         signal.signal(signal.SIGTERM, self._on_stop)
@@ -73,7 +78,12 @@ class Supervised:
         self._send(Report("alive"))
 
     def ready(self) -> None:
-        """The process can do its work."""
+        """The process can do its work. What it has loaded for that stays: the garbage collector leaves it alone."""
+        if not self._ready:
+            self._ready = True
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(GC_THRESHOLD)
         self._send(Report("ready"))
 
     def failed(self, error: BaseException) -> None:
