@@ -1,0 +1,124 @@
+"""A worker without a model, for scripts/bench_frontend.py: everything is real but the device, whose steps take no time.
+
+    instant_worker.py STEPS_PER_SECOND --config FILE --supervisor-fd N
+
+At 0 steps per second it goes as fast as it can. The tokens are those of an English text, over and over, so that
+detokenising costs what it costs.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import zmq
+
+from baton.frontend.tokenizer import load_tokenizer
+from baton.kv_transfer.contract import Pull, PullDone, Sink, Source
+from baton.kv_transfer.greeting import Greeting
+from baton.proto.config import BatchConfig, WorkerConfig
+from baton.proto.layout import Group, KVLayout
+from baton.proto.supervision import Supervised, run_child
+from baton.worker.backend import Backend, fill_batch
+from baton.worker.cpu_device import ThreadDevice
+from baton.worker.plan import StepPlan, StepResult
+from baton.worker.session import Session
+
+TEXT = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
+NUM_BLOCKS = 65536
+MAX_MODEL_LEN = 8192
+OWN = BatchConfig(max_num_batched_tokens=8192, max_num_seqs=1024, target_itl_ms=0.0, depth=2)
+"""As on a GPU."""
+
+
+class Runner:
+    """Executes steps by looking tokens up."""
+
+    def __init__(self, tokens: list[int], step_s: float) -> None:
+        self._tokens = tokens
+        self._step_s = step_s
+        self._next_s = 0.0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """The step's tokens, `step_s` after those of the step before."""
+        started = time.monotonic()
+        self._next_s = max(self._next_s + self._step_s, started)
+        time.sleep(self._next_s - started)
+        tokens = [[self._token(row.slot + row.output_index)] if row.samples else [] for row in plan.rows]
+        return StepResult(plan.step, tokens, {}, started, time.monotonic())
+
+    def _token(self, index: int) -> int:
+        return self._tokens[index % len(self._tokens)]
+
+
+class NoSource(Source):
+    """Nobody reads from a unified worker."""
+
+    address = ""
+
+    def close(self) -> None:
+        pass
+
+
+class NoSink(Sink):
+    """It reads from nobody either."""
+
+    def __init__(self) -> None:
+        self._never = os.eventfd(0)
+
+    def start(self, pull: Pull) -> None:
+        raise NotImplementedError
+
+    def fileno(self) -> int:
+        return self._never
+
+    def completed(self) -> list[PullDone]:
+        return []
+
+    def close(self) -> None:
+        os.close(self._never)
+
+
+class InstantBackend(Backend):
+    """Blocks without bytes."""
+
+    def __init__(self, config: WorkerConfig, steps_per_s: float) -> None:
+        self.config = fill_batch(config, OWN)
+        self.max_model_len, self.num_blocks = MAX_MODEL_LEN, NUM_BLOCKS
+        group = Group("full", 1, config.cache.block_size, 64, ("token",), (16,), "float32")
+        self.layout = KVLayout("instant", (group,))
+        tokens = load_tokenizer(config.model).encode(TEXT.read_text(), add_special_tokens=False)
+        self._runner = Runner(tokens, 1 / steps_per_s if steps_per_s else 0.0)
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        return partial(self._runner.execute, plan)
+
+    def new_device(self) -> ThreadDevice:
+        return ThreadDevice(self._runner)
+
+    def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
+        return NoSource(), NoSink()
+
+    def close(self) -> None:
+        pass
+
+
+def main(config: WorkerConfig, supervised: Supervised, steps_per_s: float) -> int:
+    """One incarnation, until SIGTERM."""
+    backend = InstantBackend(config, steps_per_s)
+    device = backend.new_device()
+    context = zmq.Context()
+    session = Session(backend, device, context, supervised)
+    session.run()
+    session.close()
+    device.close()
+    context.term()
+    backend.close()
+    return 0
+
+
+if __name__ == "__main__":
+    steps = float(sys.argv.pop(1))
+    run_child(partial(main, steps_per_s=steps), WorkerConfig)
