@@ -25,15 +25,26 @@ class ByteLevelDecoder:
     """For tokenizers whose tokens are fixed bytes: constant work per token."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._bytes_of = tokenizer.token_bytes
+        self._spelling = tokenizer.spelling
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._inside = False
+        """The bytes so far end inside a character."""
 
     def feed(self, token: int) -> str:
-        return "" if token in self._skip else self._decode(self._bytes_of(token))
+        if token in self._skip:
+            return ""
+        spelling = self._spelling[token]
+        if isinstance(spelling, str):
+            if not self._inside:
+                return spelling
+            spelling = spelling.encode()
+        text = self._decoder.decode(spelling)
+        self._inside = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
-        return self._decode(b"", True)
+        return self._decoder.decode(b"", True)
 
 
 class WindowDecoder:
@@ -98,14 +109,16 @@ class Detokenizer:
 
     def feed(self, tokens: Sequence[int]) -> str:
         """The text that is certain after these tokens; those behind a stop string are not looked at."""
+        if self._stop is None:
+            self.num_tokens += len(tokens)
+            return "".join(map(self._decoder.feed, tokens))
         parts = []
         for token in tokens:
-            if self.stopped is not None:
+            if self._stop.found is not None:
                 break
             self.num_tokens += 1
             text = self._decoder.feed(token)
-            if text:
-                parts.append(self._search(text))
+            parts.append(text if self.num_tokens <= self._min_tokens else self._stop.feed(text))
         return "".join(parts)
 
     def flush(self) -> str:
@@ -117,11 +130,6 @@ class Detokenizer:
             return text
         text = self._stop.feed(text)
         return text + self._stop.flush()
-
-    def _search(self, text: str) -> str:
-        if self._stop is None or self.num_tokens <= self._min_tokens:
-            return text
-        return self._stop.feed(text)
 
 
 class StopStrings:

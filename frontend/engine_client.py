@@ -1,7 +1,8 @@
 """The frontend's sockets around its streams: asyncio outside, ZeroMQ inside, no decision of its own.
 
-Everything happens in the event loop's thread, except the heartbeat, which has a thread and a socket to itself. Tokens
-that a client does not take yet wait in its OutputReader; no worker is ever held up by a client.
+Everything happens in the event loop's thread, except the heartbeat, which has a thread and a socket to itself. What has
+arrived is read to the end before the readers that it concerns are woken, each once. Tokens that a client does not take
+yet wait in its OutputReader; no worker is ever held up by a client.
 """
 
 import asyncio
@@ -12,7 +13,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Self
 
+import msgspec
 import numpy as np
 import zmq
 
@@ -45,16 +48,13 @@ STATUS_TIMEOUT_S = 10.0
 """A scheduler that has not told its status for so long is gone: nothing new can be served."""
 
 
-class Output:
+class Output(msgspec.Struct, gc=False):
     """What came since the last time: tokens with their logprobs, and the end."""
 
-    __slots__ = ("finished", "logprobs", "tokens")
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        """One per token when asked for, else empty."""
-        self.finished: Finished | None = None
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    """One per token when asked for, else empty."""
+    finished: Finished | None = None
 
 
 class OutputReader:
@@ -62,12 +62,13 @@ class OutputReader:
 
     def __init__(self, client: "EngineClient", received_s: float) -> None:
         """`received_s`: when the request arrived, on CLOCK_MONOTONIC."""
+        self.on_output: Callable[[], None] = lambda: None
+        """Called when something has come after everything was taken."""
         self._client = client
         self._received_s = received_s
         self._sids: list[Sid] = []
         self._open: set[int] = set()
         self._pending: dict[int, Output] = {}
-        self._wake: asyncio.Future[None] | None = None
 
     def submit(self, prompt: np.ndarray, params: SamplingParams, prompt_hashes: bytes, priority: int = 0) -> None:
         """Open one more stream, for `prompt` (int32 [prompt_len]); its index counts from 0."""
@@ -80,22 +81,24 @@ class OutputReader:
 
     @property
     def num_open(self) -> int:
-        """Streams whose end has not been read."""
+        """Streams whose end has not been taken."""
         return len(self._open)
 
-    async def next(self) -> dict[int, Output]:
-        """Everything that has come, by stream index; waits for something to come."""
-        if not self._pending:
-            self._wake = asyncio.get_running_loop().create_future()
-            try:
-                await self._wake
-            finally:
-                self._wake = None
+    def take(self) -> dict[int, Output]:
+        """Everything that has come, by stream index."""
         outputs, self._pending = self._pending, {}
         for index, output in outputs.items():
             if output.finished is not None:
                 self._open.discard(index)
         return outputs
+
+    async def next(self) -> dict[int, Output]:
+        """As `take`, once something has come."""
+        if not self._pending:
+            come = asyncio.Event()
+            self.on_output = come.set
+            await come.wait()
+        return self.take()
 
     def stop(self, index: int) -> Finished | None:
         """The reader found a stop string: ends the stream and drops its later tokens. None when it was over."""
@@ -105,22 +108,25 @@ class OutputReader:
         self._open.discard(index)
         return self._pending.pop(index).finished
 
-    def __enter__(self) -> "OutputReader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.on_output = lambda: None
         for index in self._open:
             self._client.abort(self._sids[index])
 
     def _put(self, index: int, instruction: Deliver | Finished) -> None:
-        output = self._pending.setdefault(index, Output())
+        if not self._pending:
+            self._client.wake(self)
+        output = self._pending.get(index)
+        if output is None:
+            output = self._pending[index] = Output()
         if isinstance(instruction, Deliver):
-            output.tokens.extend(instruction.tokens)
-            output.logprobs.extend(instruction.logprobs)
+            output.tokens += instruction.tokens
+            output.logprobs += instruction.logprobs
         else:
             output.finished = instruction
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
 
 
 class EngineClient:
@@ -150,6 +156,8 @@ class EngineClient:
         self._ended: asyncio.Future[None] | None = None
         self._closed: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
+        self._to_wake: list[OutputReader] = []
+        self._drain_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
         self._beats = Heartbeat(self._context, config.scheduler, lambda: Beat(config.name, self._incarnation))
@@ -234,11 +242,17 @@ class EngineClient:
         number = next(self._metrics_ids)
         future = self._metrics[number] = self._loop.create_future()
         self._scheduler.send(MetricsRequest(number))
-        self._loop.call_soon(self._drain)
+        self._drain_soon()
         try:
             return await asyncio.wait_for(future, METRICS_TIMEOUT_S)
         finally:
             del self._metrics[number]
+
+    def wake(self, reader: OutputReader) -> None:
+        """Call its on_output once everything that has arrived is read."""
+        if not self._to_wake:
+            self._loop.call_soon(self._wake)
+        self._to_wake.append(reader)
 
     def close(self) -> None:
         """Say goodbye and free everything. Streams should have been aborted before."""
@@ -253,8 +267,20 @@ class EngineClient:
         self._context.term()
         self._token_path.unlink(missing_ok=True)
 
+    def _wake(self) -> None:
+        readers, self._to_wake = self._to_wake, []
+        for reader in readers:
+            reader.on_output()
+
+    def _drain_soon(self) -> None:
+        """A send may swallow the edge that announces an arrival."""
+        if not self._drain_due:
+            self._drain_due = True
+            self._loop.call_soon(self._drain)
+
     def _drain(self) -> None:
         """Read both sockets until they are empty: their descriptors tell only that something has changed."""
+        self._drain_due = False
         if self._scheduler.socket.closed:
             return
         now = time.monotonic()
@@ -295,8 +321,8 @@ class EngineClient:
                     sent = True
         if self._ended is not None and not self._ended.done() and not len(self._streams):
             self._ended.set_result(None)
-        if sent:  # a send may swallow the edge that announces an arrival
-            self._loop.call_soon(self._drain)
+        if sent:
+            self._drain_soon()
         self._set_timer()
 
     def _set_timer(self) -> None:

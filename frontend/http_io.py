@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from baton.frontend.api.errors import ApiError
+from baton.frontend.eager import run_eagerly
 
 log = logging.getLogger(__name__)
 
@@ -18,96 +19,155 @@ Send = Callable[[Any], Awaitable[None]]
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left before its answer; nobody receives it."""
+_EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 
 
-class EventStream(Response):
-    """Server-sent events, each written as it comes. A client that leaves, or reads nothing for `stalled_s`, ends it."""
+class BrokenAnswerError(Exception):
+    """An answer failed after its first bytes were sent: only the end of the connection can tell the client."""
 
-    media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], stalled_s: float) -> None:
-        """`first` has been taken from the generator already, so that early errors have a status of their own."""
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._first = first
-        self._rest = rest
+class Events(Protocol):
+    """An answer that comes bit by bit."""
+
+    ended: bool
+    """The last event has been taken."""
+
+    def take(self) -> bytes:
+        """What has come since the last time; empty when nothing has. Raises ApiError, only before the first event."""
+
+    def on_output(self, callback: Callable[[], None]) -> None:
+        """Call this when something has come after everything was taken."""
+
+
+class EventStream:
+    """Server-sent events, each written as it comes. A client that leaves, or reads nothing for `stalled_s`, ends it.
+
+    Events are written where they arise, without a task or a timer, as long as the connection takes them. When it does
+    not, a task waits until it does, and then writes what has come meanwhile in one piece.
+    """
+
+    def __init__(self, events: Events, send: Send, stalled_s: float) -> None:
+        self._events = events
+        self._send = send
         self._stalled_s = stalled_s
+        self._started = False
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._blocked: asyncio.Task[None] | None = None
+        self._patience: asyncio.TimerHandle | None = None
 
-    @classmethod
-    async def begin(cls, events: AsyncGenerator[bytes, None], request: Request, stalled_s: float) -> Response:
-        """Wait for the first event, so that an error before it is an answer of its own."""
-        first = asyncio.ensure_future(anext(events))
+    async def run(self, receive: Receive) -> None:
+        """Until the last event is written or the client is gone.
+
+        Raises what went wrong when nothing has been sent yet, and BrokenAnswerError later.
+        """
+        watcher = asyncio.create_task(_disconnected(receive))
+        watcher.add_done_callback(lambda _: self._end())
+        self._events.on_output(self._flush)
         try:
-            await _first_of(first, request.receive)
-            if first.done():
-                return cls(first.result(), events, stalled_s)
+            await self._over
+        except Exception as error:
+            if self._started:
+                raise BrokenAnswerError from error
+            raise
         finally:
-            await _cancel(first)
-        await events.aclose()
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+            watcher.cancel()
+            if self._blocked is not None:
+                self._unblock()
+                await _cancel(self._blocked)
 
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        writer = asyncio.create_task(self._write(send))
+    def _flush(self) -> None:
+        if self._blocked is not None or self._over.done():
+            return
         try:
-            await _first_of(writer, receive)
-            if writer.done():
-                writer.result()
-        finally:
-            await _cancel(writer)
-            await self._rest.aclose()
+            if data := self._events.take():
+                self._blocked = run_eagerly(self._write(data))
+        except Exception as error:
+            self._end(error)
+            return
+        if self._blocked is not None:
+            self._patience = asyncio.get_running_loop().call_later(self._stalled_s, self._give_up)
+            self._blocked.add_done_callback(self._on_written)
+        elif self._events.ended:
+            self._end()
 
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            await self._send(send, self._first, True)
-            async for data in self._rest:
-                await self._send(send, data, True)
-            await self._send(send, b"", False)
-        except TimeoutError:
-            log.warning("a client has read nothing for %.0f s: its request is aborted", self._stalled_s)
+    async def _write(self, data: bytes) -> None:
+        if not self._started:
+            self._started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
+        await self._send({"type": "http.response.body", "body": data, "more_body": not self._events.ended})
 
-    async def _send(self, send: Send, body: bytes, more: bool) -> None:
-        async with asyncio.timeout(self._stalled_s):
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+    def _on_written(self, task: "asyncio.Task[None]") -> None:
+        """The connection takes data again."""
+        self._unblock()
+        self._blocked = None
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None or self._events.ended:
+            self._end(error)
+        else:
+            self._flush()
+
+    def _unblock(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+
+    def _give_up(self) -> None:
+        log.warning("a client has read nothing for %.0f s: its request is aborted", self._stalled_s)
+        self._end()
+
+    def _end(self, error: BaseException | None = None) -> None:
+        if self._over.done():
+            return
+        if error is None:
+            self._over.set_result(None)
+        else:
+            self._over.set_exception(error)
 
 
-async def answer_or_disconnect(work: Awaitable[bytes], request: Request) -> Response:
+async def answer_or_disconnect(work: Awaitable[bytes], receive: Receive) -> Response:
     """The JSON that `work` produces; cancels it when the client goes away meanwhile."""
     task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
     try:
-        await _first_of(task, request.receive)
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return Response(task.result(), media_type="application/json")
     finally:
+        watcher.cancel()
         await _cancel(task)
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """The whole body. Raises ApiError (413) as soon as it is known to be larger than `limit` bytes."""
-    declared = request.headers.get("content-length", "0")
+    declared = header(scope, b"content-length") or b"0"
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
-    body = bytearray()
-    async for data in request.stream():
-        body += data
+    body = b""
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
         if len(body) > limit:
             raise _too_large(limit)
-    return bytes(body)
+    return body
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """The first header of this lower-case name."""
+    return next((value for key, value in scope["headers"] if key == name), None)
 
 
 def _too_large(limit: int) -> ApiError:
     # The rest of the body is still on its way: the connection can't be used again.
     return ApiError(413, f"the request is larger than {limit} bytes", headers={"Connection": "close"})
-
-
-async def _first_of(task: "asyncio.Future[Any]", receive: Receive) -> None:
-    """Wait until the task is done or the client is gone."""
-    watcher = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        watcher.cancel()
 
 
 async def _cancel(task: "asyncio.Future[Any]") -> None:

@@ -78,6 +78,7 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=round(config.shutdown_timeout_s + FLUSH_S),
         )
     )

@@ -16,12 +16,12 @@ _KEPT_STAGES = (Stage.RECEIVED.value, Stage.SUBMITTED.value, Stage.FIRST_TOKEN.v
 
 @dataclass(slots=True)
 class Row:
-    """Tokens of one stream at consecutive output positions."""
+    """Tokens of one stream at consecutive output positions, ahead of what is accepted."""
 
     pos: int
     tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish: Finish | None = None
+    logprobs: tuple[TokenLogprobs, ...]
+    finish: Finish | None
 
     def __lt__(self, other: "Row") -> bool:
         return self.pos < other.pos
@@ -74,19 +74,25 @@ class Stream:
         self.answered = self.admitted = True
         self.busy_since = math.inf
 
-    def apply(self, row: Row) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
-        """Accept what is new in `row` and in the held rows that it reaches; hold it when it is ahead."""
-        before = len(self.output)
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        heapq.heappush(self.held, row)
-        while self.held and self.held[0].pos <= len(self.output):
+    def apply(
+        self, pos: int, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], finish: Finish | None
+    ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
+        """What is new in the row at `pos` and in the held rows that it reaches; a row that is ahead is held."""
+        output = self.output
+        known = len(output) - pos
+        if known < 0:
+            heapq.heappush(self.held, Row(pos, tokens, logprobs, finish))
+            return (), ()
+        if known:
+            tokens, logprobs = tokens[known:], logprobs[known:]
+        output += tokens
+        if finish is not None:
+            self.finish = finish
+        while self.held and self.held[0].pos <= len(output):
             row = heapq.heappop(self.held)
-            known = len(self.output) - row.pos
-            self.output.extend(row.tokens[known:])
-            logprobs += row.logprobs[known:]
-            if row.finish is not None:
-                self.finish = row.finish
-        return tuple(self.output[before:]), logprobs
+            more = self.apply(row.pos, row.tokens, row.logprobs, row.finish)
+            tokens, logprobs = tokens + more[0], logprobs + more[1]
+        return tokens, logprobs
 
     def complete(self) -> bool:
         """A finish was announced and all its tokens are here."""

@@ -28,7 +28,7 @@ import msgspec
 import numpy as np
 
 from baton.frontend.instructions import Deliver, Finished, Instruction, SendToScheduler, SendToWorker, Worker
-from baton.frontend.stream import Row, Stream
+from baton.frontend.stream import Stream
 from baton.proto.hashing import hash_chain, pack_hashes
 from baton.proto.lifecycle import FinishReason, Outcome, RejectCode, Stage
 from baton.proto.messages import (
@@ -48,6 +48,7 @@ from baton.proto.messages import (
     Sid,
     ToFrontend,
     TokenBatch,
+    TokenLogprobs,
     Welcome,
     WhoAreYou,
 )
@@ -192,8 +193,8 @@ class Streams:
                 continue  # only a frontend raises attempts: not ours
             if (part := batch.ledgers.get(row)) is not None:
                 stream.ledger.merge(part)
-            arrived = Row(pos, tokens, batch.logprobs.get(row, ()), batch.finish.get(row))
-            self._on_row(stream, arrived, worker, now, out)
+            new, logprobs = stream.apply(pos, tokens, batch.logprobs.get(row, ()), batch.finish.get(row))
+            self._on_row(stream, new, logprobs, worker, now, out)
         return out
 
     def tick(self, now: float) -> list[Instruction]:
@@ -223,23 +224,33 @@ class Streams:
             at = min(at, next(iter(self._closing.values()))[0])
         return at
 
-    def _on_row(self, stream: Stream, row: Row, worker: Worker, now: float, out: list[Instruction]) -> None:
-        stream.confirm()
+    def _on_row(
+        self,
+        stream: Stream,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        worker: Worker,
+        now: float,
+        out: list[Instruction],
+    ) -> None:
+        """A row of this attempt has come from `worker`, and these tokens are new."""
+        if not stream.answered:
+            stream.confirm()
         stream.source = worker
-        tokens, logprobs = stream.apply(row)
         if tokens:
             stream.fruitless = 0
             self._relieve(stream, worker, now)
-            stream.ledger.stages.setdefault(Stage.FIRST_TOKEN.value, now)
+            if len(stream.output) == len(tokens):
+                stream.ledger.stages[Stage.FIRST_TOKEN.value] = now
             out.append(Deliver(stream.sid, tokens, logprobs))
-        if stream.finish is not None and stream.complete():
-            out.extend(self._finish(stream, stream.finish, now))
-            return
         if not stream.waits_for_rows():
             stream.gap_until = math.inf
+        elif stream.complete():
+            assert stream.finish is not None
+            out.extend(self._finish(stream, stream.finish, now))
         elif tokens or stream.gap_until == math.inf:
             stream.gap_until = now + self.limits.gap_timeout_s
-        self._arm(stream)
+            self._arm(stream)
 
     def _note_seq(self, worker: Worker, batch: TokenBatch, now: float) -> None:
         """A hole in the channel's numbering means lost rows, of streams that nobody can name."""

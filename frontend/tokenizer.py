@@ -25,7 +25,8 @@ class Tokenizer:
         self.special_tokens = {role: text for role in _SPECIAL_ROLES if (text := _content(self.config.get(role)))}
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        self._token_bytes: dict[int, bytes] = {}
+        self.spelling = _Spelling(backend)
+        """Token id -> what it adds to the text, as bytes when they are not whole characters; only if byte_level."""
         self._bos_id = self._missing_bos()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -56,10 +57,8 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token adds to the text; only for byte_level tokenizers."""
-        data = self._token_bytes.get(id)
-        if data is None:
-            data = self._token_bytes[id] = _byte_level(self._backend.id_to_token(id) or "")
-        return data
+        spelling = self.spelling[id]
+        return spelling.encode() if isinstance(spelling, str) else spelling
 
     @cached_property
     def byte_level(self) -> bool:
@@ -84,6 +83,22 @@ class Tokenizer:
             return None
         bos: int | None = self._backend.token_to_id(self.special_tokens["bos_token"])
         return None if bos in self._backend.encode("", add_special_tokens=True).ids else bos
+
+
+class _Spelling(dict[int, str | bytes]):
+    """Filled as ids are looked up."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+
+    def __missing__(self, id: int) -> str | bytes:
+        data = _byte_level(self._backend.id_to_token(id) or "")
+        try:
+            spelling: str | bytes = data.decode()
+        except UnicodeDecodeError:
+            spelling = data
+        self[id] = spelling
+        return spelling
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:

@@ -5,6 +5,7 @@ compared; a block of k units is named by the hash of its last unit. Only full un
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,6 +16,7 @@ HASH_BYTES = 16
 """Length of one hash: 128 bits of BLAKE2b, so that a collision never happens by chance."""
 
 
+@lru_cache(1024)
 def root_hash(*extra_keys: str) -> bytes:
     """Parent of the first unit. Extra keys (model fingerprint, adapter, tenant salt) separate caches."""
     return hashlib.blake2b("\x1f".join(extra_keys).encode(), digest_size=HASH_BYTES).digest()

@@ -1,7 +1,8 @@
 """One output stream as the client sees it: text, tokens and the reason of its end, in deltas."""
 
-from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from baton.frontend.api.errors import outcome_error
 from baton.frontend.api.params import Wishes
@@ -21,13 +22,12 @@ class Stopper(Protocol):
         """End it now; None when it was over."""
 
 
-@dataclass
-class Delta:
+class Delta(msgspec.Struct, gc=False):
     """A piece of the output."""
 
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     """One per token when asked for, else empty."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None

@@ -1,6 +1,7 @@
 """A request's streams from submission to the last byte of the answer."""
 
-from collections.abc import AsyncGenerator
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,15 +9,14 @@ from msgspec import UNSET
 
 from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.errors import ApiError, bad_request, unavailable
-from baton.frontend.api.formats import ChatFormat, CompletionFormat, Format, LedgerField, UsageField
+from baton.frontend.api.formats import ChatFormat, CompletionFormat, Format, LedgerField
 from baton.frontend.api.params import MAX_STREAMS, Wishes, read_wishes
 from baton.frontend.api.prompts import Prompt, Prompts
 from baton.frontend.api.requests import ChatCompletionRequest, GenerationRequest, StreamOptions
 from baton.frontend.api.responses import PromptTokensDetails, Usage, encode
-from baton.frontend.engine_client import EngineClient, OutputReader
+from baton.frontend.api.sse import DONE, ChunkWriter, event
+from baton.frontend.engine_client import EngineClient, Output, OutputReader
 from baton.frontend.model_info import ModelInfo
-
-DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -76,34 +76,11 @@ class Generator:
         answer = job.format.whole(list(zip(choices, texts, strict=True)), _usage(job, choices), _ledger(job, choices))
         return encode(answer)
 
-    async def events(self, job: Job) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events, several in one piece when they come together. Raises ApiError before the
-        first event; a later error is an event."""
+    @contextlib.contextmanager
+    def events(self, job: Job) -> "Iterator[Events]":
+        """The answer as server-sent events; what still runs at the end of the block is aborted. Raises ApiError."""
         with OutputReader(self._client, job.received_s) as reader:
-            choices = self._submit(job, reader)
-            held = [Delta() for _ in choices]
-            begun = [False] * len(choices)
-            while reader.num_open:
-                outputs = await reader.next()
-                data = bytearray()
-                try:
-                    for index, output in outputs.items():
-                        held[index].extend(choices[index].take(output, reader))
-                        if held[index].text or held[index].finish_reason or job.wishes.per_token:
-                            self._write(data, job, choices[index], held[index], first=not begun[index])
-                            held[index], begun[index] = Delta(), True
-                except ApiError as error:
-                    if not any(begun):
-                        raise
-                    yield bytes(data) + _event(error.body) + DONE
-                    return
-                if data:
-                    yield bytes(data)
-        if job.stream_options.include_usage or job.with_ledger:
-            usage = _usage(job, choices) if job.stream_options.include_usage else UNSET
-            yield _event(job.format.last(usage, _ledger(job, choices))) + DONE
-        else:
-            yield DONE
+            yield Events(job, reader, self._submit(job, reader))
 
     def _submit(self, job: Job, reader: OutputReader) -> list[Choice]:
         choices: list[Choice] = []
@@ -115,18 +92,61 @@ class Generator:
                 reader.submit(prompt.ids, params, prompt.hashes, job.wishes.priority)
         return choices
 
-    def _write(self, data: bytearray, job: Job, choice: Choice, delta: Delta, first: bool) -> None:
-        options = job.stream_options
-        usage: UsageField = None if options.include_usage else UNSET
-        if options.continuous_usage_stats:
-            prompt_len = len(choice.prompt.ids)
-            usage = Usage(prompt_len, prompt_len + choice.num_tokens, choice.num_tokens)
-        for chunk in job.format.chunks(choice, delta, first, usage):
-            data += _event(chunk)
 
+class Events:
+    """A streamed answer, as far as it has come."""
 
-def _event(body: object) -> bytes:
-    return b"data: " + encode(body) + b"\n\n"
+    def __init__(self, job: Job, reader: OutputReader, choices: list[Choice]) -> None:
+        self._job = job
+        self._reader = reader
+        self._choices = choices
+        self._held: dict[int, Delta] = {}
+        self._begun: set[int] = set()
+        self._writer = ChunkWriter(job.format, job.stream_options, plain=not job.wishes.per_token)
+        self.ended = False
+        """The last event has been taken."""
+
+    def on_output(self, callback: Callable[[], None]) -> None:
+        """Call this when something has come after everything was taken."""
+        self._reader.on_output = callback
+
+    def take(self) -> bytes:
+        """What has come since the last time. Raises ApiError before the first event; a later error is an event."""
+        data = b""
+        try:
+            for index, output in self._reader.take().items():
+                data += self._events(index, output)
+        except ApiError as error:
+            if not self._begun:
+                raise
+            self.ended = True
+            return data + event(error.body) + DONE
+        if not self._reader.num_open:
+            self.ended = True
+            data += self._last()
+        return data
+
+    def _events(self, index: int, output: Output) -> bytes:
+        """Of one choice; none while its text may still change."""
+        choice = self._choices[index]
+        delta = choice.take(output, self._reader)
+        if held := self._held.pop(index, None):
+            held.extend(delta)
+            delta = held
+        if not (delta.text or delta.finish_reason or self._job.wishes.per_token):
+            self._held[index] = delta
+            return b""
+        first = index not in self._begun
+        if first:
+            self._begun.add(index)
+        return self._writer.chunk(choice, delta, first)
+
+    def _last(self) -> bytes:
+        job, choices = self._job, self._choices
+        if not (job.stream_options.include_usage or job.with_ledger):
+            return DONE
+        usage = _usage(job, choices) if job.stream_options.include_usage else UNSET
+        return event(job.format.last(usage, _ledger(job, choices))) + DONE
 
 
 def _usage(job: Job, choices: list[Choice]) -> Usage:

@@ -1,5 +1,6 @@
 """The requests of the HTTP API. Names, types and defaults are OpenAI's and vLLM's."""
 
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -104,7 +105,7 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 GenerationRequest = CompletionRequest | ChatCompletionRequest
-R = TypeVar("R", CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+R = TypeVar("R", bound=msgspec.Struct)
 
 _IGNORED = frozenset({"store", "metadata", "request_id", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Fields that ask for nothing of the answer."""
@@ -163,14 +164,27 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
         message, _, where = str(error).partition(" - at `$")
         param = where.strip("`").lstrip(".") or None
         raise bad_request(f"{param}: {message}" if param else message, param=param) from error
-    known = {*(field.name for field in msgspec.structs.fields(kind)), *_UNSUPPORTED, *_IGNORED}
+    known = _known_names(kind)
     return request, raw, [name for name in raw if name not in known]
 
 
 def _without_idle_nulls(raw: dict[str, Any], kind: type) -> dict[str, Any]:
     """Clients send null for switches and counts that they do not set."""
-    unset = {f.name for f in msgspec.structs.fields(kind) if isinstance(f.default, bool) or f.default == 0}
+    unset = _switches(kind)
     return {name: value for name, value in raw.items() if value is not None or name not in unset}
+
+
+@cache
+def _known_names(kind: type) -> frozenset[str]:
+    """Fields that a client may send."""
+    return frozenset({*(field.name for field in msgspec.structs.fields(kind)), *_UNSUPPORTED, *_IGNORED})
+
+
+@cache
+def _switches(kind: type) -> frozenset[str]:
+    """Fields whose default is False, True or 0."""
+    fields = msgspec.structs.fields(kind)
+    return frozenset(field.name for field in fields if isinstance(field.default, bool) or field.default == 0)
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
