@@ -152,6 +152,7 @@ def _listen(config: FrontendConfig) -> socket.socket:
             family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
             listener = socket.socket(family, socket.SOCK_STREAM)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, config.shares_port)
             listener.bind(address)
     except OSError as error:
         where = config.uds or f"{config.host}:{config.port}"

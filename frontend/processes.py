@@ -40,8 +40,12 @@ def specs(config: ServeConfig) -> list[ProcessSpec]:
     scheduler = ProcessSpec(
         config.scheduler, _module("baton.scheduler_proc.main"), StopOrder.SCHEDULER, thread_environment(1)
     )
-    frontend = ProcessSpec(config.frontend, _module("baton.frontend.main"), StopOrder.FRONTEND, thread_environment(1))
-    return [scheduler, *map(worker_spec, config.workers), frontend]
+    return [scheduler, *map(worker_spec, config.workers), *map(frontend_spec, config.frontends)]
+
+
+def frontend_spec(config: FrontendConfig) -> ProcessSpec:
+    """One frontend."""
+    return ProcessSpec(config, _module("baton.frontend.main"), StopOrder.FRONTEND, thread_environment(1))
 
 
 def worker_spec(config: WorkerConfig) -> ProcessSpec:

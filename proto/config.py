@@ -150,6 +150,8 @@ class FrontendConfig(Config):
     run_dir: str
     host: str = "0.0.0.0"
     port: int = 8000
+    shares_port: bool = False
+    """Other frontends listen on the same port; the kernel spreads connections over them."""
     uds: str = ""
     """Unix socket to serve HTTP on instead of host and port."""
     root_path: str = ""
@@ -173,7 +175,7 @@ class ServeConfig(Config):
     """Everything that `baton serve` starts."""
 
     scheduler: SchedulerConfig
-    frontend: FrontendConfig
+    frontends: tuple[FrontendConfig, ...]
     workers: tuple[WorkerConfig, ...]
     run_dir: str
     """0700 directory that holds every socket; removed at the end."""

@@ -124,8 +124,7 @@ class Bench:
 
     def __init__(self, port: int, chat: bool, prompt_len: int) -> None:
         self._port, self._chat, self._prompt_len = port, chat, prompt_len
-        pids = processes_of(os.getpid())
-        self._pids = [pids[name] for name in ("frontend-0", "scheduler", "unified-0")]
+        self._pids = processes_of(os.getpid())
         self._seed = 0
 
     async def load(self, streams: int, tokens: int) -> Load:
@@ -140,8 +139,9 @@ class Bench:
         if process.returncode:
             raise RuntimeError("the client failed")
         load = Load(**json.loads(out))
-        used = [after - begin for after, begin in zip(self._cpu_s(), before, strict=True)]
-        load.frontend_s, load.scheduler_s, load.worker_s = used
+        used = {name: after - before[name] for name, after in self._cpu_s().items()}
+        load.frontend_s = sum(seconds for name, seconds in used.items() if name.startswith("frontend"))
+        load.scheduler_s, load.worker_s = used["scheduler"], used["unified-0"]
         return load
 
     async def bench_serve(self, streams: int, tokens: int) -> float:
@@ -156,8 +156,8 @@ class Bench:
         after = os.times()
         return after.children_user + after.children_system - before.children_user - before.children_system
 
-    def _cpu_s(self) -> list[float]:
-        return [cpu_s(pid) for pid in self._pids]
+    def _cpu_s(self) -> dict[str, float]:
+        return {name: cpu_s(pid) for name, pid in self._pids.items()}
 
 
 def processes_of(parent: int) -> dict[str, int]:
@@ -190,11 +190,11 @@ async def deployed(args: argparse.Namespace, steps_per_s: float, measure: Part) 
     """Start scheduler, worker and frontend; what is measured with them."""
     with RunDir() as run_dir:
         config = serve_config(args, run_dir)
-        scheduler, _, frontend = specs(config)
+        scheduler, _, *frontends = specs(config)
         command = (str(HERE / "instant_worker.py"), str(steps_per_s))
         worker = ProcessSpec(config.workers[0], command, StopOrder.WORKER)
         ready = asyncio.get_running_loop().create_future()
-        launcher = Launcher([scheduler, worker, frontend], run_dir.path, ready.set_result, 1.0)
+        launcher = Launcher([scheduler, worker, *frontends], run_dir.path, ready.set_result, 1.0)
         running = asyncio.create_task(launcher.run())
         await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
@@ -213,7 +213,10 @@ def serve_config(args: argparse.Namespace, run_dir: RunDir) -> ServeConfig:
     model = ModelConfig(str(engine_args.resolve_model(args)), ("bench",), max_model_len=8192)
     return ServeConfig(
         scheduler=SchedulerConfig(endpoint, private, expected_workers=1),
-        frontend=FrontendConfig("frontend-0", model, endpoint, private, host=HOST, port=args.port),
+        frontends=tuple(
+            FrontendConfig(f"frontend-{i}", model, endpoint, private, HOST, args.port, args.frontends > 1)
+            for i in range(args.frontends)
+        ),
         workers=(WorkerConfig("unified-0", "unified", model, scheduler=endpoint, run_dir=private),),
         run_dir=private,
     )
@@ -289,6 +292,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--revision", default="")
     parser.add_argument("--port", type=int, default=8199)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--frontends", type=int, default=1, help="their CPU time is added up")
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=512, help="of each stream, flat out")
     parser.add_argument("--paced-tokens", type=int, default=250, help="of each stream at 50 tokens per second")

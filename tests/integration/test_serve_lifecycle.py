@@ -1,5 +1,6 @@
 """The life and death of a whole deployment: start, restart, join, drain, kill -9."""
 
+import contextlib
 import json
 import os
 import signal
@@ -95,6 +96,21 @@ def test_a_dead_frontend_is_started_again_on_the_same_port(serve: Serve, tiny_mo
     os.kill(served.pids()["frontend-0"], signal.SIGKILL)
     served.wait_for("frontend-0 is ready again")
     assert http.post(f"{served.url}/v1/completions", json=body(5)).status_code == 200
+
+
+def test_two_frontends_share_the_port_and_the_death_of_one(serve: Serve, tiny_model: Path) -> None:
+    served = start(serve, tiny_model, "--unified", "1", "--frontends", "2")
+    url = served.url
+    pids = {name: pid for name, pid in served.pids().items() if name.startswith("frontend")}
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(httpx.Client(timeout=DEADLINE_S)) for _ in range(32)]
+        texts = {str(client.post(f"{url}/v1/completions", json=body(5)).json()["choices"]) for client in clients}
+        assert len(texts) == 1
+        assert all(psutil.Process(pid).net_connections("tcp")[1:] for pid in pids.values()), "one served everybody"
+    os.kill(pids["frontend-1"], signal.SIGKILL)
+    for _ in range(32):
+        assert httpx.post(f"{url}/v1/completions", json=body(5), timeout=DEADLINE_S).status_code == 200
+    served.wait_for("frontend-1 is ready again")
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0", "scheduler"])

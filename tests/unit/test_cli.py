@@ -250,15 +250,23 @@ def test_too_little_memory_is_told(model: Path) -> None:
         plan(model, "--kv-cache-memory-bytes", "100T")
 
 
+def test_several_frontends_need_a_port_to_share(model: Path) -> None:
+    with pytest.raises(UserError, match="leave --uds out"):
+        serve.claim_address(parse(str(model), "--frontends", "2", "--uds", "/tmp/baton.sock"))
+
+
 def test_the_configuration_tree_names_everything_and_survives_json(model: Path) -> None:
-    args = parse(str(model), "--prefill", "2", "--decode", "1", "--threads", "1", "--api-key", "k1", "k2")
+    words = ("--prefill", "2", "--decode", "1", "--threads", "1", "--api-key", "k1", "k2", "--frontends", "2")
+    args = parse(str(model), *words)
     with RunDir() as run_dir:
         config = serve.serve_config(args, model, sizing.Plan(256, 4096), serve.worker_roles(args), run_dir)
         assert run_dir.path.stat().st_mode & 0o777 == 0o700
     assert not run_dir.path.exists()
     assert config_tree.decode(config_tree.encode(config), ServeConfig) == config
     assert [worker.name for worker in config.workers] == ["prefill-0", "prefill-1", "decode-0"]
-    assert {worker.scheduler for worker in config.workers} == {config.scheduler.endpoint, config.frontend.scheduler}
+    assert {worker.scheduler for worker in config.workers} == {config.scheduler.endpoint}
     assert config.scheduler.expected_workers == 3
-    assert config.frontend.api_keys == ("k1", "k2")
+    assert [frontend.name for frontend in config.frontends] == ["frontend-0", "frontend-1"]
+    assert {frontend.scheduler for frontend in config.frontends} == {config.scheduler.endpoint}
+    assert all(frontend.api_keys == ("k1", "k2") and frontend.shares_port for frontend in config.frontends)
     assert config.workers[0].cache.kv_cache_memory_bytes == 4096
