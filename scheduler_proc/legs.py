@@ -83,7 +83,7 @@ class Legs:
         worker = self._registry.workers.get(leg.worker)
         if worker is not None:
             worker.streams.pop(stream.sid, None)
-            worker.promises.pop(leg.cmd_seq, None)
+            worker.promises.drop(leg.cmd_seq)
 
     def cancel_all(self, stream: Stream) -> None:
         """Free what this attempt holds, everywhere."""
@@ -103,7 +103,7 @@ class Legs:
     def _promise(self, stream: Stream, worker: Worker, computes: bool) -> None:
         worker.streams[stream.sid] = None
         tokens = stream.num_tokens if computes else 0
-        worker.promises[self._cmd_seq] = Promise(1, tokens, worker.blocks_for(stream.num_tokens + 1))
+        worker.promises.add(self._cmd_seq, Promise(1, tokens, worker.blocks_for(stream.num_tokens + 1)))
 
     def _reply_to(self, stream: Stream) -> str:
         return self._registry.frontends[stream.frontend].hello.endpoint

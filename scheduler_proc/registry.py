@@ -22,6 +22,38 @@ class Promise:
     blocks: int
 
 
+class Promises:
+    """Those of one worker by cmd_seq, ascending, with their sums: every message asks for these."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, Promise] = {}
+        self.streams = self.tokens = self.blocks = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, cmd_seq: int, promise: Promise) -> None:
+        """A command was sent; higher cmd_seq than any before."""
+        self._open[cmd_seq] = promise
+        self._count(promise, 1)
+
+    def drop(self, cmd_seq: int) -> None:
+        """What it asked for is over, or will not be."""
+        promise = self._open.pop(cmd_seq, None)
+        if promise is not None:
+            self._count(promise, -1)
+
+    def settle(self, last_cmd_seq: int) -> None:
+        """A report has seen all commands up to this one."""
+        while self._open and (oldest := next(iter(self._open))) <= last_cmd_seq:
+            self.drop(oldest)
+
+    def _count(self, promise: Promise, sign: int) -> None:
+        self.streams += sign * promise.streams
+        self.tokens += sign * promise.tokens
+        self.blocks += sign * promise.blocks
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
     """One incarnation of one worker."""
@@ -31,8 +63,7 @@ class Worker:
     joined_at: float
     heard_at: float
     load: Load | None = None
-    promises: dict[int, Promise] = field(default_factory=dict)
-    """By cmd_seq, ascending."""
+    promises: Promises = field(default_factory=Promises)
     streams: dict[Sid, None] = field(default_factory=dict)
     """With a leg here."""
     holdings: dict[tuple[Sid, int], str] = field(default_factory=dict)
@@ -62,19 +93,19 @@ class Worker:
     def outstanding_tokens(self) -> int:
         """Prompt tokens not yet computed, reported and promised."""
         reported = self.load.queued_tokens if self.load else 0
-        return reported + sum(promise.tokens for promise in self.promises.values())
+        return reported + self.promises.tokens
 
     @property
     def free_blocks(self) -> int:
         """Reported less promised; negative when more was promised than there is."""
         reported = self.load.free_blocks if self.load else self.hello.num_blocks
-        return reported - sum(promise.blocks for promise in self.promises.values())
+        return reported - self.promises.blocks
 
     @property
     def num_streams(self) -> int:
         """Running, waiting and promised."""
         reported = self.load.running + self.load.waiting if self.load else 0
-        return reported + sum(promise.streams for promise in self.promises.values())
+        return reported + self.promises.streams
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens here."""
@@ -95,8 +126,7 @@ class Worker:
     def take_load(self, load: Load) -> None:
         """Believe a report; promises that it has seen are part of it."""
         self.load = load
-        for cmd_seq in [seq for seq in self.promises if seq <= load.last_cmd_seq]:
-            del self.promises[cmd_seq]
+        self.promises.settle(load.last_cmd_seq)
 
     def status(self) -> WorkerStatus:
         """For ClusterStatus."""

@@ -38,5 +38,5 @@ def leftovers(batcher: Batcher) -> str:
 def scheduler_leftovers(cluster: Cluster) -> str:
     """What the scheduler still keeps; empty when nothing."""
     streams = {sid: stream.state.name for sid, stream in cluster.streams.items()}
-    promised = {w.name: w.promises for w in cluster.registry.workers.values() if w.promises or w.streams}
+    promised = {w.name: len(w.promises) for w in cluster.registry.workers.values() if w.promises or w.streams}
     return f"scheduler: {streams} {promised}" if streams or promised or len(cluster.queue) else ""
