@@ -36,6 +36,7 @@ from baton.kv_transfer.fetch import (
 from baton.kv_transfer.staging import Staging
 
 OWNER, READER = 0, 1
+NEVER = timedelta(days=1)
 POLL_S = 0.0002
 """How often an operation of nccl, which has no descriptor to wait for, is looked at."""
 
@@ -56,6 +57,10 @@ class DistributedTransport(Transport):
         self._pool = pool
         self._folder = folder
         self._numbers = itertools.count()
+        if backend == "nccl":
+            # By default torch ends the whole process when one operation fails or stalls; here only its pair ends.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+            os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
 
     def offer(self) -> DistributedOffer:
         return DistributedOffer(self._gpu())
@@ -147,7 +152,8 @@ def _make_group(backend: str, meeting: str, rank: int) -> Any:
     # torch's stubs lack the options of either.
     kind: Any = distributed.ProcessGroupGloo if backend == "gloo" else distributed.ProcessGroupNCCL
     options = kind._Options() if backend == "gloo" else kind.Options()
-    options._timeout = timedelta(seconds=STALLED_S)
+    # gloo keeps the deadline itself; for nccl _Pair does, and torch must not come first.
+    options._timeout = timedelta(seconds=STALLED_S) if backend == "gloo" else NEVER
     if backend == "gloo":
         options._devices = [kind.create_device(hostname="127.0.0.1")]
     return kind(distributed.FileStore(meeting, 2), rank, 2, options)

@@ -8,3 +8,8 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 pytest.register_assert_rewrite("support.transport_suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of single tests."""
+    parser.addoption("--kills", type=int, default=3, help="workers that test_kills.py kills, one after the other")

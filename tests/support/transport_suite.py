@@ -141,6 +141,16 @@ class TransportSuite:
         assert reader.pull(again.peer, [0], [0]).ok
         assert torch.equal(reader.blocks()[0], content(12)[0])
 
+    def test_an_owner_leaves_amid_pulls_without_harm(self, reader: Side, owner: Child) -> None:
+        for i in range(MANY):
+            reader.start(i, owner.peer, (i,), (i,))
+        done = reader.wait()
+        owner.leave()
+        done += reader.wait(MANY - len(done))
+        right = [each.transfer for each in done if each.ok]
+        assert torch.equal(reader.blocks()[right], content(11)[right])
+        assert not reader.pull(owner.peer, [0], [0]).ok
+
     def test_an_owner_killed_amid_pulls_harms_no_other(
         self, reader: Side, owner: Child, child: Callable[..., Child]
     ) -> None:

@@ -1,0 +1,72 @@
+"""kill -9 of either side of a handoff at a random moment, again and again: no request lost, no token changed.
+
+Three kills by default; `scripts/test -k test_kills --kills 200 --timeout 7200` for more.
+"""
+
+import concurrent.futures
+import os
+import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.deployment import Deployment, Served
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+FIELDS = {"max_tokens": 12, "temperature": 0, "ignore_eos": True, "logprobs": 1, "return_token_ids": True}
+GROWTH_MB = 64.0
+ROUNDING = 1e-4
+
+
+def told(answers: list[dict[str, Any]]) -> list[tuple[list[int], list[float]]]:
+    """Tokens, and their logprobs, which a wrong block would change far beyond rounding."""
+    choices = [answer["choices"][0] for answer in answers]
+    return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+
+
+def resident_mb(deployment: Deployment) -> dict[str, float]:
+    """Of the workers that live on."""
+    pids = deployment.pids()
+    return {name: psutil.Process(pids[name]).memory_info().rss / 2**20 for name in ("prefill-0", "decode-0")}
+
+
+def peers_mapped(deployment: Deployment) -> int:
+    """Pools of other workers that decode-0 maps, its own aside."""
+    maps = Path(f"/proc/{deployment.pids()['decode-0']}/maps").read_text().splitlines()
+    return len({line.split()[4] for line in maps if "memfd:baton-kv" in line}) - 1
+
+
+def test_kills(request: pytest.FixtureRequest) -> None:
+    kills = request.config.getoption("--kills")
+    flags = ("--num-blocks", "400", "--max-model-len", "1024", "--no-enable-prefix-caching")
+    rng = random.Random()
+    prompts = [[rng.randrange(100, 40000) for _ in range(rng.randrange(1, 200))] for _ in range(12)]
+    with Deployment("--prefill", "1", "--decode", "1", *flags) as deployment, ThreadPoolExecutor(1) as pool:
+        undisturbed = told(deployment.complete_all(prompts, **FIELDS))
+        before, worst = {}, 0.0
+        for kill in range(kills):
+            role = rng.choice(("prefill", "decode"))
+            endpoint = f"ipc://{deployment.run_dir()}/scheduler"
+            victim = Served("worker", "demo", "--role", role, "--name", "victim", "--scheduler", endpoint, *flags)
+            try:
+                victim.wait_for("victim is ready")
+                beside = pool.submit(deployment.complete_all, prompts, **FIELDS)
+                concurrent.futures.wait([beside], timeout=rng.uniform(0, 4))
+                os.kill(victim.pids()["victim"], signal.SIGKILL)
+                for (tokens, logprobs), expected in zip(told(beside.result()), undisturbed, strict=True):
+                    assert tokens == expected[0], f"after kill {kill} of a {role} worker"
+                    worst = max(worst, *(abs(a - b) for a, b in zip(logprobs, expected[1], strict=True)))
+            finally:
+                victim.close()
+            before = before or resident_mb(deployment)
+        deployment.wait_idle()
+        after = resident_mb(deployment)
+        recovered = deployment.total("baton_retries_total")
+        print(f"{kills} kills, {recovered:.0f} attempts repeated; logprobs {worst:.1e} apart; MB {before} -> {after}")
+        assert worst < ROUNDING
+        assert all(after[name] - before[name] < GROWTH_MB for name in before)
+        assert peers_mapped(deployment) <= 1
