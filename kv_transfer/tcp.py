@@ -14,7 +14,7 @@ import zmq
 
 from baton.kv_transfer.contract import Pool, TransferError, Transport
 from baton.kv_transfer.fetch import STALLED_S, Attached, FetchLink, Receiver, Sender, attach, serve_fetches
-from baton.kv_transfer.movers import mover_for
+from baton.kv_transfer.movers import HostMover
 from baton.kv_transfer.staging import Staging
 
 CONNECTIONS = 2
@@ -91,7 +91,7 @@ class TcpReceiver(Receiver):
 
     def __init__(self, pool: Pool, connection: socket.socket) -> None:
         self._pool = pool
-        self._mover = mover_for(pool)
+        self._mover = HostMover(pool.block_bytes)
         self._staging = Staging(pool) if pool.gpu >= 0 else None
         self._context = zmq.Context(io_threads=CONNECTIONS)
         self._pollers: list[tuple[zmq.Socket, zmq.Poller]] = []
