@@ -34,8 +34,12 @@ class PeerSink(Sink):
     def start(self, pull: Pull) -> None:
         reader = self._readers.get(pull.owner.incarnation)
         if reader is None or not reader.put(pull):
-            self._readers = {key: each for key, each in self._readers.items() if not each.over}
+            self._forget_ended()
             self._readers[pull.owner.incarnation] = _Reader(pull, self._me, self._transports, self._finished)
+
+    def _forget_ended(self) -> None:
+        for incarnation in [key for key, reader in self._readers.items() if reader.over]:
+            self._readers.pop(incarnation).join()
 
     def fileno(self) -> int:
         return self._ready
@@ -119,8 +123,7 @@ class _Reader:
 
     def _read(self, greeted: Greeted) -> None:
         """Copy until the peer goes or this side stops."""
-        transport, why = choose(self._transports, greeted.owner)
-        link = transport.open(greeted.owner.offers[transport.name], greeted.connection, greeted.memfd)
+        transport, link, why = self._open(greeted)
         level = logging.WARNING if why else logging.INFO
         reason = why or ("the best of several" if len(self._transports) > 1 else "as asked for")
         log.log(level, "%s reads %s through %s (%s)", self._me.name, self._owner.worker, transport.name, reason)
@@ -139,6 +142,21 @@ class _Reader:
                         self._copy(link, transport.name, greeted.owner.num_blocks)
         finally:
             link.close()
+
+    def _open(self, greeted: Greeted) -> tuple[Transport, Link, str]:
+        """The best link that can be had, and why no better one."""
+        left, failures = list(self._transports), ""
+        while True:
+            transport, why = choose(left, greeted.owner)
+            try:
+                link = transport.open(greeted.owner.offers[transport.name], greeted.connection, greeted.memfd)
+            except (OSError, TransferError) as error:
+                left.remove(transport)
+                if not left:
+                    raise
+                failures += f"{transport.name} failed: {error}; "
+                continue
+            return transport, link, (failures + why).removesuffix("; ")
 
     def _copy(self, link: Link, transport: str, num_blocks: int) -> None:
         """Copy the pulls that have waited longest, as many as go together."""

@@ -1,8 +1,16 @@
 """Every transport that runs without a GPU, held to the same suite."""
 
+from pathlib import Path
+
+import pytest
+from support.kv_side import LAYOUT, NUM_BLOCKS, Side
 from support.transport_suite import TransportSuite, start_garbage_thread
 
+from baton.kv_transfer.greeting import Greeting, GreetingSource
 from baton.kv_transfer.movers import runs
+from baton.kv_transfer.transports import open_transports
+from baton.proto.messages import Peer
+from baton.worker.kv_pool import HostPool
 
 
 class TestShm(TransportSuite):
@@ -18,6 +26,26 @@ class TestTcp(TransportSuite):
 
 class TestGloo(TransportSuite):
     kind = "gloo"
+
+
+def test_a_transport_that_fails_to_open_gives_way_to_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pool = HostPool(LAYOUT, NUM_BLOCKS)
+    without_memfd = GreetingSource(
+        tmp_path / "owner.kv",
+        Greeting(LAYOUT, "prefill-0", 11, NUM_BLOCKS),
+        open_transports("auto", pool, tmp_path),
+        memfd=-1,
+    )
+    reader = Side("auto", tmp_path, "decode-0", 22)
+    try:
+        done = reader.pull(Peer("prefill-0", 11, "", without_memfd.address), [0], [1])
+    finally:
+        reader.close()
+        without_memfd.close()
+        pool.close()
+    assert done.ok
+    assert done.transport == "tcp"
+    assert "decode-0 reads prefill-0 through tcp (shm failed: " in caplog.text
 
 
 def test_runs_join_blocks_that_follow_each_other_on_both_sides() -> None:
