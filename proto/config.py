@@ -24,6 +24,9 @@ class ModelConfig(Config):
     """Names clients may use; the first is the one in responses."""
     dtype: str = "auto"
     """Weights and activations: auto (the checkpoint's, float32 on CPU) | float32 | float16 | bfloat16."""
+    batch_invariant: bool = False
+    """On a GPU: logits have the same bits whatever else is in the steps, at some cost; on CPU they always have.
+    kernels/cuda/invariant.py says what exactly is promised."""
     load_format: str = "auto"
     """auto | dummy (random weights, uniform in ±1e-3, from config.json alone)."""
     max_model_len: int = 0

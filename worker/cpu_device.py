@@ -10,9 +10,8 @@ import time
 from collections import deque
 
 from baton.worker.model_runner import ModelRunner
+from baton.worker.pace import Pace
 from baton.worker.plan import StepPlan, StepResult
-
-_MIN_EXPECTED_S = 0.5
 
 
 class ThreadDevice:
@@ -25,7 +24,7 @@ class ThreadDevice:
         self._available = threading.Semaphore(0)
         self._done = os.eventfd(0, os.EFD_NONBLOCK)
         self._failure: BaseException | None = None
-        self._seconds_per_token = 0.0
+        self._pace = Pace()
         self.running: tuple[int, float, float] | None = None
         """(step, started, expected duration) of the step on the device; read by the heartbeat thread."""
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -77,9 +76,8 @@ class ThreadDevice:
                 continue
             if self._failure is not None:
                 continue
-            tokens = sum(row.num_tokens for row in plan.rows)
             started = time.monotonic()
-            self.running = (plan.step, started, max(_MIN_EXPECTED_S, self._seconds_per_token * tokens))
+            self.running = (plan.step, started, self._pace.expected_s(plan.num_tokens))
             try:
                 self._results.append(self._runner.execute(plan))
             except BaseException as error:
@@ -87,5 +85,5 @@ class ThreadDevice:
                 os.eventfd_write(self._done, 1)
                 continue
             self.running = None
-            self._seconds_per_token = max((time.monotonic() - started) / tokens, self._seconds_per_token * 0.9)
+            self._pace.learn(plan.num_tokens, time.monotonic() - started)
             os.eventfd_write(self._done, 1)

@@ -40,7 +40,7 @@ class LoadedModel:
             shape.num_kv_heads, shape.num_layers, shape.head_dim, config.cache.block_size, self.dtype, fingerprint
         )
         started = time.monotonic()
-        self.ops = choose_ops(config.device, self.dtype, shape.head_dim)
+        self.ops = choose_ops(config.device, self.dtype, shape.head_dim, config.model.batch_invariant)
         with device:
             self.model = model_class(shape, self.max_model_len, self.ops, self.dtype)
         if load_format == "dummy":

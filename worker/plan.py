@@ -55,6 +55,11 @@ class StepPlan(Plain):
     new_slots: list[SlotInit]
     """Taken before the step. A slot needs no message to be freed: it is simply taken again."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Computed by the step, over all rows."""
+        return sum(row.num_tokens for row in self.rows)
+
 
 class StepResult(Plain):
     """What came back. Results map through the stored plan, never through slots."""

@@ -35,6 +35,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and activations; auto: the checkpoint's, float32 on CPU",
     )
     group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="on a GPU: logits have the same bits whatever else is in the batch, at some cost; on CPU they always have",
+    )
+    group.add_argument(
         "--load-format",
         default="auto",
         choices=("auto", "dummy"),
@@ -232,6 +237,7 @@ def model_config(args: argparse.Namespace, path: Path, max_model_len: int) -> Mo
         path=str(path),
         served_names=tuple(getattr(args, "served_model_name", None) or (args.model,)),
         dtype=args.dtype,
+        batch_invariant=args.batch_invariant,
         load_format=args.load_format,
         max_model_len=max_model_len,
         tokenizer=_absolute(args.tokenizer, "--tokenizer"),

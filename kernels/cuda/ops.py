@@ -1,6 +1,7 @@
 """The fused operations on an NVIDIA GPU: cuBLAS for products of many rows, Triton for few and for everything else."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ class AttentionWork:
 
 class CudaOps:
     """Implements ops.Ops. All launches go to the current stream; nothing waits for the device."""
+
+    splits_decode: ClassVar[bool] = True
+    """Whether rows of one token are planned as decode items (work.Work), cut to fill the device, or as tiles too."""
 
     def __init__(self, skinny_products: bool = True) -> None:
         """skinny_products: take our own kernels for few rows where they were measured to be faster than cuBLAS."""
@@ -147,7 +151,12 @@ class CudaOps:
         heads, kv_heads = query.shape[1], pool.shape[1]
         rows = np.arange(len(seq_lens))
         lists = work.plan(
-            query_start.cpu().numpy(), seq_lens.cpu().numpy(), rows, kv_heads, attention.tile_tokens(heads, kv_heads)
+            query_start.cpu().numpy(),
+            seq_lens.cpu().numpy(),
+            rows,
+            kv_heads,
+            attention.tile_tokens(heads, kv_heads),
+            self.splits_decode,
         )
         counts = np.array([len(lists.items), len(lists.tiles)], dtype=np.int32)
         items, parts, tiles, counted = (
@@ -157,6 +166,10 @@ class CudaOps:
         return AttentionWork(
             block_tables, counted, items if some else None, parts if some else None, tiles if len(tiles) else None
         )
+
+    def logsumexp(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits [n, vocab] -> float32 [n]."""
+        return sampling.logsumexp(logits)
 
     def draw(
         self,

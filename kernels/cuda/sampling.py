@@ -44,6 +44,31 @@ def _argmax_parts(
 
 
 @triton.jit
+def _logsumexp(logits_ptr, out_ptr, row_stride, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, size, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        values = tl.load(logits_ptr + row * row_stride + columns, mask=columns < size, other=-float("inf"))
+        new_best = tl.maximum(best, values.to(tl.float32))
+        # A lane that has seen no logit yet would give inf - inf.
+        shift = tl.where(new_best == -float("inf"), 0.0, new_best)
+        total = total * tl.exp(best - shift) + tl.exp(values.to(tl.float32) - shift)
+        best = new_best
+    highest = tl.max(best, axis=0)
+    tl.store(out_ptr + row, highest + tl.log(tl.sum(total * tl.exp(best - highest), axis=0)))
+
+
+def logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """logits [n, vocab] of any float dtype -> float32 [n]. torch's order of summation depends on n, this one not."""
+    n, size = logits.shape
+    out = torch.empty(n, dtype=torch.float32, device=logits.device)
+    _logsumexp[(n,)](logits, out, logits.stride(0), size, 4096, num_warps=16)
+    return out
+
+
+@triton.jit
 def _scaled(logits_ptr, columns, size, best, temperature):
     """(logits - best) / temperature, at most 0; minus infinity beyond the vocabulary."""
     values = tl.load(logits_ptr + columns, mask=columns < size, other=-float("inf")).to(tl.float32)

@@ -42,11 +42,19 @@ def max_items(num_rows: int, num_kv_heads: int) -> int:
 
 
 def plan(
-    query_start: np.ndarray, seq_lens: np.ndarray, table_rows: np.ndarray, num_kv_heads: int, tile_tokens: int
+    query_start: np.ndarray,
+    seq_lens: np.ndarray,
+    table_rows: np.ndarray,
+    num_kv_heads: int,
+    tile_tokens: int,
+    split_decode: bool = True,
 ) -> Work:
-    """query_start [num_seqs + 1], seq_lens and table_rows [num_seqs]; see Ops.paged_attention."""
+    """query_start [num_seqs + 1], seq_lens and table_rows [num_seqs]; see Ops.paged_attention.
+
+    Sequences with one query become items, or tiles like the others when split_decode is off.
+    """
     counts = query_start[1:] - query_start[:-1]
-    single = counts == 1
+    single = (counts == 1) & split_decode
     items, parts = plan_decode(
         query_start[:-1][single], table_rows[single], seq_lens[single], int(query_start[-1]), num_kv_heads
     )

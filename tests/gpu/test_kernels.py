@@ -110,6 +110,16 @@ def test_rows_with_temperature_0_get_the_first_of_the_largest(device: str, dtype
     assert torch.equal(ops.draw(logits, zero, *off).cpu(), logits.float().cpu().argmax(-1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3, 4096, 30011])
+def test_logsumexp(device: str, dtype: torch.dtype, size: int) -> None:
+    logits = torch.randn(9, size, device=device).to(dtype) * 20
+    logits[4, : size // 2] = -torch.inf
+    actual = ops.logsumexp(logits)
+    assert (actual - logits.float().logsumexp(-1)).abs().max() < 1e-4
+    assert torch.equal(actual[5:6], ops.logsumexp(logits[5:6]))
+
+
 @pytest.mark.parametrize("top_k", [0, 1, 7])
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 @pytest.mark.parametrize("min_p", [0.0, 0.1])

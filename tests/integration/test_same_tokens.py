@@ -1,18 +1,14 @@
 """Greedy output equals transformers' token for token, however the work is split; seeded samples are equal too."""
 
-import argparse
-import inspect
 import json
-import random
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.deployment import Deployment
+from support.prompts import excerpts, library_tokens
 from support.reference import Greedy, Reference
-from tokenizers import Tokenizer
 
 from baton.worker.weights.resolve import resolve
 
@@ -47,15 +43,9 @@ def model_dir() -> Path:
 @pytest.fixture(scope="module")
 def prompts(model_dir: Path) -> list[list[int]]:
     """30 prompts of 1 to 700 tokens of prose and code; ten of them share long beginnings."""
-    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-    text = "\n".join(inspect.getsource(module) for module in (textwrap, argparse, random))
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    rng = random.Random(7)
+    ids = library_tokens(model_dir)
     lengths = [1, 2, 5, 15, 16, 17, 31, 32, 33, 48, 64, 100, 120, 150, 200, 250, 300, 400, 600, 700]
-    separate = []
-    for length in lengths:
-        start = rng.randrange(len(ids) - length)
-        separate.append(ids[start : start + length])
+    separate = excerpts(ids, lengths, seed=7)
     shared = ids[1000:1170]
     forks = [
         shared[:cut] + ids[start : start + 9]

@@ -1,4 +1,4 @@
-"""The independent reference: transformers on the same weights, in float32, greedy."""
+"""The independent reference: transformers on the same weights, greedy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,20 @@ class Greedy:
 
 
 class Reference:
-    """Greedy generation."""
+    """A model of transformers, in float32 on the CPU unless told otherwise."""
 
-    def __init__(self, model_dir: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    def __init__(
+        self, model_dir: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    ) -> None:
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation=attention)
+        self._model = model.eval().to(device)
+        self._device = device
+
+    def logits(self, prompt: list[int], output: list[int]) -> torch.Tensor:
+        """What it would choose each token of `output` from: float32 [len(output), vocab]."""
+        ids = torch.tensor([prompt + output], device=self._device)
+        with torch.inference_mode():
+            return self._model(ids, logits_to_keep=len(output) + 1).logits[0, :-1].float()
 
     def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[Greedy]:
         """`max_tokens` tokens of `generate` for prompts of one length; end-of-sequence tokens do not stop it."""

@@ -11,10 +11,8 @@ from collections import deque
 from queue import SimpleQueue
 
 from baton.worker.cuda.runner import CudaRunner, Pending
+from baton.worker.pace import Pace
 from baton.worker.plan import StepPlan, StepResult
-
-_EXPECTED_S = 1.0
-"""No step of a budget that fits a GPU takes so long."""
 
 
 class CudaDevice:
@@ -26,6 +24,7 @@ class CudaDevice:
         self._results: deque[StepResult] = deque()
         self._done = os.eventfd(0, os.EFD_NONBLOCK)
         self._failure: BaseException | None = None
+        self._pace = Pace()
         self.running: tuple[int, float, float] | None = None
         """(step, started, expected duration) of the step on the device; read by the heartbeat thread."""
         self._thread = threading.Thread(target=self._wait, name="gpu", daemon=True)
@@ -69,10 +68,12 @@ class CudaDevice:
                 continue
             if self._failure is not None:
                 continue
-            self.running = (pending.plan.step, time.monotonic(), _EXPECTED_S)
+            tokens, started = pending.plan.num_tokens, time.monotonic()
+            self.running = (pending.plan.step, started, self._pace.expected_s(tokens))
             try:
                 self._results.append(pending.wait())
             except BaseException as error:
                 self._failure = error
             self.running = None
+            self._pace.learn(tokens, time.monotonic() - started)
             os.eventfd_write(self._done, 1)

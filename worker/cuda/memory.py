@@ -11,6 +11,7 @@ from baton.proto.errors import UserError
 from baton.proto.layout import KVLayout
 from baton.proto.messages import SamplingParams
 from baton.worker.cuda.runner import CudaRunner
+from baton.worker.cuda.sampler import ROWS as SAMPLER_ROWS
 from baton.worker.kv_pool import DTYPES
 from baton.worker.plan import Row, SlotInit, StepPlan
 
@@ -64,6 +65,8 @@ def open_gpu(index: int) -> torch.device:
         torch.zeros(1, device=device)
     except RuntimeError as error:
         raise UserError(f"GPU {index} can't be used: {str(error).splitlines()[0]}") from error
+    # float32 means float32, also where the environment has switched TF32 products on.
+    torch.set_float32_matmul_precision("highest")
     return device
 
 
@@ -83,7 +86,7 @@ def measure_pool_blocks(runner: CudaRunner, config: WorkerConfig) -> int:
     before = torch.cuda.memory_reserved(device)
     runner.attach_pool(scratch.tensor)
     runner.execute(_largest_step(rows, per_row, blocks_per_row))
-    runner.execute(_mixed_step(blocks_per_row))
+    runner.execute(_mixed_step(max(1, min(rows - 1, SAMPLER_ROWS)), blocks_per_row))
     activations = torch.cuda.max_memory_reserved(device) - before
     graphs = runner.measure_graphs()
     scratch.close()
@@ -107,11 +110,24 @@ def measure_pool_blocks(runner: CudaRunner, config: WorkerConfig) -> int:
     return room // block_bytes
 
 
-def _mixed_step(num_blocks: int) -> StepPlan:
-    """A prompt beside a decode row, neither in a graph: compiles what such steps need before a request waits for it."""
-    params = SamplingParams(max_tokens=1, temperature=1.0, logprobs=1)
-    inits = [SlotInit(slot, (0, slot), 0, params, 2, [0, 0], list(range(num_blocks))) for slot in (0, 1)]
-    return StepPlan(0, [Row(0, 0, 2, [0, 0], False, [], True, 0), Row(1, 1, 1, [0], False, [], True, 0)], inits)
+def _mixed_step(num_rows: int, num_blocks: int) -> StepPlan:
+    """A prompt and decode rows that ask the sampler for all it has, in no graph: compiles what such steps need."""
+    params = SamplingParams(
+        max_tokens=2,
+        temperature=1.0,
+        top_k=2,
+        top_p=0.5,
+        min_p=0.1,
+        logprobs=20,
+        presence_penalty=1.0,
+        logit_bias={0: 1.0},
+        min_tokens=1,
+        stop_token_ids=(0,),
+    )
+    blocks = list(range(num_blocks))
+    inits = [SlotInit(slot, (0, slot), 0, params, 2, [0, 0], blocks) for slot in range(num_rows)]
+    prompt = Row(0, 0, 2, [0, 0], False, [], True, 0)
+    return StepPlan(0, [prompt] + [Row(slot, 1, 1, [0], False, [], True, 0) for slot in range(1, num_rows)], inits)
 
 
 def _largest_step(num_rows: int, per_row: int, blocks_per_row: int) -> StepPlan:

@@ -15,6 +15,7 @@ import torch
 from baton.kernels.cuda import attention, work
 from baton.kernels.cuda.ops import AttentionWork, CudaOps
 from baton.proto.config import WorkerConfig
+from baton.proto.messages import TokenLogprobs
 from baton.worker.batch import Batch
 from baton.worker.cuda.graphs import Size, StepGraphs, decode_sizes, mixed_sizes
 from baton.worker.cuda.rows import Rows
@@ -33,7 +34,7 @@ _SPARE_TILES = 64
 class Pending:
     """A step on the device."""
 
-    def __init__(self, plan: StepPlan, tokens: torch.Tensor, logprobs: DeviceLogprobs | None, started_s: float) -> None:
+    def __init__(self, plan: StepPlan, tokens: torch.Tensor, logprobs: list[DeviceLogprobs], started_s: float) -> None:
         self.plan = plan
         self.started_s = started_s
         self._tokens, self._logprobs = tokens, logprobs
@@ -46,10 +47,10 @@ class Pending:
         now = time.monotonic()
         sampled = iter(self._tokens.tolist())
         tokens = [[next(sampled)] if row.samples else [] for row in self.plan.rows]
-        logprobs: dict = {}
-        if self._logprobs is not None:
-            sampling = [index for index, row in enumerate(self.plan.rows) if row.samples]
-            logprobs = {sampling[row]: (value,) for row, value in self._logprobs.read().items()}
+        sampling = [index for index, row in enumerate(self.plan.rows) if row.samples]
+        logprobs: dict[int, tuple[TokenLogprobs, ...]] = {
+            sampling[row]: (value,) for part in self._logprobs for row, value in part.read().items()
+        }
         return StepResult(self.plan.step, tokens, logprobs, started_s=self.started_s, sampled_s=now)
 
 
@@ -124,7 +125,14 @@ class CudaRunner:
         for init in plan.new_slots:
             self._sampler.take(init)
         rows = Rows(plan.rows)
-        lists = work.plan(rows.query_start, rows.seq_lens, rows.slots, self._loaded.num_kv_heads, self._tile_tokens)
+        lists = work.plan(
+            rows.query_start,
+            rows.seq_lens,
+            rows.slots,
+            self._loaded.num_kv_heads,
+            self._tile_tokens,
+            self._ops.splits_decode,
+        )
         size, layout = self._fit(rows, lists)
         inputs = self._upload(plan, rows, lists, layout)
         hidden = self._graphs.replay(size) if size else self._forward(inputs, layout)
@@ -142,7 +150,7 @@ class CudaRunner:
             layout = self._layout_of(size)
             if len(lists.tiles) <= layout.tiles:
                 return size, layout
-        decode_rows = int((rows.lengths == 1).sum())
+        decode_rows = int((rows.lengths == 1).sum()) if self._ops.splits_decode else 0
         return None, self._layout(rows.num_tokens, len(rows.sampling), decode_rows, len(lists.tiles))
 
     def _layout(self, tokens: int, samples: int, decode_rows: int, tiles: int) -> StepLayout:
@@ -151,6 +159,8 @@ class CudaRunner:
 
     def _layout_of(self, size: Size) -> StepLayout:
         rows = min(size.tokens, self.max_seqs)
+        if not self._ops.splits_decode:
+            return self._layout(size.tokens, rows, 0, size.tokens)  # each row may be a tile of its own
         if not size.mixed:
             return self._layout(rows, rows, rows, 0)
         return self._layout(size.tokens, rows, rows, -(-size.tokens // self._tile_tokens) + _SPARE_TILES)
@@ -218,18 +228,14 @@ class CudaRunner:
             tokens = self._ops.draw(self.model.logits(hidden[:count]), *(c[:count] for c in inputs.draw_columns))
             self._slots.store_sampled(tokens, inputs["sample_slots"][:count], self._tokens)
 
-    def _resample(self, rows: Rows, inputs: StepInputs, hidden: torch.Tensor) -> DeviceLogprobs | None:
-        slots = rows.slots[rows.sampling]
-        extra = self._sampler.extra_rows(slots)
-        if not len(extra):
-            return None
-        indices, device_slots, tokens, logprobs = self._sampler.resample(
-            extra,
-            slots,
-            rows.output_indices[rows.sampling],
-            inputs.draw_columns,
-            lambda chosen: self.model.logits(hidden[chosen]),
-        )
-        self._tokens[indices] = tokens
-        self._slots.last_tokens[device_slots] = tokens
-        return logprobs
+    def _resample(self, rows: Rows, inputs: StepInputs, hidden: torch.Tensor) -> list[DeviceLogprobs]:
+        slots, output_indices = rows.slots[rows.sampling], rows.output_indices[rows.sampling]
+        found = []
+        for extra in self._sampler.extra_rows(slots):
+            indices, device_slots, tokens, logprobs = self._sampler.resample(
+                extra, slots, output_indices, inputs.draw_columns, lambda chosen: self.model.logits(hidden[chosen])
+            )
+            self._tokens[indices] = tokens
+            self._slots.last_tokens[device_slots] = tokens
+            found += [logprobs] if logprobs else []
+        return found

@@ -16,8 +16,12 @@ from baton.worker.philox import uniforms
 from baton.worker.plan import SlotInit
 from baton.worker.sampler import Need, SlotParams
 
-_IN_PROMPT = 1 << 30
+ROWS = 128
+"""Rows that get more than a draw at a time: their logits are edited in float32 copies of the whole vocabulary."""
+_IN_PROMPT = 1 << 14
 """Bit of a token's count: repetition_penalty counts the prompt, the other penalties do not."""
+_MOST = _IN_PROMPT - 1
+"""Where a count stops."""
 _EXTRA = Need.BIAS | Need.MIN_TOKENS | Need.PENALTIES | Need.LOGPROBS
 
 
@@ -49,12 +53,13 @@ class DeviceLogprobs:
 
 
 class CudaSampler(SlotParams):
-    """Parameters of every slot, and token counts of those with penalties."""
+    """Parameters of every slot, and token counts of those with penalties: int16 [num_slots, vocab]."""
 
     def __init__(self, vocab_size: int, num_slots: int, ops: CudaOps, device: torch.device) -> None:
         super().__init__(num_slots)
-        self._vocab_size, self._num_slots, self._ops, self._device = vocab_size, num_slots, ops, device
-        self._counts: torch.Tensor | None = None  # int32 [num_slots, vocab], made when the first stream wants it
+        self._ops, self._device = ops, device
+        # Made before the KV pool takes the rest of the memory.
+        self._counts = torch.zeros(num_slots, vocab_size, dtype=torch.int16, device=device)
 
     def take(self, init: SlotInit) -> None:
         """A stream takes a slot; what is enqueued later sees its state."""
@@ -63,14 +68,11 @@ class CudaSampler(SlotParams):
             self._count_known(init)
 
     def _count_known(self, init: SlotInit) -> None:
-        if self._counts is None:
-            self._counts = torch.zeros(self._num_slots, self._vocab_size, dtype=torch.int32, device=self._device)
-        counts = self._counts[init.slot].zero_()
-        tokens = self._upload(np.array(init.tokens, dtype=np.int64))
-        output = tokens[init.prompt_len :]
-        counts.scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
-        prompt = tokens[: init.prompt_len].unique()
-        counts[prompt] += _IN_PROMPT
+        """On the host, where the tokens are: finding the different ones of a tensor would wait for the device."""
+        tokens = np.array(init.tokens, dtype=np.int64)
+        counts = np.bincount(tokens[init.prompt_len :], minlength=self._counts.shape[1]).clip(max=_MOST)
+        counts[np.unique(tokens[: init.prompt_len])] += _IN_PROMPT
+        self._counts[init.slot].copy_(self._upload(counts.astype(np.int16)))
 
     def fill_draws(self, draws: np.ndarray, slots: np.ndarray, output_indices: np.ndarray) -> None:
         """draws int32 [n, DRAW_FIELDS] on the host, for the sampled rows `slots` [n]."""
@@ -85,9 +87,10 @@ class CudaSampler(SlotParams):
         draws[:, 5] = self._top_k[slots]
         float32[:, 6] = self._min_p[slots]
 
-    def extra_rows(self, slots: np.ndarray) -> np.ndarray:
-        """Which of the sampled rows need `resample`."""
-        return np.flatnonzero(self._needs[slots] & _EXTRA)
+    def extra_rows(self, slots: np.ndarray) -> list[np.ndarray]:
+        """Which of the sampled rows need `resample`, in parts for one call each."""
+        extra = np.flatnonzero(self._needs[slots] & _EXTRA)
+        return [extra[start : start + ROWS] for start in range(0, len(extra), ROWS)]
 
     def resample(
         self,
@@ -131,10 +134,9 @@ class CudaSampler(SlotParams):
 
     def _penalise(self, logits: torch.Tensor, rows: np.ndarray, slots: np.ndarray) -> None:
         """Repetition (Keskar et al., 2019) counts the prompt too, the rest do not."""
-        assert self._counts is not None
         where = self._upload(rows)
         counts = self._counts[self._upload(slots.astype(np.int64))]
-        output = (counts & (_IN_PROMPT - 1)).float()
+        output = (counts & _MOST).float()
         given = [self._of(slot) for slot in slots]
         repetition, frequency, presence = self._upload(
             np.array([[p.repetition_penalty, p.frequency_penalty, p.presence_penalty] for p in given], dtype=np.float32)
@@ -149,16 +151,17 @@ class CudaSampler(SlotParams):
     def _count(self, needs: np.ndarray, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         penalised = np.flatnonzero(needs & Need.PENALTIES)
         if len(penalised):
-            assert self._counts is not None
             where = self._upload(penalised)
-            self._counts[slots[where], tokens[where]] += 1
+            at = slots[where], tokens[where]
+            before = self._counts[at]
+            self._counts[at] = before + (before & _MOST < _MOST).to(torch.int16)
 
     def _logprobs(
         self, logits: torch.Tensor, asked: np.ndarray, rows: np.ndarray, slots: np.ndarray, tokens: torch.Tensor
     ) -> DeviceLogprobs:
         """logits [len(asked), vocab], as the model gave them."""
         wanted = [self._of(slot).logprobs for slot in slots[asked]]
-        normaliser = logits.logsumexp(dim=-1, keepdim=True)
+        normaliser = self._ops.logsumexp(logits)[:, None]
         chosen = logits.gather(1, tokens[self._upload(asked)][:, None])
         ranks = (logits > chosen).sum(dim=-1) + 1
         values, ids = logits.topk(max(wanted), dim=-1)
