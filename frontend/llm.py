@@ -10,6 +10,7 @@ with LLM("demo") as llm:
 import importlib
 import time
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -23,7 +24,7 @@ from baton.frontend.chat_template import load_chat_template
 from baton.frontend.engine_client import Output
 from baton.frontend.instructions import Finished
 from baton.frontend.model_info import load_model_info
-from baton.frontend.tokenizer import load_tokenizer
+from baton.frontend.tokenizer import Tokenizer, load_tokenizer
 from baton.proto.config import BatchConfig, CacheConfig, ModelConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import FinishReason, Outcome, Role, Stage
@@ -104,6 +105,7 @@ class LLM:
         chat_template: str = "",
         revision: str = "",
         dtype: str = "auto",
+        batch_invariant: bool = False,
         load_format: str = "auto",
         seed: int = 0,
         max_model_len: int = 0,
@@ -120,6 +122,7 @@ class LLM:
             path=path,
             served_names=(model,),
             dtype=dtype,
+            batch_invariant=batch_invariant,
             load_format=load_format,
             max_model_len=max_model_len,
             tokenizer=tokenizer,
@@ -146,14 +149,21 @@ class LLM:
         self._next_sid = 0
 
     def generate(
-        self, prompts: PromptLike | Sequence[PromptLike], sampling_params: SamplingParams | None = None
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Continue each prompt (text or token ids), in the order given. Raises ValueError for bad arguments."""
-        params = sampling_params or SamplingParams()
+        """Continue each prompt (text or token ids), in the order given; sampling_params are of all or one per prompt.
+
+        Raises ValueError for bad arguments.
+        """
         try:
-            wishes = self._wishes(params)
-            request = CompletionRequest(prompt=_plain(prompts), add_special_tokens=params.add_special_tokens)
-            return self._run(self._prompts.of_completion(request), wishes)
+            if sampling_params is None or isinstance(sampling_params, SamplingParams):
+                return self._run(self._completions(prompts, sampling_params or SamplingParams()))
+            if len(sampling_params) != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params")
+            pairs = zip(prompts, sampling_params, strict=True)
+            return self._run([each for prompt, params in pairs for each in self._completions([prompt], params)])
         except ApiError as error:
             raise ValueError(str(error)) from error
 
@@ -176,9 +186,14 @@ class LLM:
         try:
             raws = [{"messages": list(conversation)} | options for conversation in conversations]
             prompts = [self._prompts.of_chat(msgspec.convert(raw, ChatCompletionRequest), raw) for raw in raws]
-            return self._run(prompts, self._wishes(sampling_params or SamplingParams()))
+            wishes = self._wishes(sampling_params or SamplingParams())
+            return self._run([(prompt, wishes) for prompt in prompts])
         except (ApiError, msgspec.ValidationError) as error:
             raise ValueError(str(error)) from error
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's, or the one that was named."""
+        return self._prompts.tokenizer
 
     def close(self) -> None:
         """Free the model and its KV pool."""
@@ -199,9 +214,14 @@ class LLM:
         )
         return read_wishes(request, self._info, self._max_logprobs)
 
-    def _run(self, prompts: list[Prompt], wishes: Wishes) -> list[RequestOutput]:
-        run = _Run(self._engine, wishes.logprobs is not None)
-        for prompt in prompts:
+    def _completions(self, prompts: Any, params: SamplingParams) -> list[tuple[Prompt, Wishes]]:
+        wishes = self._wishes(params)
+        request = CompletionRequest(prompt=_plain(prompts), add_special_tokens=params.add_special_tokens)
+        return [(prompt, wishes) for prompt in self._prompts.of_completion(request)]
+
+    def _run(self, asked: list[tuple[Prompt, Wishes]]) -> list[RequestOutput]:
+        run = _Run(self._engine)
+        for prompt, wishes in asked:
             base = wishes.for_prompt(len(prompt.ids), self._info, "prompt")
             for sample in range(wishes.n):
                 params = wishes.sample(base, sample)
@@ -209,10 +229,8 @@ class LLM:
                 self._next_sid += 1
                 run.add((0, self._next_sid), choice)
                 self._engine.add((0, self._next_sid), params, prompt.ids)
-        done = run.finish()
-        return [
-            self._output(prompt, done[i * wishes.n : (i + 1) * wishes.n], wishes) for i, prompt in enumerate(prompts)
-        ]
+        done = iter(run.finish())
+        return [self._output(prompt, list(islice(done, wishes.n)), wishes) for prompt, wishes in asked]
 
     def _output(self, prompt: Prompt, done: list[tuple[Choice, Delta]], wishes: Wishes) -> RequestOutput:
         outputs = [
@@ -242,9 +260,8 @@ class LLM:
 class _Run:
     """The streams of one call, driven until all have ended."""
 
-    def __init__(self, engine: Any, with_logprobs: bool) -> None:
+    def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._with_logprobs = with_logprobs
         self._streams: dict[Sid, tuple[Choice, Delta]] = {}
         self._ledgers: dict[Sid, Ledger] = {}
         self._open: dict[Sid, Choice] = {}

@@ -2,16 +2,13 @@
 
 import argparse
 import asyncio
-import json
-import os
 import sys
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baton.frontend.bench import dataset, report
-from baton.frontend.cli import engine_args
+from baton.frontend.cli import bench_args, engine_args
 from baton.proto.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,17 +35,13 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
 
 def _add_work(group: argparse._ArgumentGroup) -> None:
     number = engine_args.positive
-    group.add_argument("--dataset-name", default="random", choices=("random", "sharegpt"))
-    group.add_argument("--dataset-path", metavar="FILE", help="ShareGPT-style JSON")
-    group.add_argument("--num-prompts", type=number, default=1000)
-    group.add_argument("--random-input-len", type=number, default=1024, help="tokens")
-    group.add_argument("--random-output-len", type=number, default=128, help="tokens")
+    bench_args.add_dataset(group)
     group.add_argument(
-        "--random-range-ratio", type=ratio, default=0.0, help="lengths are uniform in [n (1 - r), n (1 + r)]"
+        "--request-rate", type=bench_args.rate, default=float("inf"), help="per second; inf: all at once"
     )
-    group.add_argument("--sharegpt-output-len", type=number, help="tokens, instead of the recorded answer's length")
-    group.add_argument("--request-rate", type=rate, default=float("inf"), help="per second; inf: all at once")
-    group.add_argument("--burstiness", type=rate, default=1.0, help="shape of the gamma arrivals; 1 is Poisson")
+    group.add_argument(
+        "--burstiness", type=bench_args.rate, default=1.0, help="shape of the gamma arrivals; 1 is Poisson"
+    )
     group.add_argument("--max-concurrency", type=number, help="requests under way at most")
     group.add_argument("--ignore-eos", action="store_true", help="generate the full output length")
     group.add_argument("--temperature", type=float, default=0.0)
@@ -57,25 +50,70 @@ def _add_work(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--save-result", action="store_true", help="write a JSON file into the working directory")
-    group.add_argument("--result-filename", "--output-json", metavar="FILE", help="write the JSON result here")
+    group.add_argument(
+        "--percentile-metrics",
+        type=latency_names,
+        default=("ttft", "tpot", "itl"),
+        metavar="NAMES",
+        help="latencies to print, of ttft,tpot,itl,e2el; default: the first three",
+    )
+    group.add_argument(
+        "--metric-percentiles", type=percentiles, default=(99.0,), metavar="NUMBERS", help="default: 99; or 50,90,99.9"
+    )
+    group.add_argument(
+        "--goodput",
+        type=target,
+        nargs="+",
+        metavar="NAME:MS",
+        help="count the requests that meet all of these, for example ttft:300 tpot:30 e2el:2000",
+    )
+    group.add_argument("--save-result", action="store_true", help="write a JSON file")
+    group.add_argument("--save-detailed", action="store_true", help="with the times of every request in it")
+    group.add_argument("--append-result", action="store_true", help="one more line in the file, if it exists")
+    group.add_argument("--result-dir", metavar="DIR", help="of the JSON file; default: the working directory")
+    group.add_argument("--result-filename", metavar="FILE", help="of the JSON file; default: named by date and rate")
+    group.add_argument("--output-json", metavar="FILE", help="the same as --save-result --result-filename FILE")
+    group.add_argument("--metadata", nargs="+", type=pair, metavar="KEY=VALUE", help="written into the result")
     group.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
 
 
-def ratio(text: str) -> float:
-    """From 0 up to, not including, 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected 0 <= ratio < 1, got {text}")
-    return value
+def latency_names(text: str) -> tuple[str, ...]:
+    """Names of report.TITLES, separated by commas."""
+    names = tuple(text.split(","))
+    if unknown := set(names) - set(report.TITLES):
+        raise argparse.ArgumentTypeError(f"expected names of {','.join(report.TITLES)}, got {','.join(unknown)!r}")
+    return names
 
 
-def rate(text: str) -> float:
-    """Above 0, and inf is allowed."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
+def percentiles(text: str) -> tuple[float, ...]:
+    """Numbers from 0 to 100, separated by commas."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (-1.0,)
+    if not all(0 <= value <= 100 for value in values):
+        raise argparse.ArgumentTypeError(f"expected percentiles such as 50,99, got {text!r}")
+    return values
+
+
+def target(text: str) -> tuple[str, float]:
+    """A latency and the most it may be, in milliseconds."""
+    name, _, value = text.partition(":")
+    try:
+        milliseconds = float(value)
+    except ValueError:
+        milliseconds = -1.0
+    if name not in report.TARGETED or not milliseconds >= 0:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(report.TARGETED)} as in ttft:300, got {text!r}")
+    return name, milliseconds
+
+
+def pair(text: str) -> tuple[str, str]:
+    """KEY=VALUE."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    return key, value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,8 +133,8 @@ def run(args: argparse.Namespace) -> int:
         ignore_eos=args.ignore_eos,
     )
     model, results, duration_s = asyncio.run(_measure(args, client.Client, server))
-    metrics = report.summarise(results, duration_s)
-    print(report.block(metrics), flush=True)
+    metrics = report.summarise(results, duration_s, args.metric_percentiles, dict(args.goodput or ()))
+    print(report.block(metrics, args.percentile_metrics), flush=True)
     for reason, count in report.errors(results):
         print(f"{count} failed: {reason}", file=sys.stderr)
     if path:
@@ -106,12 +144,11 @@ def run(args: argparse.Namespace) -> int:
 
 def result_path(args: argparse.Namespace) -> Path | None:
     """Where the JSON result goes, if anywhere. Raises UserError, before a long run, when it can't be written there."""
-    if not (args.save_result or args.result_filename):
+    named = args.output_json or args.result_filename
+    if not (args.save_result or args.save_detailed or args.append_result or named):
         return None
-    path = Path(args.result_filename or f"baton-bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.json")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"can't write the result to {path}")
-    return path
+    default = f"{args.backend}-{args.request_rate:g}qps-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
+    return bench_args.checked_path(Path(args.result_dir or ".") / (named or default))
 
 
 async def _measure(
@@ -148,9 +185,7 @@ async def _work(
             for prompt, output_len in work
         ]
     else:
-        if not args.dataset_path:
-            raise UserError("--dataset-name sharegpt needs --dataset-path FILE")
-        conversations = dataset.read_sharegpt(Path(args.dataset_path), args.seed)
+        conversations = dataset.read_sharegpt(bench_args.sharegpt_path(args), args.seed)
         requests = await dataset.sharegpt_requests(
             conversations, count, args.sharegpt_output_len, lambda text: client.count_tokens(model, text)
         )
@@ -160,7 +195,7 @@ async def _work(
 def _save(
     path: Path, args: argparse.Namespace, model: str, metrics: report.Metrics, results: list[report.Result]
 ) -> None:
-    """One JSON object: the figures, and lists with one entry per request."""
+    """One JSON object: the figures, and on demand lists with one entry per request."""
     content: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backend": args.backend,
@@ -169,11 +204,15 @@ def _save(
         "request_rate": args.request_rate if args.request_rate < float("inf") else "inf",
         "burstiness": args.burstiness,
         "max_concurrency": args.max_concurrency,
-        **asdict(metrics),
-        "input_lens": [result.input_tokens for result in results],
-        "output_lens": [result.output_tokens for result in results],
-        "ttfts": [result.ttft_s for result in results],
-        "itls": [result.itl_s for result in results],
-        "errors": [result.error for result in results],
+        **dict(args.metadata or ()),
+        **report.flat(metrics),
     }
-    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    if args.save_detailed:
+        content |= {
+            "input_lens": [result.input_tokens for result in results],
+            "output_lens": [result.output_tokens for result in results],
+            "ttfts": [result.ttft_s for result in results],
+            "itls": [result.itl_s for result in results],
+            "errors": [result.error for result in results],
+        }
+    bench_args.write_json(path, content, args.append_result)

@@ -2,15 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from baton.frontend.cli import engine_args, sizing
-from baton.frontend.processes import cpu_count, thread_environment
+from baton.frontend.cli import engine_args, offline
 from baton.proto.errors import UserError
-from baton.proto.lifecycle import Role
 
 if TYPE_CHECKING:
     from baton.frontend.llm import LLM, CompletionOutput
@@ -39,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT or lines on standard input")
-    with _load(args) as llm:
+    with offline.load(args) as llm:
         started = time.monotonic()
         outputs = _complete(llm, args, prompts)
         took_s = time.monotonic() - started
@@ -48,29 +45,6 @@ def run(args: argparse.Namespace) -> int:
     count = sum(len(output.token_ids) for output in outputs)
     print(f"{count} tokens in {took_s:.2f} s", file=sys.stderr)
     return 0
-
-
-def _load(args: argparse.Namespace) -> "LLM":
-    directory = engine_args.resolve_model(args)
-    plan = sizing.plan(args, sizing.read_model_size(directory, args.dtype, args.load_format), num_workers=1)
-    model = engine_args.model_config(args, directory, plan.max_model_len)
-    os.environ.update(thread_environment(args.threads or cpu_count()))  # read when torch loads, with LLM
-    from baton.frontend import LLM
-
-    return LLM(
-        model.path,
-        tokenizer=model.tokenizer,
-        chat_template=model.chat_template,
-        dtype=model.dtype,
-        load_format=model.load_format,
-        seed=model.seed,
-        max_model_len=model.max_model_len,
-        device=args.device,
-        gpu=engine_args.place_on_gpus(args, [Role.UNIFIED])[0].gpu,
-        threads=args.threads or 0,
-        cache=engine_args.cache_config(args, plan.pool_bytes),
-        batch=engine_args.batch_config(args),
-    )
 
 
 def _complete(llm: "LLM", args: argparse.Namespace, prompts: list[str]) -> "list[CompletionOutput]":

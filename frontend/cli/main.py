@@ -21,13 +21,15 @@ COMMANDS = {
     "worker": Command("baton.frontend.cli.worker", "start one more worker for a running `baton serve` on this host"),
     "generate": Command("baton.frontend.cli.generate", "complete prompts in one process, without a server"),
     "bench serve": Command("baton.frontend.cli.bench_serve", "measure throughput and latency of a running server"),
+    "bench throughput": Command("baton.frontend.cli.bench_throughput", "measure how fast one process gets work done"),
+    "bench latency": Command("baton.frontend.cli.bench_latency", "measure how long one batch takes"),
 }
 
 USAGE = "\n".join(
     [
         "usage: baton COMMAND …",
         "",
-        *(f"  baton {name:<12} {command.summary}" for name, command in COMMANDS.items()),
+        *(f"  baton {name:<16} {command.summary}" for name, command in COMMANDS.items()),
         "",
         "  baton COMMAND --help   a command's options",
         "  baton --version",

@@ -93,12 +93,15 @@ def test_random_work_over_completions(tmp_path: Path) -> None:
 
     async def use(url: str) -> None:
         work = ["--num-prompts", "6", "--random-input-len", "9", "--random-output-len", str(TOKENS), "--ignore-eos"]
-        code, out, err = await bench(url, *work, "--max-concurrency", "2", "--output-json", str(result))
+        more = ["--save-detailed", "--goodput", "e2el:60000", "--percentile-metrics", "ttft,e2el", "--metadata", "a=b"]
+        code, out, err = await bench(url, *work, "--max-concurrency", "2", "--output-json", str(result), *more)
         assert code == 0, err
         assert out.startswith(
             "============ Serving Benchmark Result ============\nSuccessful requests:" + " " * 21 + "6\n"
         )
         assert "6/6" in err
+        assert "P99 E2EL (ms):" in out
+        assert "ITL" not in out
 
     with_peer(peer, use)
     warmup, *measured = peer.bodies
@@ -109,6 +112,8 @@ def test_random_work_over_completions(tmp_path: Path) -> None:
     saved = json.loads(result.read_text())
     assert saved["total_input_tokens"] == 54
     assert saved["total_output_tokens"] == 6 * TOKENS
+    assert saved["a"] == "b"
+    assert saved["request_goodput"] == saved["request_throughput"] > 0
     assert [len(gaps) for gaps in saved["itls"]] == [TOKENS - 1] * 6
     assert all(ttft > 0 for ttft in saved["ttfts"])
 

@@ -104,6 +104,13 @@ def test_a_machine_without_a_gpu_is_told_what_cuda_needs(model: Path) -> None:
         (["worker", "demo", "--role", "unified", "--scheduler", "ipc:///does/not/exist"], "no such socket"),
         (["bench", "serve", "--output-json", "/does/not/exist/x.json"], "can't write the result to /does/not/exist"),
         (["bench", "serve", "--random-range-ratio", "2"], "expected 0 <= ratio < 1"),
+        (["bench", "serve", "--goodput", "itl:3"], "expected one of ttft, tpot, e2el as in ttft:300, got 'itl:3'"),
+        (["bench", "serve", "--percentile-metrics", "ttft,x"], "expected names of ttft,tpot,itl,e2el, got 'x'"),
+        (["bench", "serve", "--metric-percentiles", "101"], "expected percentiles such as 50,99, got '101'"),
+        (["bench", "serve", "--metadata", "k"], "expected KEY=VALUE, got 'k'"),
+        (["bench", "throughput"], "MODEL is missing"),
+        (["bench", "throughput", "demo", "--model", "demo"], "two models are given"),
+        (["bench", "latency", "demo", "--output-json", "/does/not/x.json"], "can't write the result to /does/not"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_2(
@@ -141,11 +148,29 @@ def test_the_root_path_has_a_slash_before_it_only(text: str, prefix: str) -> Non
 
 def test_a_benchmark_result_may_replace_an_older_one(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
-    args = argparse.Namespace(save_result=False, result_filename=str(file))
+    args = bench_options("--result-filename", str(file))
     assert bench_serve.result_path(args) == file
     assert list(tmp_path.iterdir()) == []
     file.touch()
     assert bench_serve.result_path(args) == file
+
+
+def test_benchmark_options_are_read_as_vllm_reads_them(tmp_path: Path) -> None:
+    args = bench_options("--goodput", "ttft:300", "e2el:2000.5", "--percentile-metrics", "ttft,e2el")
+    assert dict(args.goodput) == {"ttft": 300.0, "e2el": 2000.5}
+    assert args.percentile_metrics == ("ttft", "e2el")
+    assert bench_options("--metric-percentiles", "50,99.9").metric_percentiles == (50.0, 99.9)
+    assert bench_serve.result_path(bench_options()) is None
+    path = bench_serve.result_path(bench_options("--save-result", "--result-dir", str(tmp_path)))
+    assert path is not None
+    assert path.parent == tmp_path
+    assert path.name.startswith("openai-infqps-")
+
+
+def bench_options(*words: str) -> argparse.Namespace:
+    parser = OneLineParser("baton bench serve", None)
+    bench_serve.add_arguments(parser)
+    return parser.parse(list(words))
 
 
 def test_a_live_unix_socket_is_busy_and_a_stale_one_is_not(tmp_path: Path) -> None:
