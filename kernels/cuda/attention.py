@@ -45,13 +45,14 @@ def _attend(
         key = tl.load(keys, mask=loaded, other=0.0)
     else:
         key = tl.load(keys, mask=column_ok[None, :], other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(visible, scores, -float("inf"))
-    new_best = tl.maximum(best, tl.max(scores, axis=1))
+    new_best = tl.maximum(best, tl.max(scores, axis=1) * scale)
     # A row that has seen no key yet would give inf - inf.
     shift = tl.where(new_best == -float("inf"), 0.0, new_best) if MASKED else new_best
-    weights = tl.exp2(scores - shift[:, None])
+    # Scaled here, with one rounding: masked or not, a key must weigh the same to the last bit (invariant.py).
+    weights = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
     keep = tl.exp2(best - shift)
     total = total * keep + tl.sum(weights, axis=1)
     if MASKED:
