@@ -1,6 +1,7 @@
 """A real model on the GPU: SmolLM2 against transformers on the same GPU and the same weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
+from support.deployment import Deployment
 from support.engine import generate, make_engine, preemptions
 from support.prompts import excerpts, library_tokens
 from support.reference import Reference
@@ -52,23 +54,43 @@ def test_greedy_tokens_are_those_of_transformers(
     """Every token is the reference's best after the prompt and the tokens before it: so is the whole stream."""
     engine = make_engine(smollm2, max_model_len=MAX_MODEL_LEN, **MODES[mode])  # type: ignore[arg-type]
     params = [SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, logprobs=0)] * len(prompts)
-    rounds = [generate(engine, prompts, params) for _ in range(2 if "cache" in mode else 1)]
-    cached = engine.batcher.load(with_holdings=False).cached_tokens
-    for outputs, logprobs in rounds:
+    for _ in range(2 if "cache" in mode else 1):
+        outputs, logprobs = generate(engine, prompts, params)
         for prompt, output, rows in zip(prompts, outputs, logprobs, strict=True):
-            assert len(output) == MAX_TOKENS
-            logits = reference.logits(prompt, output)
-            best = logits.topk(2).values
-            tied = best[:, 0] - best[:, 1] < TIE
-            chosen = torch.tensor(output, device="cuda")
-            assert ((logits.argmax(-1) == chosen) | tied).all()
-            expected = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-            ours = torch.tensor([row.logprob for row in rows], device="cuda")
-            assert (ours - expected).abs().max() < 1e-3
+            assert_greedy(reference, prompt, output, [row.logprob for row in rows])
     assert ("preempting" in mode) == (preemptions(engine) > 0)
-    assert ("cache" in mode) == (cached > 0)
+    assert ("cache" in mode) == (engine.batcher.load(with_holdings=False).cached_tokens > 0)
     assert engine.batcher.pool.num_used == 0
     engine.close()
+
+
+@pytest.mark.parametrize("flags", [(), ("--max-num-batched-tokens", "160")], ids=["whole prompts", "in chunks"])
+def test_split_pools_give_the_same_tokens(
+    flags: tuple[str, ...], smollm2: Path, prompts: list[list[int]], reference: Reference
+) -> None:
+    """Served over HTTP: prefill and decode in two processes on one GPU."""
+    split = ("--prefill", "1", "--decode", "1", "--device", "cuda", "--gpus", "0", "--dtype", "float32")
+    size = ("--num-blocks", "2000", "--max-model-len", str(MAX_MODEL_LEN))
+    greedy: dict[str, Any] = {"temperature": 0, "logprobs": 1, "ignore_eos": True, "return_token_ids": True}
+    with Deployment(*split, *size, *flags, model=str(smollm2)) as deployment:
+        answers = deployment.complete_all(prompts, max_tokens=MAX_TOKENS, **greedy)
+        assert deployment.total("baton_tokens_total", 'source="pulled"') > 0
+        deployment.wait_idle()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        choice = answer["choices"][0]
+        assert_greedy(reference, prompt, choice["token_ids"], choice["logprobs"]["token_logprobs"])
+
+
+def assert_greedy(reference: Reference, prompt: list[int], output: list[int], logprobs: list[float]) -> None:
+    """Every token is the reference's best after those before it, with the log-probability that it gives."""
+    assert len(output) == len(logprobs) == MAX_TOKENS
+    logits = reference.logits(prompt, output)
+    best = logits.topk(2).values
+    tied = best[:, 0] - best[:, 1] < TIE
+    chosen = torch.tensor(output, device="cuda")
+    assert ((logits.argmax(-1) == chosen) | tied).all()
+    expected = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    assert (torch.tensor(logprobs, device="cuda") - expected).abs().max() < 1e-3
 
 
 def test_float32_is_not_rounded_to_tf32(smollm2: Path, prompts: list[list[int]], reference: Reference) -> None:

@@ -43,6 +43,14 @@ def test_tiles_cover_every_query_once() -> None:
     assert sorted(covered) == list(range(135))
 
 
+def test_rows_that_must_not_be_split_are_tiles() -> None:
+    """What --batch-invariant asks for: a decode row is computed as the same token of a prompt would be."""
+    starts, lengths = np.array([0, 1, 41, 42]), np.array([900, 40, 3000])
+    lists = work.plan(starts, lengths, np.arange(3), 8, 32, split_decode=False)
+    assert len(lists.items) == 0
+    assert sorted(lists.tiles[:, 0].tolist()) == [0, 1, 1, 41]
+
+
 def options(**given: object) -> argparse.Namespace:
     return argparse.Namespace(**{"device": "cuda", "gpus": None, **given})
 
