@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from baton.kernels.cuda.ops import CudaOps
-from baton.kernels.ops import PackedWeight
+from baton.kernels.ops import Norm, PackedWeight
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def _product(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program per tile. Programs that run together share rows and features: GROUP tiles of rows at a time."""
@@ -89,13 +90,21 @@ def _product(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + features, mask=features < num_features, other=0.0).to(tl.float32)[None, :]
     out = out_ptr + rows[:, None] * num_features + features[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_ok & (features < num_features)[None, :])
+    written = row_ok & (features < num_features)[None, :]
+    if ADDS:
+        acc += tl.load(out, mask=written, other=0.0).to(tl.float32)
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=written)
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile) -> torch.Tensor:
-    """x [n, features], weight [rows, features] dense -> [n, rows]; see Ops.linear."""
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, tile: Tile
+) -> torch.Tensor:
+    """x [n, features], weight [rows, features], residual [n, rows], all dense -> [n, rows], written over the residual.
+
+    See Ops.linear.
+    """
     n, size = x.shape
-    out = torch.empty(n, len(weight), dtype=x.dtype, device=x.device)
+    out = torch.empty(n, len(weight), dtype=x.dtype, device=x.device) if residual is None else residual
     programs = triton.cdiv(n, tile.rows) * triton.cdiv(len(weight), tile.features)
     _product[(programs,)](
         x,
@@ -112,6 +121,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ti
         8,
         size % tile.depth == 0,
         bias is not None,
+        residual is not None,
         "tf32" if x.element_size() == 2 else "ieee",
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -131,6 +141,17 @@ class InvariantOps(CudaOps):
 
     splits_decode = False
 
-    def linear(self, x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    def __init__(self) -> None:
+        super().__init__(skinny_products=False)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        packed: PackedWeight,
+        bias: torch.Tensor | None,
+        norm: Norm | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See Ops."""
-        return product(x, packed.data, bias, choose_tile(len(x), packed.rows, x.dtype))
+        x = x if norm is None else self.rms_norm(x, norm)
+        return product(x, packed.data, bias, residual, choose_tile(len(x), packed.rows, x.dtype))

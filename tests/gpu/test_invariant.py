@@ -13,6 +13,7 @@ from support.engine import generate, make_engine, random_prompts
 
 from baton.kernels.cuda import invariant
 from baton.kernels.cuda.invariant import InvariantOps
+from baton.kernels.ops import Norm
 from baton.proto.messages import SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
@@ -22,26 +23,32 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("features", "size"), [(6144, 4096), (1000, 576), (96, 1536), (3000, 200)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_products_do_not_depend_on_the_number_of_rows(
-    dtype: torch.dtype, features: int, size: int, biased: bool
-) -> None:
+@pytest.mark.parametrize("more", [False, True], ids=["alone", "with norm, bias and residual"])
+def test_products_do_not_depend_on_the_number_of_rows(dtype: torch.dtype, features: int, size: int, more: bool) -> None:
     ops = InvariantOps()
-    x = torch.randn(1500, size, device="cuda", dtype=dtype)
+    x, residual = (torch.randn(1500, n, device="cuda", dtype=dtype) for n in (size, features))
     weight = ops.pack(torch.randn(features, size, device="cuda", dtype=dtype))
-    bias = torch.randn(features, device="cuda", dtype=dtype) if biased else None
-    whole = ops.linear(x, weight, bias)
-    exact = x.double() @ weight.data.double().T + (0 if bias is None else bias.double())
+    bias, gain = (torch.randn(n, device="cuda", dtype=dtype) for n in (features, size))
+
+    def product(start: int, rows: int) -> torch.Tensor:
+        part = x[start : start + rows]
+        if not more:
+            return ops.linear(part, weight, None)
+        return ops.linear(part, weight, bias, Norm(gain, 1e-5), residual[start : start + rows].clone())
+
+    whole = product(0, 1500)
+    exact = (ops.rms_norm(x, Norm(gain, 1e-5)) if more else x).double() @ weight.data.double().T
+    exact += bias.double() + residual.double() if more else 0
     assert (whole - exact).norm() / exact.norm() < (1e-5 if dtype == torch.float32 else 4e-3)
     for rows in (1, 2, 16, 17, 63, 64, 65, 200, 257, 600, 1100):
         start = random.randrange(1500 - rows)
-        assert torch.equal(ops.linear(x[start : start + rows], weight, bias), whole[start : start + rows])
+        assert torch.equal(product(start, rows), whole[start : start + rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_every_tile_sums_in_the_same_order(dtype: torch.dtype) -> None:
     x, weight = (torch.randn(n, 2048, device="cuda", dtype=dtype) for n in (300, 1500))
-    first, *others = [invariant.product(x, weight, None, tile) for *_, tile in invariant.TILES]
+    first, *others = [invariant.product(x, weight, None, None, tile) for *_, tile in invariant.TILES]
     assert all(torch.equal(first, other) for other in others)
 
 
