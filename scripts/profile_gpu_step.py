@@ -77,10 +77,13 @@ def trace(llm: LLM, batch: int, context: int, steps: int) -> Timeline:
 def read(spans: list[tuple[float, float, str]], steps: int, step_us: float) -> Timeline:
     """spans: (start, end, name) in µs, sorted."""
     timeline = Timeline(step=step_us)
+    busy_until = spans[0][0]
     for start, end, name in spans:
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), None)
         into, key = (timeline.kinds, kind) if kind else (timeline.others, name[:60])
-        into[key] = into.get(key, 0.0) + (end - start) / steps
+        # A kernel may start before the one ahead of it ends, and waits for it: what they share is that one's.
+        into[key] = into.get(key, 0.0) + max(0.0, end - max(start, busy_until)) / steps
+        busy_until = max(busy_until, end)
     ended: float | None = None
     within = False
     for (_, end, name), (start, _, following) in itertools.pairwise(spans):
