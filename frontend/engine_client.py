@@ -40,6 +40,7 @@ from baton.proto.messages import (
     TokenBatch,
     TokenLogprobs,
 )
+from baton.proto.supervision import set_log_level
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +71,28 @@ class OutputReader:
         self._open: set[int] = set()
         self._pending: dict[int, Output] = {}
 
-    def submit(self, prompt: np.ndarray, params: SamplingParams, prompt_hashes: bytes, priority: int = 0) -> None:
-        """Open one more stream, for `prompt` (int32 [prompt_len]); its index counts from 0."""
+    def submit(
+        self,
+        prompt: np.ndarray,
+        params: SamplingParams,
+        prompt_hashes: bytes,
+        priority: int = 0,
+        timeout_s: float = 0.0,
+    ) -> None:
+        """Open one more stream, for `prompt` (int32 [prompt_len]); its index counts from 0. A timeout of 0 is none."""
         index = len(self._sids)
         self._open.add(index)
         deliver = partial(self._put, index)
         self._sids.append(
-            self._client.submit(prompt, params, prompt_hashes, deliver, priority=priority, received_s=self._received_s)
+            self._client.submit(
+                prompt,
+                params,
+                prompt_hashes,
+                deliver,
+                priority=priority,
+                timeout_s=timeout_s,
+                received_s=self._received_s,
+            )
         )
 
     @property
@@ -209,6 +225,7 @@ class EngineClient:
         deliver: Callable[[Deliver | Finished], None],
         *,
         priority: int = 0,
+        timeout_s: float = 0.0,
         received_s: float,
     ) -> Sid:
         """Open a stream (see Streams.submit) whose tokens and end go to `deliver`."""
@@ -217,6 +234,7 @@ class EngineClient:
             params,
             time.monotonic(),
             prompt_hashes=prompt_hashes,
+            timeout_s=timeout_s,
             priority=priority,
             received_s=received_s,
         )
@@ -297,6 +315,8 @@ class EngineClient:
 
     def _on_message(self, message: ToFrontend) -> None:
         if isinstance(message, ClusterStatus):
+            if message.log_level != (self.status.log_level if self.status else ""):
+                set_log_level(message.log_level)
             self.status, self._status_at = message, time.monotonic()
             for callback in self._on_status:
                 callback()

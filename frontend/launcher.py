@@ -54,6 +54,7 @@ class Child:
         self.name = spec.name
         self.started_at = time.monotonic()
         self.ready = False
+        self.leaving = False
         self.failure: Report | None = None
         config_file = run_dir / f"{spec.name}.json"
         config_file.write_bytes(config_tree.encode(spec.config))
@@ -168,6 +169,8 @@ class Launcher:
                 log.info("%s is alive, pid %d", child.name, child.process.pid)
             elif report.event == "ready":
                 self._on_child_ready(child)
+            elif report.event == "leaving":
+                child.leaving = True
 
     def _on_child_ready(self, child: Child) -> None:
         now = time.monotonic()
@@ -193,6 +196,9 @@ class Launcher:
         child.close()
         if self._draining or self._ending.done():
             return
+        if child.leaving and self._serving:
+            self._on_left(child)
+            return
         delay = self._policies[child.name].died(time.monotonic())
         hopeless = child.failure is not None and child.failure.user_error
         if hopeless or delay is None or not self._serving:
@@ -200,6 +206,12 @@ class Launcher:
             return
         log.warning("%s; starting it again %s", child.obituary(), f"in {delay:.0f} s" if delay else "now")
         self._loop.call_later(delay, self._start, child.spec)
+
+    def _on_left(self, child: Child) -> None:
+        del self._children[child.name]
+        log.info("%s was removed by an operator; it is not started again", child.name)
+        if not self._children:
+            self._ending.set_result(Ending(0))
 
     def _on_signal(self) -> None:
         if not self._ending.done():

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -21,7 +21,7 @@ from baton.frontend.api.prompts import Prompts
 from baton.frontend.chat_template import load_chat_template
 from baton.frontend.engine_client import EngineClient
 from baton.frontend.http_server import build_app
-from baton.frontend.model_info import load_model_info
+from baton.frontend.model_info import ModelInfo, load_model_info
 from baton.frontend.tokenizer import load_tokenizer
 from baton.proto.config import FrontendConfig
 from baton.proto.errors import UserError
@@ -82,16 +82,35 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
             timeout_graceful_shutdown=round(config.shutdown_timeout_s + FLUSH_S),
         )
     )
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        await _until_stopped(client, supervised, serving)
-        generator.draining = True
-        await _drain(client, config.shutdown_timeout_s)
-        server.should_exit = True
-        await _stop(client, serving)
+        async with _inference(config, client, prompts, info, generator):
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            await _until_stopped(client, supervised, serving)
+            generator.draining = True
+            await _drain(client, config.shutdown_timeout_s)
+            server.should_exit = True
+            await _stop(client, serving)
     finally:
         prompts.close()
         client.close()
+
+
+@contextlib.asynccontextmanager
+async def _inference(
+    config: FrontendConfig, client: EngineClient, prompts: Prompts, info: ModelInfo, generator: Generator
+) -> AsyncIterator[None]:
+    """The gRPC server, where one is wanted: the core installation has no gRPC."""
+    if not config.grpc.port:
+        yield
+        return
+    from baton.frontend.rpc_server import InferenceServer
+
+    server = InferenceServer(config, client, prompts, info, generator)
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(FLUSH_S)
 
 
 async def _until_stopped(client: EngineClient, supervised: Supervised, serving: "asyncio.Task[None]") -> None:

@@ -33,6 +33,7 @@ from baton.proto.hashing import hash_chain, pack_hashes
 from baton.proto.lifecycle import FinishReason, Outcome, RejectCode, Stage
 from baton.proto.messages import (
     Accepted,
+    Cancelled,
     CancelStream,
     Claim,
     Close,
@@ -158,6 +159,8 @@ class Streams:
                 return self._on_rejected(message, now)
             case Retry():
                 return self._on_retry(message, now)
+            case Cancelled():
+                return self._on_cancelled(message, now)
             case CloseAck():
                 self._closing.pop(message.sid[1], None)
                 return []
@@ -299,10 +302,18 @@ class Streams:
         stream = self._find(message.sid)
         if stream is not None:
             return self._retry(stream, now, message.reason) if stream.attempt == message.attempt else []
-        if message.sid[0] != self._hello.frontend or message.sid[1] in self._closing:
+        return self._close_again(message.sid, message.attempt)
+
+    def _on_cancelled(self, message: Cancelled, now: float) -> list[Instruction]:
+        if self._find(message.sid) is None:
+            return self._close_again(message.sid, 0)
+        return self.end(message.sid, Outcome.CANCELLED, now, message.message)
+
+    def _close_again(self, sid: Sid, attempt: int) -> list[Instruction]:
+        """The scheduler missed the end of a stream: what a lost or overtaken Close leaves behind."""
+        if sid[0] != self._hello.frontend or sid[1] in self._closing:
             return []
-        # The scheduler missed the end of it: what a lost or overtaken Close leaves behind.
-        return [SendToScheduler(Close(message.sid, message.attempt, Outcome.ABORTED.value, 0, 0, Ledger()))]
+        return [SendToScheduler(Close(sid, attempt, Outcome.ABORTED.value, 0, 0, Ledger()))]
 
     def _on_who_are_you(self, message: WhoAreYou, now: float) -> list[Instruction]:
         """Introduce ourselves. A restarted scheduler's predecessor may have started what it had not yet answered, so

@@ -112,6 +112,24 @@ class WorkerConfig(Config):
     log_interval_s: float = 10.0
 
 
+class RpcConfig(Config):
+    """One gRPC server."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0: the process serves no gRPC."""
+    tls_cert: str = ""
+    """PEM file with the certificate chain; empty: plaintext."""
+    tls_key: str = ""
+    """PEM file with its private key."""
+    api_keys: tuple[str, ...] = ()
+    """Bearer keys in the metadata; empty: no authentication."""
+    max_request_bytes: int = 16 * 2**20
+    """Largest message of a client."""
+    shares_port: bool = False
+    """Several processes listen on the port, and the kernel gives each connection to one of them."""
+
+
 class PlacementConfig(Config):
     """How the scheduler chooses workers."""
 
@@ -142,6 +160,8 @@ class SchedulerConfig(Config):
     name: str = "scheduler"
     no_workers_s: float = 30.0
     """A request waits so long for workers that could serve it to come (back); then it is rejected."""
+    admin: RpcConfig = RpcConfig()
+    """The Admin service."""
 
 
 class FrontendConfig(Config):
@@ -172,6 +192,8 @@ class FrontendConfig(Config):
     """Largest HTTP body."""
     shutdown_timeout_s: float = 15.0
     """After SIGTERM running streams may finish for so long."""
+    grpc: RpcConfig = RpcConfig()
+    """The Inference service."""
 
 
 class ServeConfig(Config):

@@ -61,6 +61,8 @@ class Outcome(StrEnum):
     FAILED = "failed"
     REJECTED = "rejected"
     TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    """By an operator."""
 
 
 class Role(StrEnum):
@@ -69,6 +71,16 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     UNIFIED = "unified"
+
+
+class Duty(StrEnum):
+    """Whether a worker gets streams."""
+
+    ACTIVE = "active"
+    DRAINING = "draining"
+    """No new ones; those that it has run to their end."""
+    LEAVING = "leaving"
+    """It ends for good: its launcher does not start it again."""
 
 
 class RejectCode(StrEnum):

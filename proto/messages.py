@@ -151,6 +151,19 @@ class Holding(Record):
     """prefill (also while its lease lives) | decode."""
 
 
+class Settings(Record):
+    """What operators have made of a worker. The scheduler says what they should be, the worker what they are."""
+
+    role: str = ""
+    """A Role; empty: the one that it was started with."""
+    duty: str = "active"
+    """A Duty."""
+    cache_flushes: int = 0
+    """How often its prefix cache was to be emptied: a worker empties it when this changes."""
+    log_level: str = ""
+    """debug | info | warning | error; empty: as at the start."""
+
+
 class Claim(Record):
     """One open stream, as its frontend sees it after the scheduler came back."""
 
@@ -234,6 +247,14 @@ class Retry(Message):
     reason: str
 
 
+class Cancelled(Message):
+    """S→F: an operator ended the stream, whatever its attempt; resent until Close."""
+
+    sid: Sid
+    message: str
+    """For the client."""
+
+
 class CloseAck(Message):
     """S→F."""
 
@@ -267,6 +288,8 @@ class ClusterStatus(Message):
     reason: str
     """What is missing when not ready."""
     workers: tuple[WorkerStatus, ...]
+    log_level: str = ""
+    """How much this frontend is to log: debug | info | warning | error; empty: as at the start."""
 
 
 # --------------------------------------------------------------------------------------------------- scheduler ⇄ worker
@@ -289,6 +312,8 @@ class WorkerHello(Message):
     max_num_seqs: int
     max_num_batched_tokens: int
     holdings: tuple[Holding, ...] = ()
+    settings: Settings = Settings()
+    """As they are now: a restarted scheduler goes on with them."""
 
 
 class WhoAreYou(Message):
@@ -347,6 +372,13 @@ class StartDecode(Message):
     priority: int = 0
 
 
+class Configure(Message):
+    """S→W: be as these settings say. Sent again as long as the worker's reports say otherwise."""
+
+    epoch: int
+    settings: Settings
+
+
 class CancelCommand(Message):
     """S→W: free what this attempt (and every older one) holds. Also when it overtakes its Start."""
 
@@ -381,6 +413,8 @@ class Load(Message):
     """Counter."""
     holdings: tuple[Holding, ...] | None = None
     """All streams this worker keeps, for reconciliation; None in the light reports between."""
+    settings: Settings | None = None
+    """As they are, beside the holdings."""
 
 
 class Progress(Message):
@@ -548,9 +582,9 @@ ToScheduler = (
     | Goodbye
     | Beat
 )
-ToFrontend = Accepted | Rejected | Retry | CloseAck | MetricsReply | ClusterStatus | WhoAreYou | Welcome
+ToFrontend = Accepted | Rejected | Retry | Cancelled | CloseAck | MetricsReply | ClusterStatus | WhoAreYou | Welcome
 ToFrontendTokens = TokenBatch
-ToWorker = WhoAreYou | Welcome | Fenced | StartPrefill | StartDecode | CancelCommand
+ToWorker = WhoAreYou | Welcome | Fenced | StartPrefill | StartDecode | CancelCommand | Configure
 ToWorkerFromFrontend = CancelStream
 ToOwner = Open | Confirm
 ToHolder = Settled | Ok | Gone

@@ -43,7 +43,7 @@ class Report(msgspec.Struct, frozen=True):
     """Child to launcher, one packet of JSON each."""
 
     event: str
-    """alive (the process runs) | ready (it can serve) | failed (it is about to exit)."""
+    """alive (the process runs) | ready (it can serve) | leaving (it ends for good) | failed (it is about to exit)."""
     error: str = ""
     """For failed: the exception in one line."""
     user_error: bool = False
@@ -85,6 +85,10 @@ class Supervised:
             gc.freeze()
             gc.set_threshold(GC_THRESHOLD)
         self._send(Report("ready"))
+
+    def leaving(self) -> None:
+        """The process ends because an operator wants it gone: it is not to be started again."""
+        self._send(Report("leaving"))
 
     def failed(self, error: BaseException) -> None:
         """The process is about to exit because of `error`."""
@@ -167,6 +171,11 @@ def name_process(name: str) -> None:
     setproctitle(f"baton: {name}")
     _set_up_logging(name)
     faulthandler.enable()
+
+
+def set_log_level(level: str) -> None:
+    """debug | info | warning | error; empty: as at the start."""
+    logging.getLogger().setLevel(level.upper() or logging.INFO)
 
 
 def _set_up_logging(name: str) -> None:

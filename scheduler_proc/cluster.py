@@ -13,10 +13,11 @@ from typing import Any
 
 from baton.proto.channels import Frame
 from baton.proto.config import SchedulerConfig
-from baton.proto.lifecycle import RejectCode
+from baton.proto.lifecycle import RejectCode, Role
 from baton.proto.messages import (
     Accepted,
     Beat,
+    Cancelled,
     Close,
     CloseAck,
     Ended,
@@ -33,9 +34,11 @@ from baton.proto.messages import (
     Submit,
     WorkerHello,
 )
-from baton.scheduler_proc.instructions import Instruction, LoadReport, Observe, Outbox
+from baton.scheduler_proc.instructions import EventKind, Instruction, LoadReport, Observe, Outbox
 from baton.scheduler_proc.legs import Legs
 from baton.scheduler_proc.membership import Membership
+from baton.scheduler_proc.operations import Operator
+from baton.scheduler_proc.orders import Orders
 from baton.scheduler_proc.placement import make_policy
 from baton.scheduler_proc.reconcile import Reconciler
 from baton.scheduler_proc.registry import Frontend, Registry, Worker
@@ -66,10 +69,15 @@ class Cluster:
         self._outbox = Outbox()
         self._legs = Legs(epoch, self.registry, self._outbox)
         self._policy = make_policy(config.placement.policy)
+        self._orders = Orders(epoch, self.registry, self._outbox)
         self._membership = Membership(
-            config, epoch, self.registry, self._outbox, self._worker_lost, self._frontend_lost
+            config, epoch, self.registry, self._outbox, self._orders, self._worker_lost, self._frontend_lost
         )
         self._reconciler = Reconciler(config, self.registry, self.streams, self._legs, self._retry)
+        self.operator = Operator(
+            self.registry, self.streams, self._membership, self._orders, self._outbox, self._retry, self._cancel
+        )
+        """What it is asked to do is done with the next tick."""
         self._closed: dict[Sid, float] = {}  # sid -> when, oldest first
         self._next_sweep = 0.0
         self._from_frontend: dict[type, Callable[[Frontend, Any, tuple[Frame, ...], float], None]] = {
@@ -149,12 +157,14 @@ class Cluster:
 
     def _on_submit(self, frontend: Frontend, submit: Submit, frames: tuple[Frame, ...], now: float) -> None:
         stream = self.streams.get(submit.sid)
-        if stream is not None and submit.attempt <= stream.attempt:
+        if stream is not None and (submit.attempt <= stream.attempt or isinstance(stream.notice, Cancelled)):
             self._again(stream, submit)
             return
         if submit.sid in self._closed or len(frames) != 2:
             return
+        arrived = now
         if stream is not None:
+            arrived = stream.arrived
             self._legs.cancel_all(stream)
             self._forget(stream)
         num_tokens = memoryview(frames[0]).nbytes // 4
@@ -174,6 +184,7 @@ class Cluster:
             num_tokens=num_tokens,
             priority=submit.priority,
             deadline=now + submit.timeout_s if submit.timeout_s > 0 else float("inf"),
+            arrived=arrived,
         )
         self.streams[submit.sid] = stream
         self.queue.push(stream)
@@ -240,6 +251,7 @@ class Cluster:
 
     def _on_load(self, worker: Worker, load: Load, now: float) -> None:
         worker.take_load(load)
+        self._orders.reported(worker, load)
         self._outbox.add(Observe(LoadReport(worker.name, worker.hello.incarnation, worker.role, load)))
         if load.holdings is not None:
             self._reconciler.holdings(worker, load.holdings, now)
@@ -341,9 +353,14 @@ class Cluster:
         """This attempt is over everywhere; the frontend continues it with the next one."""
         retry = Retry(stream.sid, stream.attempt, reason)
         self._outbox.add(Observe(retry))
+        self._outbox.happened(EventKind.REQUEST_RETRIED, stream.id, reason)
         self._notify(stream, retry, now)
 
-    def _notify(self, stream: Stream, notice: Retry | Rejected, now: float) -> None:
+    def _cancel(self, stream: Stream, message: str, now: float) -> None:
+        """End it here; its frontend, which owns it, ends it for the client."""
+        self._notify(stream, Cancelled(stream.sid, message), now)
+
+    def _notify(self, stream: Stream, notice: Retry | Rejected | Cancelled, now: float) -> None:
         self._legs.cancel_all(stream)
         self.queue.discard(stream)
         stream.frames = ()
@@ -378,4 +395,4 @@ class Cluster:
     def _lacks_prompt(self, stream: Stream) -> bool:
         """Whether an adopted prefill can't be handed over: the prompt went with the scheduler that had it."""
         worker = self.registry.workers.get(stream.prefill.worker) if stream.prefill else None
-        return not stream.frames and worker is not None and not worker.decodes
+        return not stream.frames and worker is not None and worker.role == Role.PREFILL

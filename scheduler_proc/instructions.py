@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from enum import StrEnum
 
 from baton.proto.channels import Frame
 from baton.proto.messages import Close, Load, Message, Retry
@@ -73,7 +74,40 @@ class Log:
     level: int = logging.INFO
 
 
-Instruction = Send | Watch | Unwatch | Observe | Log
+class EventKind(StrEnum):
+    """What operators may watch; the names are those of EventKind in admin.proto."""
+
+    WORKER_JOINED = "WORKER_JOINED"
+    WORKER_LEFT = "WORKER_LEFT"
+    WORKER_LOST = "WORKER_LOST"
+    WORKER_CHANGED = "WORKER_CHANGED"
+    FRONTEND_JOINED = "FRONTEND_JOINED"
+    FRONTEND_LEFT = "FRONTEND_LEFT"
+    READY = "READY"
+    NOT_READY = "NOT_READY"
+    REQUEST_RETRIED = "REQUEST_RETRIED"
+    REQUEST_CANCELLED = "REQUEST_CANCELLED"
+
+
+@dataclass(slots=True, frozen=True)
+class Happened:
+    """For whoever watches the cluster."""
+
+    kind: EventKind
+    subject: str
+    """A process's name or a request's id; empty for the cluster."""
+    text: str
+
+
+@dataclass(slots=True, frozen=True)
+class SetLogLevel:
+    """For this process."""
+
+    level: str
+    """debug | info | warning | error."""
+
+
+Instruction = Send | Watch | Unwatch | Observe | Log | Happened | SetLogLevel
 
 
 class Outbox:
@@ -93,6 +127,10 @@ class Outbox:
     def log(self, text: str, level: int = logging.INFO) -> None:
         """Append a Log."""
         self._instructions.append(Log(text, level))
+
+    def happened(self, kind: EventKind, subject: str, text: str) -> None:
+        """Append a Happened."""
+        self._instructions.append(Happened(kind, subject, text))
 
     def take(self) -> list[Instruction]:
         """All of them, once."""

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from contextlib import AbstractContextManager, closing, nullcontext
 
 import zmq
 from prometheus_client import disable_created_metrics
@@ -15,10 +16,20 @@ from baton.proto.channels import Router
 from baton.proto.config import SchedulerConfig
 from baton.proto.errors import UserError
 from baton.proto.messages import MetricsReply, MetricsRequest, ToScheduler
-from baton.proto.supervision import Supervised, run_child
+from baton.proto.supervision import Supervised, run_child, set_log_level
 from baton.scheduler_proc.activity import Activity
 from baton.scheduler_proc.cluster import Cluster
-from baton.scheduler_proc.instructions import Instruction, Log, Observe, Send, Unwatch, Watch
+from baton.scheduler_proc.desk import Desk
+from baton.scheduler_proc.instructions import (
+    Happened,
+    Instruction,
+    Log,
+    Observe,
+    Send,
+    SetLogLevel,
+    Unwatch,
+    Watch,
+)
 from baton.scheduler_proc.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -27,17 +38,19 @@ log = logging.getLogger(__name__)
 class Scheduler:
     """Sockets and clocks around one Cluster. Owns the router and the pidfds; close() frees them."""
 
-    def __init__(self, config: SchedulerConfig, router: Router, stop_fd: int) -> None:
+    def __init__(self, config: SchedulerConfig, router: Router, desk: Desk, stop_fd: int) -> None:
         self._cluster = Cluster(config, epoch=time.time_ns())
         self._metrics = Metrics()
         self._activity = Activity(self._cluster, config.log_interval_s)
         self._router = router
+        self._desk = desk
         self._stop_fd = stop_fd
         self._pidfds: dict[bytes, int] = {}
         self._peers: dict[int, bytes] = {}  # pidfd -> identity
         self._poller = zmq.Poller()
         self._poller.register(router.socket, zmq.POLLIN)
         self._poller.register(stop_fd, zmq.POLLIN)
+        self._poller.register(desk.fd, zmq.POLLIN)
 
     def run(self) -> None:
         """Until stop_fd is readable. Frontends drain before; nothing here needs finishing."""
@@ -49,7 +62,10 @@ class Scheduler:
             for fd in [fd for fd in ready if fd in self._peers]:
                 self._carry_out(self._cluster.peer_lost(self._peers[fd], "its process has died", time.monotonic()))
                 self._unwatch(self._peers.get(fd, b""))
+            if self._desk.fd in ready:
+                self._desk.clear()
             now = time.monotonic()
+            self._desk.serve(self._cluster.operator, now)
             self._carry_out(self._cluster.tick(now))
             self._activity.tick(now)
             if self._stop_fd in ready:
@@ -78,6 +94,10 @@ class Scheduler:
                     self._metrics.observe(instruction.event)
                 case Log():
                     log.log(instruction.level, instruction.text)
+                case Happened():
+                    self._desk.publish(instruction)
+                case SetLogLevel():
+                    set_log_level(instruction.level)
                 case Watch():
                     self._watch(instruction.peer, instruction.pid)
                 case Unwatch():
@@ -111,14 +131,26 @@ def main(config: SchedulerConfig, supervised: Supervised) -> int:
         router: Router = Router(context, config.endpoint, ToScheduler)
     except zmq.ZMQError as error:
         raise UserError(f"the scheduler can't listen on {config.endpoint}: {error}") from error
-    scheduler = Scheduler(config, router, supervised.stop_fd)
+    desk = Desk()
+    scheduler = Scheduler(config, router, desk, supervised.stop_fd)
     try:
-        supervised.ready()
-        scheduler.run()
+        with _admin(config, desk):
+            supervised.ready()
+            scheduler.run()
     finally:
         scheduler.close()
+        desk.close()
         context.term()
     return 0
+
+
+def _admin(config: SchedulerConfig, desk: Desk) -> AbstractContextManager[object]:
+    """The Admin server, where one is wanted: the core installation has no gRPC."""
+    if not config.admin.port:
+        return nullcontext()
+    from baton.scheduler_proc.admin_server import AdminServer
+
+    return closing(AdminServer(config.admin, desk))
 
 
 if __name__ == "__main__":

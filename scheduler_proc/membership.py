@@ -23,7 +23,16 @@ from baton.proto.messages import (
     WhoAreYou,
     WorkerHello,
 )
-from baton.scheduler_proc.instructions import Observe, Outbox, Unwatch, Watch, WorkerJoined, WorkerLeft
+from baton.scheduler_proc.instructions import (
+    EventKind,
+    Observe,
+    Outbox,
+    Unwatch,
+    Watch,
+    WorkerJoined,
+    WorkerLeft,
+)
+from baton.scheduler_proc.orders import Orders
 from baton.scheduler_proc.registry import Frontend, Registry, Worker
 
 STATUS_INTERVAL_S = 2.0
@@ -43,6 +52,7 @@ class Membership:
         epoch: int,
         registry: Registry,
         outbox: Outbox,
+        orders: Orders,
         worker_lost: Callable[[Worker, str, float], None],
         frontend_lost: Callable[[Frontend, float], None],
     ) -> None:
@@ -50,11 +60,13 @@ class Membership:
         self._epoch = epoch
         self._registry = registry
         self._outbox = outbox
+        self._orders = orders
         self._worker_lost = worker_lost
         self._frontend_lost = frontend_lost
         self._served_at: float | None = None
         self._changed = False
         self._complete_once = False
+        self._announced: str | None = None
         self._status_at = float("-inf")
         self._swept_at: float | None = None
         self._asked: dict[bytes, float] = {}
@@ -73,6 +85,8 @@ class Membership:
             self.lost(earlier.identity, "a newer incarnation has registered", now)
         worker = Worker(sender, hello, joined_at=now, heard_at=now)
         self._join(worker, hello.pid)
+        self._orders.joined(worker)
+        self._outbox.happened(EventKind.WORKER_JOINED, worker.name, f"{worker.role}, {worker.settings.duty}")
         self._outbox.add(Observe(WorkerJoined(worker.name, worker.role)))
         self._outbox.log(f"{worker.name} joined: {worker.role}, {hello.num_blocks} blocks of {hello.block_size} tokens")
         for other, why in self._registry.mismatches_of(worker):
@@ -88,6 +102,7 @@ class Membership:
             self.lost(earlier.identity, "a newer incarnation has registered", now)
         if earlier is None or earlier.identity != sender:
             self._outbox.log(f"{hello.name} joined with {len(hello.claims)} open streams")
+            self._outbox.happened(EventKind.FRONTEND_JOINED, hello.name, f"{len(hello.claims)} open streams")
         self._join(Frontend(sender, hello, heard_at=now), hello.pid)
         return True
 
@@ -141,6 +156,9 @@ class Membership:
     def goodbye(self, message: Goodbye, now: float) -> None:
         """It leaves in order; what it still has goes elsewhere."""
         peer = identity(message.name, message.incarnation)
+        worker = self._registry.workers.get(peer)
+        if worker is not None:
+            self._orders.left(worker)
         self._remove(peer, "has left", fence_reason="", now=now)
 
     def lost(self, peer: bytes, reason: str, now: float) -> None:
@@ -160,10 +178,13 @@ class Membership:
         if isinstance(member, Worker):
             self._registry.remember_gone(peer, fence_reason)
             self._outbox.add(Observe(WorkerLeft(member.name, member.role)))
-            self._outbox.log(f"{member.name}: {reason}; {len(member.streams)} streams go elsewhere", level)
+            text = f"{reason}; {len(member.streams)} streams go elsewhere"
+            self._outbox.log(f"{member.name}: {text}", level)
+            self._outbox.happened(EventKind.WORKER_LOST if fence_reason else EventKind.WORKER_LEFT, member.name, text)
             self._worker_lost(member, reason, now)
         else:
             self._outbox.log(f"{member.hello.name}: {reason}", level)
+            self._outbox.happened(EventKind.FRONTEND_LEFT, member.hello.name, reason)
             self._frontend_lost(member, now)
 
     def sweep(self, now: float) -> None:
@@ -185,19 +206,27 @@ class Membership:
             self._served_at = now
         return now - self._served_at
 
+    def touch(self) -> None:
+        """What frontends are told has changed."""
+        self._changed = True
+
     def publish(self, now: float) -> None:
         """Tell frontends who is there, when that has changed and every STATUS_INTERVAL_S."""
         if not self._changed and now - self._status_at < STATUS_INTERVAL_S:
             return
-        reason = self._not_ready_because()
+        reason = self.not_ready_because()
         self._complete_once |= not reason
         self._changed, self._status_at = False, now
+        if reason != self._announced:
+            self._announced = reason
+            self._outbox.happened(EventKind.NOT_READY if reason else EventKind.READY, "", reason)
         workers = tuple(worker.status() for worker in self._registry.workers.values())
-        status = ClusterStatus(self._epoch, not reason, reason, workers)
-        for frontend in self._registry.frontends:
-            self._outbox.send(frontend, status)
+        for peer, frontend in self._registry.frontends.items():
+            status = ClusterStatus(self._epoch, not reason, reason, workers, frontend.log_level)
+            self._outbox.send(peer, status)
 
-    def _not_ready_because(self) -> str:
+    def not_ready_because(self) -> str:
+        """What is missing for a request to be served; empty when nothing is."""
         expected, present = self._config.expected_workers, len(self._registry.workers)
         if not self._complete_once and present < expected:
             return f"{present} of {expected} workers are there"

@@ -38,7 +38,9 @@ class Reconciler:
         for claim in claims:
             if claim.sid in self._streams:
                 continue
-            stream = Stream(claim.sid, claim.attempt, frontend, claim.prompt_len, since=now, state=State.CLAIMED)
+            stream = Stream(
+                claim.sid, claim.attempt, frontend, claim.prompt_len, since=now, state=State.CLAIMED, arrived=now
+            )
             self._streams[claim.sid] = stream
             for worker in self._registry.workers.values():
                 leg = worker.holdings.get((claim.sid, claim.attempt))

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from baton.proto.lifecycle import Role
-from baton.proto.messages import FrontendHello, Load, Sid, WorkerHello, WorkerStatus
+from baton.proto.lifecycle import Duty, Role
+from baton.proto.messages import FrontendHello, Load, Settings, Sid, WorkerHello, WorkerStatus
 
 PREFILL_BACKLOG_STEPS = 4
 """Steps' worth of prompt tokens that a worker may have before it: enough to stay busy, few enough to place late."""
@@ -68,6 +68,10 @@ class Worker:
     """With a leg here."""
     holdings: dict[tuple[Sid, int], str] = field(default_factory=dict)
     """(sid, attempt) -> leg, as last reported."""
+    settings: Settings = field(default_factory=Settings)
+    """What it should be; orders.py sees to it."""
+    obeys: bool = True
+    """Its last word on its settings was that they are these."""
 
     @property
     def name(self) -> str:
@@ -77,17 +81,33 @@ class Worker:
     @property
     def role(self) -> str:
         """A Role."""
-        return self.hello.role
+        return self.settings.role or self.hello.role
+
+    @property
+    def active(self) -> bool:
+        """Whether it gets new streams."""
+        return self.settings.duty == Duty.ACTIVE
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has no streams, nor KV that somebody may still read."""
+        leases = self.load.leases if self.load else 0
+        return not (self.streams or self.holdings or self.num_streams or leases)
+
+    @property
+    def drained(self) -> bool:
+        """Whether it is idle, and will be."""
+        return not self.active and self.idle
 
     @property
     def prefills(self) -> bool:
         """Whether prefill legs may be sent here."""
-        return self.role in (Role.PREFILL, Role.UNIFIED)
+        return self.active and self.role in (Role.PREFILL, Role.UNIFIED)
 
     @property
     def decodes(self) -> bool:
         """Whether decode legs may be sent here."""
-        return self.role in (Role.DECODE, Role.UNIFIED)
+        return self.active and self.role in (Role.DECODE, Role.UNIFIED)
 
     @property
     def outstanding_tokens(self) -> int:
@@ -133,7 +153,7 @@ class Worker:
         running, waiting = (self.load.running, self.load.waiting) if self.load else (0, 0)
         hello = self.hello
         return WorkerStatus(
-            hello.worker, hello.incarnation, hello.role, hello.num_blocks, max(self.free_blocks, 0), running, waiting
+            hello.worker, hello.incarnation, self.role, hello.num_blocks, max(self.free_blocks, 0), running, waiting
         )
 
 
@@ -144,6 +164,8 @@ class Frontend:
     identity: bytes
     hello: FrontendHello
     heard_at: float
+    log_level: str = ""
+    """What an operator has said; empty: nothing."""
 
 
 class Registry:
@@ -168,7 +190,7 @@ class Registry:
 
     def add(self, member: Worker | Frontend) -> None:
         """A member has said hello."""
-        self._forget_derived()
+        self.forget_derived()
         if isinstance(member, Worker):
             self.workers[member.identity] = member
         else:
@@ -178,7 +200,7 @@ class Registry:
         """A member has left."""
         self.workers.pop(member.identity, None)
         self.frontends.pop(member.identity, None)
-        self._forget_derived()
+        self.forget_derived()
         self._mismatches = {pair: why for pair, why in self._mismatches.items() if member.identity not in pair}
 
     def remember_gone(self, identity: bytes, fence_reason: str) -> None:
@@ -229,7 +251,8 @@ class Registry:
             self._decode_workers[owner.identity] = [w for w in others if self.mismatch(owner, w) is None]
         return self._decode_workers[owner.identity]
 
-    def _forget_derived(self) -> None:
+    def forget_derived(self) -> None:
+        """Who may get what has changed."""
         self._prefill_workers = None
         self._decode_workers.clear()
 
@@ -239,10 +262,12 @@ class Registry:
             return ""
         prefills = [worker.name for worker in self.workers.values() if worker.prefills]
         decodes = [worker.name for worker in self.workers.values() if worker.decodes]
+        inactive = [f"{worker.name} is {worker.settings.duty}" for worker in self.workers.values() if not worker.active]
+        but = f"; {', '.join(inactive)}" if inactive else ""
         if not prefills and not decodes:
-            return "waiting for workers"
+            return f"waiting for workers{but}"
         if not prefills:
-            return f"waiting for a prefill worker beside {', '.join(decodes)}"
+            return f"waiting for a prefill worker beside {', '.join(decodes)}{but}"
         if not decodes:
-            return f"waiting for a decode worker beside {', '.join(prefills)}"
+            return f"waiting for a decode worker beside {', '.join(prefills)}{but}"
         return f"the KV layouts of {', '.join(prefills)} and {', '.join(decodes)} differ"

@@ -3,7 +3,7 @@
     Submit ─► QUEUED ── StartPrefill ─► PREFILLING ── StartDecode or FirstToken ─► DECODING ── Ended ─► ENDED ─► Close
                  ▲                          │  PrefillDone, no decode worker yet: HANDOFF      │          │
                  │                          └───────────────────┬──────────────────────────────┴──────────┘
-                 └────────── Submit(attempt + 1) ───────── RECOVERING (Retry or Rejected, resent until answered)
+                 └────────── Submit(attempt + 1) ───────── RECOVERING (Retry, Rejected, Cancelled: until answered)
 
     after a restart of the scheduler: Claim ─► CLAIMED ── a worker holds it ─► PREFILLING | DECODING, else RECOVERING
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from baton.proto.channels import Frame
-from baton.proto.messages import FirstRows, Rejected, Retry, SamplingParams, Sid
+from baton.proto.messages import Cancelled, FirstRows, Rejected, Retry, SamplingParams, Sid
 
 
 class State(Enum):
@@ -79,9 +79,16 @@ class Stream:
     handoff: Handoff | None = None
     refused_by: dict[bytes, str] = field(default_factory=dict)
     """Workers that refused a leg of this attempt, with the reason."""
-    notice: Retry | Rejected | None = None
+    notice: Retry | Rejected | Cancelled | None = None
     """In RECOVERING: what the frontend was told, resent until it answers."""
     notice_at: float = 0.0
+    arrived: float = 0.0
+    """When its first attempt was submitted, or claimed."""
+
+    @property
+    def id(self) -> str:
+        """For operators."""
+        return f"{self.sid[0]:x}-{self.sid[1]}"
 
     @property
     def legs(self) -> list[Leg]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from baton.kv_transfer.contract import Pull
@@ -18,12 +19,15 @@ from baton.kv_transfer.greeting import Greeting
 from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import Body, Dealer, Router, identity
 from baton.proto.heartbeat import Heartbeat
+from baton.proto.lifecycle import Duty
 from baton.proto.messages import (
     Beat,
     CancelCommand,
+    Configure,
     Fenced,
     Goodbye,
     Peer,
+    Settings,
     StartDecode,
     StartPrefill,
     ToHolder,
@@ -33,7 +37,7 @@ from baton.proto.messages import (
     WhoAreYou,
     WorkerHello,
 )
-from baton.proto.supervision import Supervised
+from baton.proto.supervision import Supervised, set_log_level
 from baton.worker import effects
 from baton.worker.backend import Backend, Device
 from baton.worker.token_plane import TokenPlane
@@ -68,6 +72,8 @@ class Session:
         self._owners: dict[str, Dealer[ToHolder]] = {}
         self._tokens = TokenPlane(context, self._poller, config.name, self._incarnation)
         self._batcher = backend.new_batcher(self._me)
+        self._settings = Settings(role=config.role)
+        self._epoch = 0
         self._fenced = False
         self._welcome = False
         self._hello_at = -HELLO_INTERVAL_S
@@ -81,14 +87,15 @@ class Session:
             StartPrefill: self._to_batcher,
             StartDecode: self._to_batcher,
             CancelCommand: self._to_batcher,
+            Configure: self._on_configure,
             Welcome: self._on_welcome,
             WhoAreYou: self._on_who_are_you,
             Fenced: self._on_fenced,
         }
 
     def run(self) -> bool:
-        """Serve until stopped (False) or fenced (True: go on with a new incarnation)."""
-        while not self._supervised.stopping and not self._fenced:
+        """Serve until stopped or told to leave (False) or fenced (True: go on with a new incarnation)."""
+        while not (self._supervised.stopping or self._fenced or self._settings.duty == Duty.LEAVING):
             self._poller.poll(self._timeout_ms())
             self._receive()
             self._compute()
@@ -187,7 +194,10 @@ class Session:
             return
         with_holdings = now - self._holdings_at >= HOLDINGS_INTERVAL_S
         if with_holdings or (self._load_due and now - self._load_at >= LOAD_INTERVAL_S):
-            self._scheduler.send(self._batcher.load(with_holdings))
+            load = self._batcher.load(with_holdings)
+            if with_holdings:
+                load = msgspec.structs.replace(load, settings=self._settings)
+            self._scheduler.send(load)
             self._load_at, self._load_due = now, False
             if with_holdings:
                 self._holdings_at = now
@@ -203,7 +213,21 @@ class Session:
             log.info("registered with the scheduler")
             self._supervised.ready()
         self._welcome = True
+        self._epoch = max(self._epoch, message.epoch)
         self._batcher.handle(message, (), time.monotonic())
+
+    def _on_configure(self, message: Configure, _frames: Body) -> None:
+        if message.epoch < self._epoch:
+            return
+        before, self._settings = self._settings, message.settings
+        if before.cache_flushes != self._settings.cache_flushes:
+            self._batcher.pool.clear_cache()
+        if before.log_level != self._settings.log_level:
+            set_log_level(self._settings.log_level)
+        if self._settings.duty == Duty.LEAVING:
+            self._supervised.leaving()
+        log.info("now %s, %s", self._settings.role, self._settings.duty)
+        self._holdings_at = 0.0  # the next report, which is due, says how it is now
 
     def _on_who_are_you(self, _message: WhoAreYou, _frames: Body) -> None:
         self._hello(time.monotonic())
@@ -230,6 +254,7 @@ class Session:
             max_num_seqs=config.batch.max_num_seqs,
             max_num_batched_tokens=config.batch.max_num_batched_tokens,
             holdings=self._batcher.holdings(),
+            settings=self._settings,
         )
         self._scheduler.send(hello)
         self._batcher.resend_ready()

@@ -96,6 +96,8 @@ def outcome_error(finished: Finished) -> ApiError | None:
             return unavailable(finished.message, finished.retry_after_s, status)
         case Outcome.ABORTED:
             return unavailable(finished.message or "the request was aborted")
+        case Outcome.CANCELLED:
+            return ApiError(503, finished.message, code="cancelled")
         case Outcome.TIMEOUT:
             return ApiError(504, finished.message, code="timeout")
     return ApiError(500, finished.message or "the request failed")

@@ -29,6 +29,8 @@ class Job:
     stream_options: StreamOptions
     with_ledger: bool
     received_s: float
+    timeout_s: float = 0.0
+    """Until the client's deadline; 0: none."""
 
 
 class Generator:
@@ -43,7 +45,13 @@ class Generator:
         """New requests are refused: the server stops."""
 
     async def prepare(
-        self, request: GenerationRequest, raw: dict[str, Any], *, with_ledger: bool, received_s: float
+        self,
+        request: GenerationRequest,
+        raw: dict[str, Any],
+        *,
+        with_ledger: bool,
+        received_s: float,
+        timeout_s: float = 0.0,
     ) -> Job:
         """Check, render and tokenise. Raises ApiError."""
         if self.draining:
@@ -63,7 +71,8 @@ class Generator:
             raise bad_request(
                 f"{len(prompts)} prompts times n = {wishes.n}: must be from 1 to {MAX_STREAMS}.", "prompt"
             )
-        return Job(prompts, wishes, format, request.stream_options or StreamOptions(), with_ledger, received_s)
+        options = request.stream_options or StreamOptions()
+        return Job(prompts, wishes, format, options, with_ledger, received_s, timeout_s)
 
     async def whole(self, job: Job) -> bytes:
         """The answer as one JSON document. Raises ApiError."""
@@ -73,7 +82,7 @@ class Generator:
             while reader.num_open:
                 for index, output in (await reader.next()).items():
                     texts[index].extend(choices[index].take(output, reader))
-        answer = job.format.whole(list(zip(choices, texts, strict=True)), _usage(job, choices), _ledger(job, choices))
+        answer = job.format.whole(list(zip(choices, texts, strict=True)), usage_of(job, choices), _ledger(job, choices))
         return encode(answer)
 
     @contextlib.contextmanager
@@ -82,6 +91,13 @@ class Generator:
         with OutputReader(self._client, job.received_s) as reader:
             yield Events(job, reader, self._submit(job, reader))
 
+    @contextlib.contextmanager
+    def open(self, job: Job) -> "Iterator[tuple[OutputReader, list[Choice]]]":
+        """The job's streams, and what turns their outputs into deltas; what still runs at the end of the block is
+        aborted. Raises ApiError."""
+        with OutputReader(self._client, job.received_s) as reader:
+            yield reader, self._submit(job, reader)
+
     def _submit(self, job: Job, reader: OutputReader) -> list[Choice]:
         choices: list[Choice] = []
         for prompt in job.prompts:
@@ -89,7 +105,7 @@ class Generator:
             for sample in range(job.wishes.n):
                 params = job.wishes.sample(base, sample)
                 choices.append(Choice(len(choices), prompt, params, job.wishes, self._prompts.tokenizer))
-                reader.submit(prompt.ids, params, prompt.hashes, job.wishes.priority)
+                reader.submit(prompt.ids, params, prompt.hashes, job.wishes.priority, job.timeout_s)
         return choices
 
 
@@ -145,11 +161,11 @@ class Events:
         job, choices = self._job, self._choices
         if not (job.stream_options.include_usage or job.with_ledger):
             return DONE
-        usage = _usage(job, choices) if job.stream_options.include_usage else UNSET
+        usage = usage_of(job, choices) if job.stream_options.include_usage else UNSET
         return event(job.format.last(usage, _ledger(job, choices))) + DONE
 
 
-def _usage(job: Job, choices: list[Choice]) -> Usage:
+def usage_of(job: Job, choices: list[Choice]) -> Usage:
     """Each prompt counts once, however many samples it has."""
     prompt_tokens = sum(len(prompt.ids) for prompt in job.prompts)
     completion_tokens = sum(choice.num_tokens for choice in choices)

@@ -157,6 +157,12 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
         raise bad_request("the body is nested too deeply") from error
     if not isinstance(raw, dict):
         raise bad_request("the body must be a JSON object")
+    request, unknown = read(raw, kind)
+    return request, raw, unknown
+
+
+def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
+    """The request in an object of plain values, and the names of fields that nobody knows. Raises ApiError."""
     _refuse_unsupported(raw)
     try:
         request = msgspec.convert(_without_idle_nulls(raw, kind), kind)
@@ -165,7 +171,7 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
         param = where.strip("`").lstrip(".") or None
         raise bad_request(f"{param}: {message}" if param else message, param=param) from error
     known = _known_names(kind)
-    return request, raw, [name for name in raw if name not in known]
+    return request, [name for name in raw if name not in known]
 
 
 def _without_idle_nulls(raw: dict[str, Any], kind: type) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from baton.proto import __version__
 from baton.proto.errors import UserError
@@ -19,6 +19,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "serve": Command("baton.frontend.cli.serve", "serve a model over HTTP with separate prefill and decode workers"),
     "worker": Command("baton.frontend.cli.worker", "start one more worker for a running `baton serve` on this host"),
+    "ctl": Command("baton.frontend.cli.ctl", "look at a running deployment and change it: drain, remove, cancel, …"),
     "generate": Command("baton.frontend.cli.generate", "complete prompts in one process, without a server"),
     "bench serve": Command("baton.frontend.cli.bench_serve", "measure throughput and latency of a running server"),
     "bench throughput": Command("baton.frontend.cli.bench_throughput", "measure how fast one process gets work done"),
@@ -70,8 +71,9 @@ def _run(name: str, words: list[str]) -> int:
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and that takes defaults from a YAML file when it has --config."""
 
-    def __init__(self, prog: str, description: str | None) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+    def __init__(self, prog: str, description: str | None, **options: Any) -> None:
+        """`options` are ArgumentParser's, which a subcommand's parser gets too."""
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """argparse prints the whole usage first; the one line that matters is enough."""

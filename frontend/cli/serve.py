@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from baton.frontend.cli import engine_args, sizing
+from baton.frontend.cli import engine_args, rpc_args, sizing
 from baton.frontend.launcher import Launcher
 from baton.frontend.processes import specs
 from baton.frontend.run_dir import RunDir
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine_args.add_kv_transfer_argument(parser)
     _add_processes(parser.add_argument_group("processes"))
     _add_http(parser.add_argument_group("HTTP"))
+    rpc_args.add_arguments(parser.add_argument_group("gRPC"), port_number)
 
 
 def _add_processes(group: argparse._ArgumentGroup) -> None:
@@ -140,15 +141,21 @@ def claim_address(args: argparse.Namespace) -> int:
         args.uds = str(Path(args.uds).absolute())
         _check_unix_socket(Path(args.uds))
         return 0
+    return claim_port(args.host, args.port)
+
+
+def claim_port(host: str, port: int, flag: str = "") -> int:
+    """The port, a free one for 0. Raises UserError when it is taken; `flag` is the prefix of the flags to change."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             return probe.getsockname()[1]
     except OSError as error:
-        mend = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
-        raise UserError(f"can't serve on {args.host}:{args.port}: {error.strerror}; choose another {mend}") from error
+        mend = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
+        text = f"can't serve on {host}:{port}: {error.strerror}; choose another --{flag}{mend}"
+        raise UserError(text) from error
 
 
 def _check_unix_socket(path: Path) -> None:
@@ -174,6 +181,7 @@ def serve_config(
     private = str(run_dir.path)
     model = engine_args.model_config(args, directory, plan.max_model_len)
     places = engine_args.place_on_gpus(args, roles)
+    inference, admin = rpc_args.configs(args, claim_port)
     return ServeConfig(
         scheduler=SchedulerConfig(
             endpoint=scheduler,
@@ -181,6 +189,7 @@ def serve_config(
             max_waiting=args.max_waiting,
             placement=PlacementConfig(args.placement),
             expected_workers=len(roles),
+            admin=admin,
         ),
         frontends=tuple(
             FrontendConfig(
@@ -197,6 +206,7 @@ def serve_config(
                 max_logprobs=args.max_logprobs,
                 block_size=args.block_size,
                 shutdown_timeout_s=args.shutdown_timeout,
+                grpc=inference,
             )
             for index in range(args.frontends)
         ),

@@ -18,6 +18,7 @@ from baton.proto.messages import (
     Message,
     Peer,
     SamplingParams,
+    Settings,
     Sid,
     Submit,
     WorkerHello,
@@ -73,6 +74,7 @@ class Bench:
         max_num_seqs: int = 8,
         holdings: tuple[Holding, ...] = (),
         protocol: int = PROTOCOL_VERSION,
+        settings: Settings = Settings(),
     ) -> bytes:
         """A worker says hello; its role is the first part of its name."""
         me = identity(name, incarnation)
@@ -90,6 +92,7 @@ class Bench:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             holdings=holdings,
+            settings=settings,
         )
         self.tell(me, hello)
         return me

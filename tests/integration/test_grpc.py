@@ -1,0 +1,348 @@
+"""The gRPC services of a real deployment, called by clients that protoc has made from the .proto files."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.deployment import DEADLINE_S, Deployment
+from support.rpc import Generated, generate
+
+pytestmark = pytest.mark.slow
+
+MAX_WAITING = 64
+PROMPT = list(range(100, 180))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Generated:
+    return generate(tmp_path_factory.mktemp("stubs"))
+
+
+class Cluster(Deployment):
+    """A deployment with both services and a channel to each."""
+
+    def __init__(self, made: Generated, *flags: str, model: str, credentials: grpc.ChannelCredentials | None = None):
+        super().__init__("--grpc-port", "0", "--admin-port", "0", *flags, model=model)
+        self.made = made
+        self._credentials = credentials
+
+    def __enter__(self) -> "Cluster":
+        super().__enter__()
+        self.inference_channel, self.inference_address = self._connect("gRPC Inference at")
+        self.admin_channel, self.admin_address = self._connect("gRPC Admin at")
+        self.inference = self.made.inference_stub(self.inference_channel)
+        self.admin = self.made.admin_stub(self.admin_channel)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.inference_channel.close()
+        self.admin_channel.close()
+        super().__exit__(*exc)
+
+    def _connect(self, line: str) -> tuple[grpc.Channel, str]:
+        address = self.wait_for(line).split()[-1]
+        if self._credentials is None:
+            return grpc.insecure_channel(address), address
+        return grpc.secure_channel(address, self._credentials), address
+
+    def generate(self, prompt: list[int] | str = PROMPT, *, timeout: float = DEADLINE_S, **fields: Any) -> Any:
+        """The stream of responses; fields of SamplingParams beside those of GenerateRequest."""
+        m = self.made.inference
+        sampling = m.SamplingParams(**{"temperature": 0.0, "ignore_eos": True} | fields.pop("sampling", {}))
+        what = {"text": prompt} if isinstance(prompt, str) else {"token_ids": m.TokenIds(ids=prompt)}
+        return self.inference.Generate(m.GenerateRequest(sampling=sampling, **what, **fields), timeout=timeout)
+
+    def tokens(self, prompt: list[int] | str = PROMPT, **fields: Any) -> list[int]:
+        """All output tokens of one stream."""
+        return [id for piece in self.generate(prompt, **fields) for id in piece.token_ids]
+
+    def drain(self, name: str, **fields: bool) -> Any:
+        return self.admin.Drain(self.made.admin.DrainRequest(name=name, **fields), timeout=DEADLINE_S)
+
+    def resume(self, name: str) -> Any:
+        return self.admin.Resume(self.made.admin.ResumeRequest(name=name))
+
+    def workers(self) -> dict[str, Any]:
+        answer = self.admin.ListWorkers(self.made.admin.ListWorkersRequest(), wait_for_ready=True, timeout=DEADLINE_S)
+        return {worker.name: worker for worker in answer.workers}
+
+    def requests(self) -> list[Any]:
+        return list(self.admin.ListRequests(self.made.admin.ListRequestsRequest()).requests)
+
+
+@pytest.fixture(scope="module")
+def cluster(made: Generated, tiny_model: Path) -> Iterator[Cluster]:
+    flags = ("--load-format", "dummy", "--num-blocks", "2000", "--decode", "2", "--max-waiting", str(MAX_WAITING))
+    flags += ("--served-model-name", "tiny", "alias")
+    with Cluster(made, *flags, model=str(tiny_model)) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def drained(cluster: Cluster) -> Iterator[Callable[[str], None]]:
+    """Drain workers for the length of a test."""
+    names: list[str] = []
+
+    def drain(name: str) -> None:
+        names.append(name)
+        cluster.drain(name)
+
+    yield drain
+    for name in names:
+        cluster.resume(name)
+
+
+def status_of(call: Callable[[], Any]) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value
+
+
+def test_deltas_add_up_to_what_http_answers(cluster: Cluster) -> None:
+    pieces = list(cluster.generate(sampling={"max_tokens": 24}))
+    over_http = cluster.complete(PROMPT, model="tiny", max_tokens=24, temperature=0, ignore_eos=True)
+    assert "".join(piece.text for piece in pieces) == over_http["choices"][0]["text"]
+    assert sum(len(piece.token_ids) for piece in pieces) == 24
+    assert [piece.finish_reason for piece in pieces if piece.finish_reason] == [
+        cluster.made.inference.FINISH_REASON_LENGTH
+    ]
+    assert pieces[-1].usage.prompt_tokens == len(PROMPT)
+    assert pieces[-1].usage.completion_tokens == 24
+
+
+def test_text_in_and_every_sampling_parameter(cluster: Cluster) -> None:
+    sampling = {
+        "max_tokens": 6,
+        "min_tokens": 2,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 50,
+        "min_p": 0.01,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.1,
+        "repetition_penalty": 1.1,
+        "seed": 7,
+        "n": 2,
+        "stop": ["never to be seen"],
+        "stop_token_ids": [3],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "logit_bias": {5: -100.0},
+        "logprobs": 2,
+        "return_token_ids": True,
+    }
+    pieces = list(cluster.generate("Once upon a time", sampling=sampling, priority=-1, ledger=True, model="alias"))
+    assert {piece.index for piece in pieces[:-1]} == {0, 1}
+    assert all(len(piece.logprobs) == len(piece.token_ids) for piece in pieces)
+    assert all(len(entry.top) == 2 for piece in pieces for entry in piece.logprobs)
+    prompts = [list(piece.prompt_token_ids) for piece in pieces if piece.prompt_token_ids]
+    tokenized = cluster.inference.Tokenize(cluster.made.inference.TokenizeRequest(text="Once upon a time"))
+    assert prompts == [list(tokenized.token_ids)] * 2
+    assert len(pieces[-1].ledgers) == 2
+    assert "prefill-0" in pieces[-1].ledgers[0]
+
+
+def test_a_stop_token_is_named(cluster: Cluster) -> None:
+    first = cluster.tokens(sampling={"max_tokens": 1})
+    pieces = list(cluster.generate(sampling={"max_tokens": 9, "stop_token_ids": first}))
+    ended = next(piece for piece in pieces if piece.finish_reason)
+    assert ended.finish_reason == cluster.made.inference.FINISH_REASON_STOP
+    assert ended.stop_token_id == first[0]
+
+
+def test_tokens_text_and_models(cluster: Cluster) -> None:
+    m = cluster.made.inference
+    tokens = cluster.inference.Tokenize(m.TokenizeRequest(text="hello world", return_token_strs=True))
+    assert len(tokens.token_ids) == len(tokens.token_strs) > 0
+    assert cluster.inference.Detokenize(m.DetokenizeRequest(token_ids=tokens.token_ids)).text == "hello world"
+    models = cluster.inference.ListModels(m.ListModelsRequest()).models
+    assert [(model.id, model.root) for model in models] == [("tiny", "tiny"), ("alias", "tiny")]
+    assert models[0].max_model_len == tokens.max_model_len > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "words"),
+    [
+        ({"sampling": {"temperature": -1.0}}, "INVALID_ARGUMENT", "temperature"),
+        ({"sampling": {"n": 1000}}, "INVALID_ARGUMENT", "n must be"),
+        ({"prompt": []}, "INVALID_ARGUMENT", "prompt is empty"),
+        ({"prompt": [10**9]}, "INVALID_ARGUMENT", "vocabulary"),
+        ({"prompt": [5] * 5000}, "INVALID_ARGUMENT", "maximum context length"),
+        ({"model": "nobody"}, "NOT_FOUND", "nobody"),
+    ],
+)
+def test_a_wrong_request_is_told_what_is_wrong(cluster: Cluster, fields: dict[str, Any], code: str, words: str) -> None:
+    error = status_of(lambda: list(cluster.generate(**fields)))
+    assert error.code().name == code
+    assert words in error.details()
+
+
+def test_a_message_beyond_the_limit_is_refused(cluster: Cluster) -> None:
+    error = status_of(lambda: list(cluster.generate("x" * 17 * 2**20)))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_full_queue_says_when_to_come_back(cluster: Cluster, drained: Callable[[str], None]) -> None:
+    drained("prefill-0")
+    error = status_of(lambda: list(cluster.generate(sampling={"n": MAX_WAITING + 1, "max_tokens": 1})))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+
+
+def test_a_deadline_ends_the_request_at_the_workers_too(cluster: Cluster) -> None:
+    error = status_of(lambda: list(cluster.generate(sampling={"max_tokens": 3000}, timeout=0.5)))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    cluster.wait_idle()
+
+
+def test_a_deadline_holds_in_the_queue(cluster: Cluster, drained: Callable[[str], None]) -> None:
+    drained("prefill-0")
+    error = status_of(lambda: list(cluster.generate(timeout=0.3)))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    cluster.wait_idle()
+
+
+def test_cancelling_a_call_frees_its_blocks(cluster: Cluster) -> None:
+    call = cluster.generate(sampling={"max_tokens": 3000})
+    next(call)
+    (request,) = cluster.requests()
+    assert request.prompt_tokens == len(PROMPT)
+    call.cancel()
+    cluster.wait_idle()
+    assert cluster.requests() == []
+
+
+def test_an_operator_cancels_a_request(cluster: Cluster) -> None:
+    call = cluster.generate(sampling={"max_tokens": 3000})
+    next(call)
+    (request,) = cluster.requests()
+    cluster.admin.Cancel(cluster.made.admin.CancelRequest(id=request.id))
+    error = status_of(lambda: list(call))
+    assert error.code() is grpc.StatusCode.CANCELLED
+    assert "operator" in error.details()
+    cluster.wait_idle()
+    again = status_of(lambda: cluster.admin.Cancel(cluster.made.admin.CancelRequest(id=request.id)))
+    assert again.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_draining_under_load_loses_nothing(cluster: Cluster, move: bool) -> None:
+    prompts = [[id, *PROMPT] for id in range(200, 212)]
+    sampling = {"max_tokens": 160, "temperature": 0.9, "seed": 11}
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        undisturbed = list(pool.map(lambda prompt: cluster.tokens(prompt, sampling=sampling), prompts))
+        begun = threading.Semaphore(0)
+
+        def stream(prompt: list[int]) -> list[int]:
+            call = cluster.generate(prompt, sampling=sampling)
+            first = list(next(call).token_ids)
+            begun.release()
+            return first + [id for piece in call for id in piece.token_ids]
+
+        running = [pool.submit(stream, prompt) for prompt in prompts]
+        for _ in prompts[: len(prompts) // 2]:
+            assert begun.acquire(timeout=DEADLINE_S)
+        drained = cluster.drain("decode-0", move_streams=move, wait=True)
+        assert drained.state == cluster.made.admin.WORKER_STATE_DRAINED
+        assert [future.result() for future in running] == undisturbed
+    before = drained.generated_tokens
+    assert cluster.tokens(sampling=sampling)
+    assert cluster.workers()["decode-0"].generated_tokens == before
+    cluster.resume("decode-0")
+
+
+def test_a_drained_worker_takes_another_role(cluster: Cluster, drained: Callable[[str], None]) -> None:
+    m = cluster.made.admin
+    drained("decode-1")
+    cluster.drain("decode-1", wait=True)
+    assert cluster.admin.SetRole(m.SetRoleRequest(name="decode-1", role=m.ROLE_PREFILL)).role == m.ROLE_PREFILL
+    cluster.resume("decode-1")
+    cluster.drain("prefill-0", wait=True)
+    ledger = list(cluster.generate(sampling={"max_tokens": 4}, ledger=True))[-1].ledgers[0]
+    assert '"prefill_worker":"decode-1"' in ledger
+    assert '"decode_worker":"decode-0"' in ledger
+    cluster.resume("prefill-0")
+    cluster.drain("decode-1", wait=True)
+    assert cluster.admin.SetRole(m.SetRoleRequest(name="decode-1", role=m.ROLE_DECODE)).role == m.ROLE_DECODE
+
+
+def test_a_worker_with_streams_keeps_its_role(cluster: Cluster) -> None:
+    m = cluster.made.admin
+    call = cluster.generate(sampling={"max_tokens": 3000})
+    for _ in range(3):
+        next(call)
+    busy = next(worker for worker in cluster.workers().values() if worker.role == m.ROLE_DECODE and worker.streams)
+    error = status_of(lambda: cluster.admin.SetRole(m.SetRoleRequest(name=busy.name, role=m.ROLE_PREFILL)))
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "drain it" in error.details()
+    call.cancel()
+    cluster.wait_idle()
+
+
+def test_flushed_caches_are_empty(cluster: Cluster) -> None:
+    def cached() -> int:
+        return list(cluster.generate(list(range(300, 380)), sampling={"max_tokens": 1}))[-1].usage.cached_tokens
+
+    cached()
+    assert cached() > 0
+    flushed = cluster.admin.FlushPrefixCaches(cluster.made.admin.FlushPrefixCachesRequest())
+    assert sorted(flushed.workers) == sorted(cluster.workers())
+    assert cached() == 0
+
+
+def test_events_tell_what_happens(cluster: Cluster, drained: Callable[[str], None]) -> None:
+    m = cluster.made.admin
+    events = cluster.admin.WatchEvents(m.WatchEventsRequest(), timeout=DEADLINE_S)
+    events.initial_metadata()
+    drained("prefill-0")
+    changed, not_ready = next(events), next(events)
+    assert (changed.kind, changed.subject) == (m.EVENT_KIND_WORKER_CHANGED, "prefill-0")
+    assert not_ready.kind == m.EVENT_KIND_NOT_READY
+    assert "prefill-0 is draining" in not_ready.text
+    events.cancel()
+
+
+def test_log_levels(cluster: Cluster) -> None:
+    m = cluster.made.admin
+    everybody = cluster.admin.SetLogLevel(m.SetLogLevelRequest(level="warning")).processes
+    assert sorted(everybody) == ["decode-0", "decode-1", "frontend-0", "prefill-0", "scheduler"]
+    assert list(cluster.admin.SetLogLevel(m.SetLogLevelRequest(level="INFO", process="decode-0")).processes) == [
+        "decode-0"
+    ]
+    cluster.wait_for("[decode-0] now decode, active")
+    error = status_of(lambda: cluster.admin.SetLogLevel(m.SetLogLevelRequest(level="loud")))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    cluster.admin.SetLogLevel(m.SetLogLevelRequest(level="info"))
+
+
+def test_health_and_reflection(cluster: Cluster) -> None:
+    for channel, service in ((cluster.inference_channel, "Inference"), (cluster.admin_channel, "Admin")):
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service=f"baton.v1.{service}"), timeout=DEADLINE_S)
+        assert any(answer.status == health_pb2.HealthCheckResponse.SERVING for answer in watch)
+        watch.cancel()
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asked = [reflection_pb2.ServerReflectionRequest(file_containing_symbol=f"baton.v1.{service}")]
+        (answer,) = reflection.ServerReflectionInfo(iter(asked), timeout=DEADLINE_S)
+        assert len(answer.file_descriptor_response.file_descriptor_proto) == 1
+
+
+def test_a_drained_worker_stays_so_when_the_scheduler_is_restarted(
+    cluster: Cluster, drained: Callable[[str], None]
+) -> None:
+    drained("decode-0")
+    os.kill(cluster.pids()["scheduler"], signal.SIGKILL)
+    cluster.wait_for("scheduler is ready again")
+    with contextlib.suppress(grpc.RpcError):
+        cluster.workers()
+    cluster.wait_for("[scheduler] decode-0 joined", 2)
+    assert cluster.workers()["decode-0"].state == cluster.made.admin.WORKER_STATE_DRAINED
