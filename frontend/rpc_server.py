@@ -4,6 +4,7 @@ Nothing is validated twice: the fields of SamplingParams have the HTTP API's nam
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Any
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 HEALTH_INTERVAL_S = 1.0
-"""How often it is looked whether a request can be served."""
+"""How often it is looked whether a request can be served, beside the scheduler's word."""
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -63,9 +64,13 @@ class InferenceServer:
         await self._server.stop(grace_s)
 
     async def _watch_health(self) -> None:
+        told = asyncio.Event()
+        self._client.on_status(told.set)
         while True:
             await self._server.set_serving(self._client.ready and not self._generator.draining)
-            await asyncio.sleep(HEALTH_INTERVAL_S)
+            with contextlib.suppress(TimeoutError):  # silence of the scheduler is news too
+                await asyncio.wait_for(told.wait(), HEALTH_INTERVAL_S)
+            told.clear()
 
 
 class Inference:

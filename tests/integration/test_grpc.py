@@ -1,8 +1,11 @@
 """The gRPC services of a real deployment, called by clients that protoc has made from the .proto files."""
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 MAX_WAITING = 64
 PROMPT = list(range(100, 180))
+KEY = "a-key"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ class Cluster(Deployment):
         super().__exit__(*exc)
 
     def _connect(self, line: str) -> tuple[grpc.Channel, str]:
-        address = self.wait_for(line).split()[-1]
+        address = self.wait_for(line).split()[-1].replace("0.0.0.0", "127.0.0.1")
         if self._credentials is None:
             return grpc.insecure_channel(address), address
         return grpc.secure_channel(address, self._credentials), address
@@ -324,16 +328,120 @@ def test_log_levels(cluster: Cluster) -> None:
     cluster.admin.SetLogLevel(m.SetLogLevelRequest(level="info"))
 
 
+def wait_healthy(channel: grpc.Channel, service: str) -> None:
+    request = health_pb2.HealthCheckRequest(service=service)
+    watch = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=DEADLINE_S)
+    assert any(answer.status == health_pb2.HealthCheckResponse.SERVING for answer in watch)
+    watch.cancel()
+
+
 def test_health_and_reflection(cluster: Cluster) -> None:
     for channel, service in ((cluster.inference_channel, "Inference"), (cluster.admin_channel, "Admin")):
-        health = health_pb2_grpc.HealthStub(channel)
-        watch = health.Watch(health_pb2.HealthCheckRequest(service=f"baton.v1.{service}"), timeout=DEADLINE_S)
-        assert any(answer.status == health_pb2.HealthCheckResponse.SERVING for answer in watch)
-        watch.cancel()
+        wait_healthy(channel, f"baton.v1.{service}")
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         asked = [reflection_pb2.ServerReflectionRequest(file_containing_symbol=f"baton.v1.{service}")]
         (answer,) = reflection.ServerReflectionInfo(iter(asked), timeout=DEADLINE_S)
         assert len(answer.file_descriptor_response.file_descriptor_proto) == 1
+
+
+def test_an_operator_cancels_a_request_of_http(cluster: Cluster) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        body = {"prompt": PROMPT, "max_tokens": 3000, "ignore_eos": True}
+        answer = pool.submit(cluster.client.post, "/v1/completions", json=body)
+        events = cluster.admin.WatchEvents(cluster.made.admin.WatchEventsRequest(), timeout=DEADLINE_S)
+        events.initial_metadata()
+        while not (requests := cluster.requests()):
+            assert not answer.done()
+        cluster.admin.Cancel(cluster.made.admin.CancelRequest(id=requests[0].id))
+        assert next(events).kind == cluster.made.admin.EVENT_KIND_REQUEST_CANCELLED
+        events.cancel()
+    assert answer.result().status_code == 503
+    assert answer.result().json()["error"]["code"] == "cancelled"
+
+
+def ctl(cluster: Cluster, *words: str, code: int = 0) -> str:
+    """What `baton ctl` prints."""
+    command = [sys.executable, "-P", "-m", "baton.frontend.cli.main", "ctl", words[0]]
+    command += ["--address", cluster.admin_address, *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == code, done.stderr
+    return done.stdout or done.stderr
+
+
+def test_every_rpc_has_a_subcommand(cluster: Cluster) -> None:
+    call = cluster.generate(sampling={"max_tokens": 3000})
+    next(call)
+    assert [json.loads(line)["name"] for line in ctl(cluster, "workers", "--json").splitlines()] == list(
+        cluster.workers()
+    )
+    (request,) = map(json.loads, ctl(cluster, "requests", "--json").splitlines())
+    assert request["id"] in ctl(cluster, "requests", "--limit", "1")
+    ctl(cluster, "cancel", request["id"])
+    assert status_of(lambda: list(call)).code() is grpc.StatusCode.CANCELLED
+    assert "drained" in ctl(cluster, "drain", "decode-1", "--move", "--wait")
+    assert "unified" in ctl(cluster, "role", "decode-1", "unified")
+    assert "decode" in ctl(cluster, "role", "decode-1", "decode")
+    assert "active" in ctl(cluster, "resume", "decode-1")
+    assert "prefill-0" in ctl(cluster, "flush")
+    assert ctl(cluster, "log-level", "info", "scheduler") == "info: scheduler\n"
+    assert "drain it first" in ctl(cluster, "remove", "decode-1", code=2)
+    assert "nobody" in ctl(cluster, "drain", "nobody", code=2)
+    assert "did not answer in time" in ctl(cluster, "events", "--timeout", "0.2", code=2)
+
+
+def test_ctl_says_where_it_found_nothing() -> None:
+    command = [sys.executable, "-P", "-m", "baton.frontend.cli.main", "ctl", "workers", "--address", "127.0.0.1:1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 2
+    assert "no Admin service at 127.0.0.1:1" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that vouches for itself, and its key."""
+    directory = tmp_path_factory.mktemp("tls")
+    cert, key = directory / "cert.pem", directory / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=baton"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(cert), "-keyout", str(key)]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.fixture
+def locked(made: Generated, tiny_model: Path, certificate: tuple[Path, Path]) -> Iterator[Cluster]:
+    """Two workers and two frontends behind TLS and a key."""
+    cert, key = certificate
+    flags = ("--load-format", "dummy", "--num-blocks", "600", "--unified", "2", "--frontends", "2", "--api-key", KEY)
+    flags += ("--grpc-host", "0.0.0.0", "--grpc-tls-cert", str(cert), "--grpc-tls-key", str(key))
+    credentials = grpc.ssl_channel_credentials(cert.read_bytes())
+    with Cluster(made, *flags, model=str(tiny_model), credentials=credentials) as cluster:
+        yield cluster
+
+
+def test_tls_keys_removal_and_a_stream_that_outlives_sigterm(locked: Cluster, certificate: tuple[Path, Path]) -> None:
+    m = locked.made.inference
+    assert status_of(lambda: list(locked.generate())).code() is grpc.StatusCode.UNAUTHENTICATED
+    wrong = [("authorization", "Bearer no-key")]
+    error = status_of(lambda: locked.inference.ListModels(m.ListModelsRequest(), metadata=wrong))
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert "API key" in error.details()
+    wait_healthy(locked.inference_channel, "")
+
+    secure = ("--api-key", KEY, "--tls-ca", str(certificate[0]))
+    assert "unified-1" in ctl(locked, "workers", *secure)
+    ctl(locked, "drain", "unified-1", "--wait", *secure)
+    assert ctl(locked, "remove", "unified-1", *secure) == "unified-1 has left\n"
+    locked.wait_for("unified-1 was removed by an operator")
+    assert "unified-1" not in ctl(locked, "workers", *secure)
+
+    request = m.GenerateRequest(text="Once", sampling=m.SamplingParams(max_tokens=400, ignore_eos=True))
+    call = locked.inference.Generate(request, metadata=[("authorization", f"Bearer {KEY}")], timeout=DEADLINE_S)
+    next(call)
+    locked.process.terminate()
+    rest = list(call)
+    assert rest[-1].usage.completion_tokens == 400
+    assert locked.wait() == 0
 
 
 def test_a_drained_worker_stays_so_when_the_scheduler_is_restarted(

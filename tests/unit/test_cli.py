@@ -1,21 +1,24 @@
 """The command line: what is checked before any process starts, and how it is said."""
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from baton.frontend.cli import bench_serve, engine_args, serve, sizing
+from baton.frontend.cli import bench_serve, engine_args, rpc_args, serve, sizing
 from baton.frontend.cli.main import COMMANDS, OneLineParser, main
 from baton.frontend.run_dir import RunDir
 from baton.proto import __version__
 from baton.proto import config as config_tree
-from baton.proto.config import ModelConfig, ServeConfig, WorkerConfig
+from baton.proto.config import ModelConfig, RpcConfig, ServeConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 from baton.worker.backend import open_backend
@@ -63,6 +66,51 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     usage = capsys.readouterr().out
     assert all(f"baton {name}" in usage for name in COMMANDS)
+
+
+GRPC = ("--grpc-port", "0", "--api-key", "k")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ((*GRPC, "--grpc-host", "0.0.0.0"), "beyond loopback needs --grpc-tls-cert"),
+        (("--admin-port", "0", "--admin-host", "::"), "--admin-host ::: gRPC beyond loopback"),
+        ((*GRPC, "--grpc-tls-cert", "cert.pem"), "belong together"),
+        ((*GRPC, "--grpc-tls-cert", "no-cert.pem", "--grpc-tls-key", "no-key.pem"), "no-cert.pem: no such file"),
+        (("--grpc-port", "80000"), "a port is at most 65535"),
+    ],
+)
+def test_grpc_flags_that_can_not_be_are_one_line(words: tuple[str, ...], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        rpc_args.configs(parse("demo", *words), serve.claim_port)
+    assert line in str(caught.value)
+
+
+def test_grpc_is_off_unless_a_port_is_given_and_shares_the_keys() -> None:
+    assert rpc_args.configs(parse("demo"), serve.claim_port) == (RpcConfig(), RpcConfig())
+    inference, admin = rpc_args.configs(parse("demo", *GRPC, "--frontends", "2"), serve.claim_port)
+    assert (inference.host, inference.api_keys, inference.shares_port) == ("127.0.0.1", ("k",), True)
+    assert inference.port > 0
+    assert admin == RpcConfig()
+
+
+def test_plaintext_beyond_loopback_is_possible_on_request() -> None:
+    words = (*GRPC, "--grpc-host", "0.0.0.0", "--grpc-allow-plaintext")
+    assert rpc_args.configs(parse("demo", *words), serve.claim_port)[0].host == "0.0.0.0"
+
+
+def test_without_the_extra_grpc_the_flags_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.delitem(sys.modules, "baton.proto.rpc", raising=False)
+    with pytest.raises(UserError, match=r"baton-serve\[grpc\]"):
+        rpc_args.configs(parse("demo", *GRPC), serve.claim_port)
+
+
+def test_without_the_flags_nothing_imports_grpc() -> None:
+    modules = "baton.frontend.main, baton.scheduler_proc.main, baton.worker.main, baton.frontend.cli.serve"
+    code = f"import sys, {modules}; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -11,6 +11,7 @@ from baton.proto.hashing import hash_chain, pack_hashes
 from baton.proto.lifecycle import Outcome, RejectCode
 from baton.proto.messages import (
     Accepted,
+    Cancelled,
     CancelStream,
     Claim,
     Close,
@@ -394,6 +395,23 @@ def test_the_same_scheduler_asking_again_gets_the_same_attempt(frontend: Fronten
     sid = frontend.submit(accepted=False)
     said = frontend.message(WhoAreYou(epoch=1))
     assert [(submit.sid, submit.attempt) for submit in sent(said, Submit)] == [(sid, 1)]
+
+
+def test_a_request_that_an_operator_cancels_ends_whatever_its_attempt(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.message(Retry(sid, 1, "a worker died"))
+    close, end = frontend.message(Cancelled(sid, "an operator cancelled the request"))
+    assert isinstance(end, Finished)
+    assert (end.outcome, end.message) == (Outcome.CANCELLED, "an operator cancelled the request")
+    assert isinstance(close, SendToScheduler)
+    assert isinstance(close.message, Close)
+    assert frontend.message(Cancelled(sid, "again")) == []
+
+
+def test_a_cancel_of_a_stream_that_is_over_is_answered_with_its_end(frontend: Frontend) -> None:
+    (said,) = frontend.message(Cancelled((7, 99), "an operator cancelled the request"))
+    assert isinstance(said, SendToScheduler)
+    assert isinstance(said.message, Close)
 
 
 def test_a_retry_of_a_stream_that_is_over_is_answered_with_its_end(frontend: Frontend) -> None:
