@@ -8,16 +8,23 @@ import os
 import threading
 import time
 from collections import deque
+from typing import Protocol
 
-from baton.worker.model_runner import ModelRunner
 from baton.worker.pace import Pace
 from baton.worker.plan import StepPlan, StepResult
+
+
+class Runner(Protocol):
+    """What a step is, apart from when it runs."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run it to its end."""
 
 
 class ThreadDevice:
     """Runs steps one after the other in a thread of its own (backend.Device)."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._plans: deque[StepPlan | threading.Event | None] = deque()
         self._results: deque[StepResult] = deque()

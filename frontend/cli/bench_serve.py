@@ -1,7 +1,6 @@
 """Measure throughput and latency of a running OpenAI-compatible server, with vLLM's option names and result block."""
 
 import argparse
-import asyncio
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,6 +117,8 @@ def pair(text: str) -> tuple[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     """Send the work, print the block; 1 when no request succeeded."""
+    import uvloop
+
     try:
         from baton.frontend.bench import client
     except ImportError as error:
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         ignore_eos=args.ignore_eos,
     )
-    model, results, duration_s = asyncio.run(_measure(args, client.Client, server))
+    model, results, duration_s = uvloop.run(_measure(args, client.Client, server))
     metrics = report.summarise(results, duration_s, args.metric_percentiles, dict(args.goodput or ()))
     print(report.block(metrics, args.percentile_metrics), flush=True)
     for reason, count in report.errors(results):
