@@ -28,7 +28,7 @@ class Posts:
         self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"].removeprefix(self._root_path) if scope["type"] == "http" else ""
+        path = scope["path"].removeprefix(self._root_path).rstrip("/") if scope["type"] == "http" else ""
         endpoint = self._endpoints.get(path)
         if endpoint is None:
             await self._app(scope, receive, send)
