@@ -8,6 +8,7 @@ from random import Random
 from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig, PlacementConfig, SchedulerConfig
 from baton.proto.lifecycle import Outcome
 from baton.proto.messages import SamplingParams
+from baton.scheduler_proc.operations import Operator
 
 from .audit import audit_blocks, leftovers, scheduler_leftovers
 from .frontend import Call, Frontend
@@ -135,7 +136,8 @@ class Scenario:
         conditions.delay_s = rng.choice((0.0003, 0.002, 0.02))
         conditions.repeat = rng.choice((0.0, 0.05))
         conditions.dealers_keep = rng.random() < 0.5
-        kinds = [kind for kind in (self._cut, self._crash, self._leave, self._pause, self._slow) if rng.random() < 0.5]
+        faults = (self._cut, self._crash, self._leave, self._pause, self._slow, self._drain, self._change_role)
+        kinds = [kind for kind in (*faults, self._cancel) if rng.random() < 0.5]
         most = rng.choice((4, 4, 20))
         for kind in kinds:
             for _ in range(rng.randint(1, most)):
@@ -166,6 +168,34 @@ class Scenario:
         worker.kill()
         self.world.at(self.world.now + self.rng.expovariate(1 / 0.8), lambda: self._restart(worker))
 
+    def _drain(self) -> None:
+        """An operator takes a worker out for a while."""
+        name, move = self.rng.choice(self.workers).name, self.rng.random() < 0.5
+        if self.scheduler.operate(lambda operator, now: operator.drain(name, move, now)):
+            self._trace(f"DRAIN {name}{' by moving' if move else ''}")
+            self.world.at(self.world.now + self.rng.expovariate(1 / 0.8), lambda: self._resume(name))
+
+    def _resume(self, name: str) -> None:
+        if self.scheduler.operate(lambda operator, _: operator.resume(name)):
+            self._trace(f"RESUME {name}")
+
+    def _change_role(self) -> None:
+        """An operator gives an idle worker another role for a while."""
+        worker = self.rng.choice(self.workers)
+        if self.scheduler.operate(lambda operator, _: operator.set_role(worker.name, "unified")):
+            self._trace(f"ROLE {worker.name} unified")
+
+    def _cancel(self) -> None:
+        """An operator ends a request."""
+
+        def cancel(operator: Operator, now: float) -> None:
+            if streams := operator.requests(""):
+                stream = self.rng.choice(streams)
+                self._trace(f"CANCEL {stream.id}")
+                operator.cancel(stream.id, now)
+
+        self.scheduler.operate(cancel)
+
     def _restart(self, process: Process) -> None:
         if not process.alive:
             self._trace(f"START {process.name}")
@@ -195,6 +225,16 @@ class Scenario:
         for process in self.processes:
             process.resume()
             self._restart(process)
+        for worker in self.workers:
+            self._end_draining(worker.name)
+
+    def _end_draining(self, name: str) -> None:
+        """The operator looks until the worker is there and active."""
+        self._resume(name)
+        cluster = self.scheduler.cluster
+        worker = cluster.registry.worker_named(name) if cluster is not None else None
+        if worker is None or not worker.active:
+            self.world.at(self.world.now + 0.2, lambda: self._end_draining(name))
 
     def _audit(self) -> None:
         for worker in self.workers:

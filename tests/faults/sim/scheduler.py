@@ -7,6 +7,7 @@ from baton.proto.config import SchedulerConfig
 from baton.proto.messages import Message
 from baton.scheduler_proc.cluster import Cluster
 from baton.scheduler_proc.instructions import Instruction, Log, Send, Unwatch, Watch
+from baton.scheduler_proc.operations import Operator, RefusedError
 
 from .network import Network
 from .world import Process, World
@@ -36,6 +37,18 @@ class Scheduler(Process):
         super().kill()
         self._network.unbind(self)
         self.cluster = None
+
+    def operate(self, ask: Callable[[Operator, float], object]) -> bool:
+        """An operator asks; whether it was done."""
+        cluster = self.cluster
+        if cluster is None or self.paused:
+            return False
+        try:
+            ask(cluster.operator, self.world.now)
+        except RefusedError:
+            return False
+        self.turn()
+        return True
 
     def turn(self) -> None:
         """Timers."""

@@ -6,6 +6,8 @@ It follows worker/session.py; steps and copies take virtual time and touch the p
 from collections import deque
 from dataclasses import dataclass
 
+import msgspec
+
 from baton.kv_transfer.contract import Pull, PullDone
 from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import identity
@@ -14,10 +16,12 @@ from baton.proto.layout import Group, KVLayout
 from baton.proto.messages import (
     Beat,
     CancelStream,
+    Configure,
     Fenced,
     Goodbye,
     Message,
     Peer,
+    Settings,
     TokenBatch,
     Welcome,
     WhoAreYou,
@@ -99,6 +103,7 @@ class Worker(Process):
         self._device_free_at = self._result_at = self.world.now
         self._pulls = 0
         self._fenced = False
+        self._settings = Settings(role=spec.role)
         self._welcome = False
         self._hello_at = self._load_at = self._holdings_at = self._beat_at = float("-inf")
         self._load_due = False
@@ -167,7 +172,8 @@ class Worker(Process):
             return
         with_holdings = now - self._holdings_at >= HOLDINGS_INTERVAL_S
         if with_holdings or (self._load_due and now - self._load_at >= LOAD_INTERVAL_S):
-            self._to_scheduler(batcher.load(with_holdings))
+            load = batcher.load(with_holdings)
+            self._to_scheduler(msgspec.structs.replace(load, settings=self._settings if with_holdings else None))
             self._load_at, self._load_due = now, False
             if with_holdings:
                 self._holdings_at = now
@@ -189,6 +195,7 @@ class Worker(Process):
             max_num_seqs=spec.batch.max_num_seqs,
             max_num_batched_tokens=spec.batch.max_num_batched_tokens,
             holdings=batcher.holdings(),
+            settings=self._settings,
         )
         self._to_scheduler(hello)
         batcher.resend_ready()
@@ -285,6 +292,9 @@ class Worker(Process):
                 batcher.handle(message, (), self.world.now)
             case WhoAreYou():
                 self._hello(batcher)
+            case Configure():
+                self._settings = message.settings
+                self._holdings_at = float("-inf")
             case Fenced():
                 if message.incarnation == self.incarnation:
                     self._on_fenced()
