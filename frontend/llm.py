@@ -111,6 +111,7 @@ class LLM:
         max_model_len: int = 0,
         device: str = "cpu",
         gpu: int = 0,
+        attention_backend: str = "auto",
         threads: int = 0,
         cache: CacheConfig | None = None,
         batch: BatchConfig | None = None,
@@ -140,6 +141,7 @@ class LLM:
             batch=batch or BatchConfig(target_itl_ms=0.0),
             device=device,
             gpu=gpu,
+            attention_backend=attention_backend,
             threads=threads,
         )
         self._engine = importlib.import_module("baton.worker.engine").Engine(worker)

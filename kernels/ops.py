@@ -92,6 +92,8 @@ class Ops(Protocol):
         block_tables: torch.Tensor,
         scale: float,
         planned: object | None = None,
+        window: int = 0,
+        soft_cap: float = 0.0,
     ) -> torch.Tensor:
         """Causal softmax(scale * q k^T) v of the last tokens of each sequence over all its cached tokens.
 
@@ -99,7 +101,8 @@ class Ops(Protocol):
         block_tables int32 [num_seqs, width]. Sequence s has queries [query_start[s], query_start[s + 1]); the last of
         them is at position seq_lens[s] - 1. Query head h reads KV head h // (num_heads / num_kv_heads).
         `planned`: query_start, seq_lens and block_tables in the form that this Ops prefers, made once for all layers;
-        those three may be empty then. Returns [n, num_heads * head_dim].
+        those three may be empty then. A token sees `window` tokens, itself included; 0: all before it (Beltagy et al.,
+        2020). soft_cap: scores s become soft_cap * tanh(s / soft_cap); 0: they stay. Returns [n, num_heads * head_dim].
         """
         ...
 

@@ -81,6 +81,8 @@ class TorchOps:
         block_tables: torch.Tensor,
         scale: float,
         planned: object | None = None,
+        window: int = 0,
+        soft_cap: float = 0.0,
     ) -> torch.Tensor:
         """See Ops. Loops over sequences, not tokens."""
         block_size = pool.shape[4]
@@ -91,7 +93,7 @@ class TorchOps:
             # [blocks, kv_heads, 2, block_size, head_dim] -> [2, kv_heads, seq_len, head_dim]
             cached = pool[blocks, :, layer].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, :seq_len]
             rows = query[starts[index] : starts[index + 1]].transpose(0, 1)  # [heads, rows, head_dim]
-            outputs.append(_causal_attention(rows, cached[0], cached[1], scale))
+            outputs.append(_causal_attention(rows, cached[0], cached[1], scale, window, soft_cap))
         return torch.cat(outputs) if outputs else query.flatten(1)
 
     def draw(
@@ -131,10 +133,19 @@ def _rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-def _causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+def _causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int, soft_cap: float
+) -> torch.Tensor:
     """query [heads, rows, d], key and value [kv_heads, len, d]; the rows are the last of len -> [rows, heads * d]."""
     rows, length = query.shape[1], key.shape[1]
     visible = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
+    if window:
+        visible = visible.triu(length - rows - window + 1)
+    if soft_cap:
+        key, value = (x.repeat_interleave(len(query) // len(x), dim=0) for x in (key, value))
+        scores = soft_cap * torch.tanh((query @ key.transpose(1, 2)).float() * (scale / soft_cap))
+        output = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(value.dtype) @ value
+        return output.transpose(0, 1).flatten(1)
     output = functional.scaled_dot_product_attention(
         query[None], key[None], value[None], attn_mask=visible, scale=scale, enable_gqa=True
     )

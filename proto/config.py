@@ -101,6 +101,8 @@ class WorkerConfig(Config):
     kv_transfer: str = "auto"
     """How KV blocks come from other workers: auto (the best that a pair has, told in the log) | local (they don't) |
     cuda_ipc | nccl | gloo | shm | tcp."""
+    attention_backend: str = "auto"
+    """auto (what was measured to be fastest) | triton (our own kernels) | fa3 (the extra of that name; for prompts)."""
     threads: int = 0
     """Compute threads on CPU; 0: all cores that this process may use."""
     scheduler: str = ""

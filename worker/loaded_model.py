@@ -8,6 +8,7 @@ import torch
 
 from baton.proto.config import WorkerConfig
 from baton.worker.attention import choose_ops
+from baton.worker.attention.model import Model
 from baton.worker.kv_layout import kv_layout
 from baton.worker.models.registry import find_model
 from baton.worker.weights import loader
@@ -18,7 +19,8 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """Reads, builds and fills the model of `config`. Raises ValueError when it can't be served.
 
-    Attributes: model, ops, dtype, layout (KVLayout), max_model_len, vocab_size, num_heads and num_kv_heads.
+    Attributes: model, ops, dtype, layout (KVLayout), max_model_len, vocab_size, num_heads, num_kv_heads and
+    windows (the distinct ones of its layers; see LlamaConfig).
     """
 
     def __init__(self, config: WorkerConfig, device: torch.device) -> None:
@@ -33,6 +35,7 @@ class LoadedModel:
         self.vocab_size: int = shape.vocab_size
         self.num_heads: int = shape.num_heads
         self.num_kv_heads: int = shape.num_kv_heads
+        self.windows: tuple[int, ...] = tuple(sorted(set(shape.windows)))
         self.max_model_len: int = config.model.max_model_len or shape.max_position_embeddings
         load_format, seed = config.model.load_format, config.model.seed
         fingerprint = loader.fingerprint(model_json, directory, self.dtype, load_format, seed)
@@ -40,7 +43,13 @@ class LoadedModel:
             shape.num_kv_heads, shape.num_layers, shape.head_dim, config.cache.block_size, self.dtype, fingerprint
         )
         started = time.monotonic()
-        self.ops = choose_ops(config.device, self.dtype, shape.head_dim, config.model.batch_invariant)
+        attention = Model(
+            self.dtype,
+            shape.head_dim,
+            soft_cap=shape.soft_cap > 0,
+            batch_invariant=config.model.batch_invariant,
+        )
+        self.ops = choose_ops(config.device, attention, config.attention_backend)
         with device:
             self.model = model_class(shape, self.max_model_len, self.ops, self.dtype)
         if load_format == "dummy":

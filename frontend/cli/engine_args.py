@@ -84,6 +84,12 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MS",
         help="time between two tokens that prompts leave to running streams, 0: none; default: 15 on a GPU, 0 on CPU",
     )
+    group.add_argument(
+        "--attention-backend",
+        default="auto",
+        choices=("auto", "triton", "fa3"),
+        help="GPU kernels of attention; auto: the fastest as measured, fa3: FlashAttention-3 for prompts (extra 'fa3')",
+    )
     group.add_argument("--threads", type=threads, help="compute threads of each CPU worker; default: all cores")
 
 

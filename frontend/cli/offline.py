@@ -36,6 +36,7 @@ def load(args: argparse.Namespace) -> "LLM":
         max_model_len=model.max_model_len,
         device=args.device,
         gpu=engine_args.place_on_gpus(args, [Role.UNIFIED])[0].gpu,
+        attention_backend=args.attention_backend,
         threads=args.threads or 0,
         cache=engine_args.cache_config(args, plan.pool_bytes),
         batch=batch,

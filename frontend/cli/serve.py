@@ -220,6 +220,7 @@ def serve_config(
                 device=args.device,
                 **dataclasses.asdict(places[index]),
                 kv_transfer=args.kv_transfer,
+                attention_backend=args.attention_backend,
                 threads=args.threads or 0,
                 scheduler=scheduler,
                 run_dir=private,

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             gpu=engine_args.place_on_gpus(args, [args.role])[0].gpu,
             kv_transfer=args.kv_transfer,
+            attention_backend=args.attention_backend,
             threads=args.threads or 0,
             scheduler=args.scheduler,
             run_dir=str(run_dir.path),

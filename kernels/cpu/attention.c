@@ -25,7 +25,8 @@ typedef struct {
     float *out; /* [tokens, heads * dim] */
     float *partials;
     int64_t query_stride, num_seqs, heads, kv_heads, dim, block_size, block_stride, head_stride, table_width;
-    float scale;
+    int64_t window; /* tokens that one sees, itself included; 0: all */
+    float scale, soft_cap; /* scores s become soft_cap * tanh(s / soft_cap); 0: they stay */
 } Problem;
 
 typedef struct {
@@ -149,12 +150,20 @@ static void weigh_rows(int rows, const float *probs, const float *const *values,
 #undef CALL
 }
 
-/* Scores of one row to probabilities; keys from `limit` on are not visible. Returns the factor for what is there. */
-INLINE float softmax_row(float *s, int limit, float *max, float *sum) {
+/* cap * tanh(x / cap), as 1 - 2 / (e^2x + 1) */
+INLINE vf cap_vf(vf x, float cap) {
+    vf doubled = min_vf(x * (2.0f / cap), splat(80.0f));
+    return cap * (1.0f - 2.0f / (exp_vf(doubled) + 1.0f));
+}
+
+/* Scores of one row to probabilities; only keys in [first, limit) are visible. Returns the factor for what is there. */
+INLINE float softmax_row(float *s, int first, int limit, float cap, float *max, float *sum) {
     const vf lane = {EACH_LANE(IDENTITY, 0)};
     vf top = splat(-INFINITY);
     for (int g = 0; g < LANES; g++) {
-        vf visible = select_vf(lane + (float)(g * VL) < splat((float)limit), load(s + g * VL), splat(-INFINITY));
+        const vf key = lane + (float)(g * VL), score = load(s + g * VL);
+        vf visible = select_vf(key < splat((float)limit), cap > 0.0f ? cap_vf(score, cap) : score, splat(-INFINITY));
+        visible = select_vf(key < splat((float)first), splat(-INFINITY), visible);
         store(s + g * VL, visible);
         top = max_vf(top, visible);
     }
@@ -181,6 +190,11 @@ static void prefetch_tile(const Problem *p, const int32_t *table, const float *h
     }
 }
 
+/* The first key that a row seeing `limit` keys without a window sees. */
+static int64_t first_seen(const Problem *p, int64_t limit) {
+    return p->window && limit > p->window ? limit - p->window : 0;
+}
+
 /* One partition of one item. limits[r] is how many tokens row r sees. */
 static void attend_partition(const Problem *p, const Item *item, const float *query, const int *limits, int64_t part,
                              State *state) {
@@ -192,7 +206,8 @@ static void attend_partition(const Problem *p, const Item *item, const float *qu
     const float *head = p->pool + item->kv_head * p->head_stride;
     for (int r = 0; r < item->rows; r++) state->max[r] = -INFINITY, state->sum[r] = 0.0f;
     memset(state->acc, 0, item->rows * p->dim * sizeof(float));
-    for (int start = part_start; start < part_end; start += TILE) {
+    const int64_t seen = first_seen(p, limits[0]);
+    for (int start = seen > part_start ? (int)(seen / TILE * TILE) : part_start; start < part_end; start += TILE) {
         const float *key_rows[TILE], *value_rows[TILE];
         const int count = part_end - start < TILE ? part_end - start : TILE;
         int offset = start % p->block_size;
@@ -211,9 +226,10 @@ static void attend_partition(const Problem *p, const Item *item, const float *qu
             const int rows = item->rows - r < QR ? item->rows - r : QR;
             score_rows(rows, query + r * p->dim, keys, count, p->dim, probs + r * TILE);
             for (int i = r; i < r + rows; i++) {
-                const int limit = limits[i] - start;
-                if (limit > 0) {
-                    rescale[i] = softmax_row(probs + i * TILE, limit, &state->max[i], &state->sum[i]);
+                const int limit = limits[i] - start, first = p->window ? limit - (int)p->window : 0;
+                if (limit > 0 && first < TILE) {
+                    rescale[i] =
+                        softmax_row(probs + i * TILE, first, limit, p->soft_cap, &state->max[i], &state->sum[i]);
                 } else {
                     rescale[i] = 1.0f;
                     memset(probs + i * TILE, 0, TILE * sizeof(float));
@@ -306,12 +322,13 @@ static int64_t plan(const Problem *p, Item *items, int64_t *partial_floats) {
             for (int64_t row = 0; row < all_rows; row += ROWS) {
                 const int64_t rows = all_rows - row < ROWS ? all_rows - row : ROWS;
                 const int64_t end = p->seq_lens[seq] - chunk + (row + rows - 1) / group + 1;
-                const int64_t parts = (end + PARTITION - 1) / PARTITION;
+                const int64_t first_part = first_seen(p, p->seq_lens[seq] - chunk + row / group + 1) / PARTITION;
+                const int64_t parts = (end + PARTITION - 1) / PARTITION - first_part;
                 const int64_t split = all_rows <= ROWS && parts > 1 ? parts : 1;
                 for (int64_t piece = 0; piece < split; piece++, count++) {
                     if (items)
                         items[count] = (Item){.seq = seq, .kv_head = kv_head, .first_row = row, .rows = rows,
-                                              .first_part = piece, .parts = parts / split, .of_parts = split,
+                                              .first_part = first_part + piece, .parts = parts / split, .of_parts = split,
                                               .cost = rows * (end < INT32_MAX / ROWS ? end : INT32_MAX / ROWS) / split,
                                               .partial = split > 1 ? *partial_floats : -1};
                     if (split > 1) *partial_floats += rows * (p->dim + 2);
@@ -326,13 +343,14 @@ static int64_t plan(const Problem *p, Item *items, int64_t *partial_floats) {
 int baton_paged_attention(const float *query, int64_t query_stride, const float *pool, float *out,
                           const int32_t *query_start, const int32_t *seq_lens, const int32_t *tables,
                           int64_t table_width, int64_t num_seqs, int64_t heads, int64_t kv_heads, int64_t dim,
-                          int64_t layers, int64_t layer, int64_t block_size, float scale, int threads) {
+                          int64_t layers, int64_t layer, int64_t block_size, int64_t window, float scale,
+                          float soft_cap, int threads) {
     const int64_t layer_stride = 2 * block_size * dim, head_stride = layers * layer_stride;
     Problem problem = {.query = query, .pool = pool + layer * layer_stride, .query_start = query_start,
                        .seq_lens = seq_lens, .tables = tables, .out = out, .query_stride = query_stride,
                        .num_seqs = num_seqs, .heads = heads, .kv_heads = kv_heads, .dim = dim,
                        .block_size = block_size, .block_stride = kv_heads * head_stride, .head_stride = head_stride,
-                       .table_width = table_width, .scale = scale};
+                       .table_width = table_width, .window = window, .scale = scale, .soft_cap = soft_cap};
     int64_t partial_floats;
     const int64_t count = plan(&problem, NULL, &partial_floats);
     Item *items = malloc(count * sizeof(Item) + count * sizeof(Item) + partial_floats * sizeof(float) + 1);

@@ -17,7 +17,7 @@ _SIGNATURES = {
     "baton_silu_and_mul": (*[c_void_p] * 2, *[c_int64] * 2, c_int),
     "baton_rope_and_cache": (*[c_void_p] * 7, c_float, *[c_int64] * 8, c_int),
     "baton_draw": (*[c_void_p] * 7, *[c_int64] * 2, c_int),
-    "baton_paged_attention": (c_void_p, c_int64, *[c_void_p] * 5, *[c_int64] * 8, c_float, c_int),
+    "baton_paged_attention": (c_void_p, c_int64, *[c_void_p] * 5, *[c_int64] * 9, *[c_float] * 2, c_int),
 }
 
 
@@ -134,6 +134,8 @@ class CpuOps:
         block_tables: torch.Tensor,
         scale: float,
         planned: object | None = None,
+        window: int = 0,
+        soft_cap: float = 0.0,
     ) -> torch.Tensor:
         """See Ops."""
         _, kv_heads, layers, _, block_size, dim = pool.shape
@@ -155,7 +157,9 @@ class CpuOps:
             layers,
             layer,
             block_size,
+            window,
             scale,
+            soft_cap,
             self._threads,
         )
         if failed:

@@ -1,7 +1,8 @@
-"""Paged attention as two kernels over work lists (work.py): split-KV decode, and flash attention for query tiles.
+"""Paged attention over the tiles of work.py, in Triton: split-KV decode and flash attention are one kernel.
 
 Dao et al., 2022 (FlashAttention: online softmax); Flash-Decoding, 2023 (split KV). The query heads that share a KV head
-are rows of one matrix product, so that every cached key is read once for all of them.
+are rows of one matrix product, so that every cached key is read once for all of them. hopper_attention.py has a faster
+kernel for prefill where the GPU allows it.
 """
 
 from dataclasses import dataclass
@@ -10,129 +11,184 @@ import torch
 import triton
 import triton.language as tl
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
+ROWS = 128
+"""Query rows (tokens times heads of one group) of a prefill tile."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Keys per iteration, warps, and loads in flight of a kernel; prefill also query rows of a tile."""
+    """Keys per iteration, warps, and loads in flight of a kernel."""
 
     keys: int
     warps: int
     stages: int
-    rows: int = 128
 
 
-DECODE = Shape(keys=64, warps=2, stages=3)
-PREFILL = Shape(keys=128, warps=8, stages=2)
-FLOAT32 = Shape(keys=32, warps=8, stages=2)
+_SHAPES = {
+    ("decode", 2, 128): Shape(keys=64, warps=2, stages=3),
+    ("decode", 2, 256): Shape(keys=32, warps=2, stages=3),
+    ("decode", 4, 256): Shape(keys=32, warps=8, stages=2),
+    ("prefill", 2, 128): Shape(keys=128, warps=8, stages=2),
+    ("prefill", 2, 256): Shape(keys=64, warps=8, stages=2),
+    ("prefill", 4, 256): Shape(keys=32, warps=8, stages=2),
+}
+"""By phase, bytes of an element and largest head size; measured on an H200, see docs/performance.md."""
 
 
-@triton.jit
-def _load_kv(base, table, positions, valid, column, block_stride, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Pointers to the cached keys of `positions`; values lie BLOCK_SIZE * HEAD_DIM elements further."""
-    blocks = tl.load(table + positions // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-    return base + (blocks * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM)[:, None] + column[None, :]
+def shape_for(phase: str, query: torch.Tensor) -> Shape:
+    """The tuned shape; query [n, num_heads, head_dim]."""
+    _, _, dim = query.shape
+    size = query.element_size()
+    return min((limit, shape) for (p, s, limit), shape in _SHAPES.items() if p == phase and s == size and dim <= limit)[
+        1
+    ]
 
 
 @triton.jit
 def _attend(
-    query, keys, values, visible, column_ok, scale, best, total, acc, MASKED: tl.constexpr, PRECISION: tl.constexpr
+    query,
+    base,
+    table,
+    positions,
+    end,
+    query_position,
+    column,
+    column_ok,
+    block_stride,
+    scale,
+    soft_cap,
+    window,
+    best,
+    total,
+    acc,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """One block of keys into the running softmax. query [M, D]; keys, values: pointers [N, D]; visible [M or 1, N]."""
+    """One block of keys, at `positions` [N], into the running softmax of query [M, D] at query_position [M]."""
+    here = positions < end
+    blocks = tl.load(table + positions // BLOCK_SIZE, mask=here, other=0).to(tl.int64)
+    keys = base + (blocks * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM)[:, None] + column[None, :]
+    loaded = here[:, None] & column_ok[None, :] if MASKED else column_ok[None, :]
+    key = tl.load(keys, mask=loaded, other=0.0)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    if CAPPED:  # tanh(x) = 1 - 2 / (e^2x + 1)
+        scores = soft_cap * (1 - 2 / (tl.exp2(scores * (2 * 1.4426950408889634 / soft_cap)) + 1))
     if MASKED:
-        loaded = (tl.max(visible.to(tl.int32), axis=0) > 0)[:, None] & column_ok[None, :]
-        key = tl.load(keys, mask=loaded, other=0.0)
-    else:
-        key = tl.load(keys, mask=column_ok[None, :], other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    if MASKED:
+        visible = here[None, :] & (positions[None, :] <= query_position[:, None])
+        if WINDOWED:
+            visible = visible & (positions[None, :] > query_position[:, None] - window)
         scores = tl.where(visible, scores, -float("inf"))
-    new_best = tl.maximum(best, tl.max(scores, axis=1) * scale)
+    new_best = tl.maximum(best, tl.max(scores, axis=1))
     # A row that has seen no key yet would give inf - inf.
     shift = tl.where(new_best == -float("inf"), 0.0, new_best) if MASKED else new_best
-    # Scaled here, with one rounding: masked or not, a key must weigh the same to the last bit (invariant.py).
-    weights = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
+    weights = tl.exp2(scores - shift[:, None])
     keep = tl.exp2(best - shift)
     total = total * keep + tl.sum(weights, axis=1)
-    if MASKED:
-        value = tl.load(values, mask=loaded, other=0.0)
-    else:
-        value = tl.load(values, mask=column_ok[None, :], other=0.0)
+    value = tl.load(keys + BLOCK_SIZE * HEAD_DIM, mask=loaded, other=0.0)
     acc = tl.dot(weights.to(value.dtype), value, acc * keep[:, None], input_precision=PRECISION)
     return new_best, total, acc
 
 
-@triton.jit(do_not_specialize=["layer"])
-def _decode(
+@triton.jit(do_not_specialize=["layer", "window"])
+def _attention(
     query_ptr,
     pool_ptr,
     tables_ptr,
-    items_ptr,
+    tiles_ptr,
     count_ptr,
     out_ptr,
     partial_ptr,
     partial_stats_ptr,
     scale,
+    soft_cap,
     layer,
+    window,
     query_stride,
     block_stride,
     head_stride,
     table_stride,
     NUM_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILES_PER_KV: tl.constexpr,
+    SINGLE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per KV head and item."""
-    kv_head = tl.program_id(0)
-    index = tl.program_id(1)
+    """One program per HEADS heads and tile; row m is token m // HEADS, head m % HEADS. SINGLE: tiles of one token."""
+    head_tile, index = tl.program_id(0), tl.program_id(1)
     if index >= tl.load(count_ptr):
         return
-    item = items_ptr + index * 5
-    row = tl.load(item).to(tl.int64)
-    table = tables_ptr + tl.load(item + 1).to(tl.int64) * table_stride
-    start, end, partial = tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
+    tile = tiles_ptr + index * 8
+    row, position, tokens = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
+    table = tables_ptr + tl.load(tile + 3).to(tl.int64) * table_stride
+    start, end = tl.load(tile + 4), tl.load(tile + 5)
     member = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)
     column_ok = column < HEAD_DIM
-    head = kv_head * GROUP + member
-    in_group = (member < GROUP)[:, None] & column_ok[None, :]
-    query = tl.load(
-        query_ptr + row * query_stride + head[:, None] * HEAD_DIM + column[None, :], mask=in_group, other=0.0
-    )
-    base = pool_ptr + kv_head.to(tl.int64) * head_stride + layer * 2 * BLOCK_SIZE * HEAD_DIM
+    token = member // HEADS
+    head = head_tile * HEADS + member % HEADS
+    row_ok = token < tokens
+    mask = row_ok[:, None] & column_ok[None, :]
+    rows = (row + token)[:, None]
+    query = tl.load(query_ptr + rows * query_stride + head[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0)
+    kv_head = (head_tile // TILES_PER_KV).to(tl.int64)
+    base = pool_ptr + kv_head * head_stride + layer * 2 * BLOCK_SIZE * HEAD_DIM
     best = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offsets = tl.arange(0, BLOCK_N)
-    whole = start + (end - start) // BLOCK_N * BLOCK_N
-    for first in range(start, whole, BLOCK_N):
-        positions = first + offsets
-        keys = _load_kv(base, table, positions, positions < end, column, block_stride, BLOCK_SIZE, HEAD_DIM)
-        visible = (positions < end)[None, :]
-        best, total, acc = _attend(
-            query, keys, keys + BLOCK_SIZE * HEAD_DIM, visible, column_ok, scale, best, total, acc, False, PRECISION
-        )
-    if whole < end:
-        positions = whole + offsets
-        keys = _load_kv(base, table, positions, positions < end, column, block_stride, BLOCK_SIZE, HEAD_DIM)
-        visible = (positions < end)[None, :]
-        best, total, acc = _attend(
-            query, keys, keys + BLOCK_SIZE * HEAD_DIM, visible, column_ok, scale, best, total, acc, True, PRECISION
-        )
-    acc = acc / total[:, None]
-    if partial < 0:
-        target = out_ptr + (row * NUM_HEADS + head[:, None]) * HEAD_DIM + column[None, :]
-        tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=in_group)
+    query_position = position + token
+    if WINDOWED and not SINGLE:
+        unmasked_end = start
     else:
+        unmasked_end = start + (tl.minimum(end, position + 1) - start) // BLOCK_N * BLOCK_N
+    for MASKED in tl.static_range(2):
+        begin = unmasked_end if MASKED else start
+        stop = end if MASKED else unmasked_end
+        for first in tl.range(begin, stop, BLOCK_N, num_stages=1 if MASKED and SINGLE else None):
+            best, total, acc = _attend(
+                query,
+                base,
+                table,
+                first + offsets,
+                end,
+                query_position,
+                column,
+                column_ok,
+                block_stride,
+                scale,
+                soft_cap,
+                window,
+                best,
+                total,
+                acc,
+                HEAD_DIM,
+                BLOCK_SIZE,
+                MASKED,
+                WINDOWED,
+                CAPPED,
+                PRECISION,
+            )
+    acc = acc / total[:, None]
+    partial = tl.load(tile + 6)
+    if SINGLE and partial >= 0:
         slot = partial.to(tl.int64) * NUM_HEADS + head
-        tl.store(partial_ptr + slot[:, None] * HEAD_DIM + column[None, :], acc, mask=in_group)
-        tl.store(partial_stats_ptr + slot, best + tl.log2(total), mask=member < GROUP)
+        tl.store(partial_ptr + slot[:, None] * HEAD_DIM + column[None, :], acc, mask=mask)
+        tl.store(partial_stats_ptr + slot, best + tl.log2(total), mask=row_ok)
+    else:
+        target = out_ptr + (rows * NUM_HEADS + head[:, None]) * HEAD_DIM + column[None, :]
+        tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -167,167 +223,98 @@ def _combine(
     tl.store(target, (acc / total).to(out_ptr.dtype.element_ty), mask=column_ok)
 
 
-@triton.jit(do_not_specialize=["layer"])
-def _prefill(
-    query_ptr,
-    pool_ptr,
-    tables_ptr,
-    tiles_ptr,
-    count_ptr,
-    out_ptr,
-    scale,
-    layer,
-    query_stride,
-    block_stride,
-    head_stride,
-    table_stride,
-    NUM_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program per KV head and tile; row m of the tile is token m // GROUP, member m % GROUP of the head's group."""
-    kv_head = tl.program_id(0)
-    index = tl.program_id(1)
-    if index >= tl.load(count_ptr):
-        return
-    tile = tiles_ptr + index * 6
-    first_row = tl.load(tile).to(tl.int64)
-    table = tables_ptr + tl.load(tile + 1).to(tl.int64) * table_stride
-    first_query, count, length = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
-    rows = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_D)
-    column_ok = column < HEAD_DIM
-    token = first_query + rows // GROUP
-    head = kv_head * GROUP + rows % GROUP
-    row_ok = (token < count) & (rows < TILE_TOKENS * GROUP)
-    mask = row_ok[:, None] & column_ok[None, :]
-    where = (first_row + token)[:, None]
-    query = tl.load(query_ptr + where * query_stride + head[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0)
-    base = pool_ptr + kv_head.to(tl.int64) * head_stride + layer * 2 * BLOCK_SIZE * HEAD_DIM
-    best = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    offsets = tl.arange(0, BLOCK_N)
-    position = length - count + token  # of each row
-    seen_by_all = (length - count + first_query + 1) // BLOCK_N * BLOCK_N
-    end = tl.minimum(length, length - count + first_query + TILE_TOKENS)
-    for first in range(0, seen_by_all, BLOCK_N):
-        keys_at = first + offsets
-        keys = _load_kv(base, table, keys_at, keys_at < length, column, block_stride, BLOCK_SIZE, HEAD_DIM)
-        visible = (keys_at < length)[None, :]
-        best, total, acc = _attend(
-            query, keys, keys + BLOCK_SIZE * HEAD_DIM, visible, column_ok, scale, best, total, acc, False, PRECISION
-        )
-    for first in range(seen_by_all, end, BLOCK_N):
-        keys_at = first + offsets
-        keys = _load_kv(base, table, keys_at, keys_at < length, column, block_stride, BLOCK_SIZE, HEAD_DIM)
-        visible = (keys_at[None, :] <= position[:, None]) & (keys_at < length)[None, :]
-        best, total, acc = _attend(
-            query, keys, keys + BLOCK_SIZE * HEAD_DIM, visible, column_ok, scale, best, total, acc, True, PRECISION
-        )
-    target = out_ptr + (where * NUM_HEADS + head[:, None]) * HEAD_DIM + column[None, :]
-    tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What all attention kernels take beside the tiles.
+
+    query [n, num_heads, head_dim] of one step, last axis dense; pool [num_blocks, num_kv_heads, num_layers, 2,
+    block_size, head_dim]; tables int32 [rows, max_blocks]; out [n, num_heads * head_dim]; window: keys that a token
+    sees, itself included, 0: all; soft_cap: scores become soft_cap * tanh(score / soft_cap), 0: they stay.
+    """
+
+    query: torch.Tensor
+    pool: torch.Tensor
+    layer: int
+    tables: torch.Tensor
+    out: torch.Tensor
+    scale: float
+    window: int = 0
+    soft_cap: float = 0.0
+
+
+def head_tile(num_heads: int, num_kv_heads: int) -> int:
+    """Heads in a prefill tile: the largest power of two that divides a group."""
+    group = num_heads // num_kv_heads
+    return min(group & -group, 32)
 
 
 def tile_tokens(num_heads: int, num_kv_heads: int) -> int:
-    """Query tokens in one tile of the prefill kernel."""
-    return max(1, PREFILL.rows // (num_heads // num_kv_heads))
+    """Query tokens in a prefill tile."""
+    return ROWS // head_tile(num_heads, num_kv_heads)
 
 
-def decode(
-    query: torch.Tensor,
-    pool: torch.Tensor,
-    layer: int,
-    tables: torch.Tensor,
-    items: torch.Tensor,
-    num_items: torch.Tensor,
-    parts: torch.Tensor,
-    out: torch.Tensor,
-    scale: float,
-) -> None:
-    """Rows of `query` named by `items` [n, 5] into `out`; num_items int32 [1] of them count, on the device."""
-    _, heads, dim = query.shape
-    kv_heads, block_size = pool.shape[1], pool.shape[4]
-    partial = torch.empty(len(items), heads, dim, dtype=torch.float32, device=query.device)
-    stats = torch.empty(len(items), heads, dtype=torch.float32, device=query.device)
-    small = query.element_size() == 2
-    shape = DECODE if small else FLOAT32
-    _decode[(kv_heads, len(items))](
-        query,
-        pool,
-        tables,
-        items,
-        num_items,
-        out,
-        partial,
-        stats,
-        scale * _LOG2E,
-        layer,
-        query.stride(0),
-        pool.stride(0),
-        pool.stride(1),
-        tables.stride(0),
-        heads,
-        heads // kv_heads,
-        dim,
-        block_size,
-        max(16, triton.next_power_of_2(heads // kv_heads)),
-        shape.keys,
-        max(16, triton.next_power_of_2(dim)),
-        "tf32" if small else "ieee",
-        num_warps=shape.warps,
-        num_stages=shape.stages,
-    )
+def decode(problem: Problem, tiles: torch.Tensor, num_tiles: torch.Tensor, parts: torch.Tensor) -> None:
+    """Tiles [n, TILE_FIELDS] of one query row each; num_tiles int32 [1] of them count; parts [rows, PART_FIELDS]."""
+    query, heads = problem.query, problem.query.shape[1]
+    group = heads // problem.pool.shape[1]
+    partial = torch.empty(len(tiles), *query.shape[1:], dtype=torch.float32, device=query.device)
+    stats = torch.empty(len(tiles), heads, dtype=torch.float32, device=query.device)
+    _launch(problem, "decode", tiles, num_tiles, group, max(16, triton.next_power_of_2(group)), partial, stats)
+    dim = query.shape[2]
     _combine[(len(parts), heads)](
-        partial, stats, parts, out, heads, dim, max(16, triton.next_power_of_2(dim)), num_warps=1
+        partial, stats, parts, problem.out, heads, dim, triton.next_power_of_2(dim), num_warps=1
     )
 
 
-def prefill(
-    query: torch.Tensor,
-    pool: torch.Tensor,
-    layer: int,
-    tables: torch.Tensor,
+def prefill(problem: Problem, tiles: torch.Tensor, num_tiles: torch.Tensor) -> None:
+    """Tiles [n, TILE_FIELDS] of tile_tokens query rows; num_tiles int32 [1] of them count, on the device."""
+    heads = head_tile(problem.query.shape[1], problem.pool.shape[1])
+    _launch(problem, "prefill", tiles, num_tiles, heads, ROWS, problem.out, problem.out)
+
+
+def _launch(
+    problem: Problem,
+    phase: str,
     tiles: torch.Tensor,
     num_tiles: torch.Tensor,
-    out: torch.Tensor,
-    scale: float,
+    heads: int,
+    rows: int,
+    partial: torch.Tensor,
+    stats: torch.Tensor,
 ) -> None:
-    """The query tiles `tiles` [n, 6] into `out`; num_tiles int32 [1] of them count, on the device."""
-    _, heads, dim = query.shape
-    kv_heads, block_size = pool.shape[1], pool.shape[4]
-    tokens = tile_tokens(heads, kv_heads)
-    small = query.element_size() == 2
-    shape = PREFILL if small and dim <= 128 else FLOAT32
-    rows = max(16, triton.next_power_of_2(tokens * (heads // kv_heads)))
-    _prefill[(kv_heads, len(tiles))](
+    query, pool = problem.query, problem.pool
+    _, num_heads, dim = query.shape
+    num_kv_heads, block_size = pool.shape[1], pool.shape[4]
+    shape = shape_for(phase, query)
+    _attention[(num_heads // heads, len(tiles))](
         query,
         pool,
-        tables,
+        problem.tables,
         tiles,
         num_tiles,
-        out,
-        scale * _LOG2E,
-        layer,
+        problem.out,
+        partial,
+        stats,
+        problem.scale * LOG2E,
+        problem.soft_cap * LOG2E,
+        problem.layer,
+        problem.window,
         query.stride(0),
         pool.stride(0),
         pool.stride(1),
-        tables.stride(0),
+        problem.tables.stride(0),
+        num_heads,
         heads,
-        heads // kv_heads,
-        tokens,
+        num_heads // num_kv_heads // heads,
+        phase == "decode",
         dim,
         block_size,
         rows,
         shape.keys,
         max(16, triton.next_power_of_2(dim)),
-        "tf32" if small else "ieee",
+        problem.window > 0,
+        problem.soft_cap > 0,
+        "tf32" if query.element_size() == 2 else "ieee",
         num_warps=shape.warps,
         num_stages=shape.stages,
     )

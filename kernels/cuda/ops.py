@@ -1,5 +1,6 @@
 """The fused operations on an NVIDIA GPU: cuBLAS for products of many rows, Triton for few and for everything else."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,35 +8,59 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from baton.kernels.cuda import attention, elementwise, sampling, skinny, tuning, work
+from baton.kernels.cuda import attention, elementwise, fa3_attention, sampling, skinny, tuning, work
+from baton.kernels.cuda.attention import Problem
+from baton.kernels.cuda.fa3_attention import Sequences
 from baton.kernels.ops import Norm, PackedWeight
+
+Prefill = Callable[[Problem, torch.Tensor, torch.Tensor], None]
+"""attention.prefill, or a faster one with the same arguments."""
+
+
+@dataclass(slots=True)
+class DeviceLists:
+    """work.Lists on the device. They may be longer than what counts, so that a graph fits any step of its size."""
+
+    counts: torch.Tensor
+    """int32 [2]: decode and prefill tiles that count."""
+    decode: torch.Tensor | None
+    """int32 [n, TILE_FIELDS], or None in a step without decode rows."""
+    parts: torch.Tensor | None
+    """int32 [num_tokens, PART_FIELDS], with `decode`."""
+    prefill: torch.Tensor | None
+    """int32 [n, TILE_FIELDS], or None in a step of decode rows only."""
 
 
 @dataclass(slots=True)
 class AttentionWork:
-    """work.Work on the device. The lists may be longer than what counts, so that a graph fits any step of its size."""
+    """What all layers of a step attend to."""
 
     tables: torch.Tensor
     """int32 [rows, max_blocks]: every block table; the lists name rows of it."""
-    counts: torch.Tensor
-    """int32 [2]: items and tiles that count."""
-    items: torch.Tensor | None
-    """int32 [n, ITEM_FIELDS], or None in a step without decode rows."""
-    parts: torch.Tensor | None
-    """int32 [num_tokens, PART_FIELDS], with `items`."""
-    tiles: torch.Tensor | None
-    """int32 [n, TILE_FIELDS], or None in a step of decode rows only."""
+    lists: Mapping[int, DeviceLists]
+    """By the window of the layers that use them."""
+    sequences: Sequences | None = None
+    """The same for kernels that take whole sequences; these compute the step where it is given."""
 
 
 class CudaOps:
-    """Implements ops.Ops. All launches go to the current stream; nothing waits for the device."""
+    """Implements ops.Ops. All launches go to the current stream; nothing waits for the device.
+
+    takes_sequences: whether steps outside of graphs should come with AttentionWork.sequences.
+    """
 
     splits_decode: ClassVar[bool] = True
-    """Whether rows of one token are planned as decode items (work.Work), cut to fill the device, or as tiles too."""
+    """Whether sequences with one query are planned as decode tiles, cut to fill the device, or like the others."""
 
-    def __init__(self, skinny_products: bool = True) -> None:
-        """skinny_products: take our own kernels for few rows where they were measured to be faster than cuBLAS."""
+    def __init__(
+        self, skinny_products: bool = True, prefill: Prefill = attention.prefill, takes_sequences: bool = False
+    ) -> None:
+        """skinny_products: take our own kernels for few rows where they were measured to be faster than cuBLAS.
+
+        prefill: computes the tiles of sequences with several query tokens.
+        """
         self._tiles = tuning.product_tiles() if skinny_products else None
+        self._prefill, self.takes_sequences = prefill, takes_sequences
 
     def pack(self, weight: torch.Tensor) -> PackedWeight:
         """See Ops: as it is."""
@@ -123,20 +148,24 @@ class CudaOps:
         block_tables: torch.Tensor,
         scale: float,
         planned: object | None = None,
+        window: int = 0,
+        soft_cap: float = 0.0,
     ) -> torch.Tensor:
         """See Ops. `planned` is an AttentionWork; without one it is made here, which waits for the device."""
         if planned is None:
-            planned = self.plan(query, pool, query_start, seq_lens, block_tables)
+            planned = self.plan(query, pool, query_start, seq_lens, block_tables, window)
         assert isinstance(planned, AttentionWork)
+        if planned.sequences is not None:
+            return fa3_attention.attend(query, pool, layer, planned.sequences, scale, window)
         n, heads, dim = query.shape
         out = torch.empty(n, heads * dim, dtype=query.dtype, device=query.device)
-        if planned.tiles is not None:
-            attention.prefill(query, pool, layer, planned.tables, planned.tiles, planned.counts[1:], out, scale)
-        if planned.items is not None:
-            assert planned.parts is not None
-            attention.decode(
-                query, pool, layer, planned.tables, planned.items, planned.counts, planned.parts, out, scale
-            )
+        problem = Problem(query, pool, layer, planned.tables, out, scale, window, soft_cap)
+        lists = planned.lists[window]
+        if lists.prefill is not None:
+            self._prefill(problem, lists.prefill, lists.counts[1:])
+        if lists.decode is not None:
+            assert lists.parts is not None
+            attention.decode(problem, lists.decode, lists.counts, lists.parts)
         return out
 
     def plan(
@@ -146,26 +175,26 @@ class CudaOps:
         query_start: torch.Tensor,
         seq_lens: torch.Tensor,
         block_tables: torch.Tensor,
+        window: int = 0,
     ) -> AttentionWork:
         """The work lists of one step, from the tensors that every Ops takes."""
         heads, kv_heads = query.shape[1], pool.shape[1]
-        rows = np.arange(len(seq_lens))
-        lists = work.plan(
+        (lists,) = work.plan(
             query_start.cpu().numpy(),
             seq_lens.cpu().numpy(),
-            rows,
+            np.arange(len(seq_lens)),
             kv_heads,
             attention.tile_tokens(heads, kv_heads),
+            (window,),
             self.splits_decode,
         )
-        counts = np.array([len(lists.items), len(lists.tiles)], dtype=np.int32)
-        items, parts, tiles, counted = (
-            torch.from_numpy(array).to(query.device) for array in (lists.items, lists.parts, lists.tiles, counts)
+        counts = np.array([len(lists.decode), len(lists.prefill)], dtype=np.int32)
+        counted, decode, parts, prefill = (
+            torch.from_numpy(array).to(query.device) if len(array) else None
+            for array in (counts, lists.decode, lists.parts, lists.prefill)
         )
-        some = bool(len(items))
-        return AttentionWork(
-            block_tables, counted, items if some else None, parts if some else None, tiles if len(tiles) else None
-        )
+        assert counted is not None
+        return AttentionWork(block_tables, {window: DeviceLists(counted, decode, parts, prefill)})
 
     def logsumexp(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [n, vocab] -> float32 [n]."""

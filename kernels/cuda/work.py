@@ -1,42 +1,43 @@
 """Which program of the attention kernels does what: lists built on the host for each step, as plain integers.
 
-Sequences differ in length, so a grid over sequences would wait for the longest. Decode rows are cut into items of about
-equal length, longest first; the parts of a row that was cut are put together by a second kernel. Rows with several
-query tokens are cut into tiles of queries.
+A tile is a run of query tokens of one sequence against a run of its keys. Sequences differ in length, so a grid over
+sequences would wait for the longest. Sequences with one query token (decode rows) are cut into tiles of about equal
+length; the parts of a row that was cut are put together by a second kernel. Sequences with several query tokens are cut
+into tiles of so many of them. Both lists are sorted, longest first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-ITEM_FIELDS = 5
-"""query row, block table row, first token, end token, index of the partial result (-1: the row is whole)."""
+TILE_FIELDS = 8
+"""First query row, its position, number of query rows, block table row, first key, end key, index of the partial result
+(-1: the rows are whole), length of the sequence."""
 PART_FIELDS = 2
 """Per query row: first partial result, count (0 or 1: nothing to put together)."""
-TILE_FIELDS = 6
-"""first query row of the sequence, block table row, first query of the tile, query count, sequence length, unused."""
 
 PROGRAMS = 528
-"""Decode programs (items times KV heads) that keep a GPU of 132 multiprocessors evenly busy: 4 for each."""
+"""Decode programs (tiles times KV heads) that keep a GPU of 132 multiprocessors evenly busy: 4 for each."""
 CUT_TOKENS = 64
 """Rows are cut at multiples of this: the keys that the decode kernel takes at a time."""
-MIN_ITEM_TOKENS = 128
-"""A shorter item costs more to put together than it saves."""
+MIN_CUT_TOKENS = 128
+"""A shorter part costs more to put together than it saves."""
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One step's lists; all int32."""
+class Lists:
+    """One step's tiles for layers with the same window; all int32."""
 
-    items: np.ndarray
-    """[num_items, ITEM_FIELDS], longest first."""
+    decode: np.ndarray
+    """[n, TILE_FIELDS] of the sequences with one query token."""
     parts: np.ndarray
-    """[num_query_rows, PART_FIELDS]; zeros for rows that decode does not compute."""
-    tiles: np.ndarray
-    """[num_tiles, TILE_FIELDS], most keys first."""
+    """[num_query_rows, PART_FIELDS]; zeros for rows that were not cut."""
+    prefill: np.ndarray
+    """[n, TILE_FIELDS] of the sequences with several query tokens."""
 
 
-def max_items(num_rows: int, num_kv_heads: int) -> int:
+def max_decode_tiles(num_rows: int, num_kv_heads: int) -> int:
     """The longest list that `plan_decode` makes for so many rows."""
     return num_rows + -(-PROGRAMS // num_kv_heads)
 
@@ -47,53 +48,86 @@ def plan(
     table_rows: np.ndarray,
     num_kv_heads: int,
     tile_tokens: int,
+    windows: Sequence[int] = (0,),
     split_decode: bool = True,
-) -> Work:
-    """query_start [num_seqs + 1], seq_lens and table_rows [num_seqs]; see Ops.paged_attention.
+) -> tuple[Lists, ...]:
+    """Lists for each of `windows` (keys that a token sees, itself included; 0: all before it).
 
-    Sequences with one query become items, or tiles like the others when split_decode is off.
+    query_start [num_seqs + 1], seq_lens and table_rows [num_seqs]; see Ops.paged_attention. Sequences with one query
+    are decode rows, or prefill tiles like the others when split_decode is off.
     """
-    counts = query_start[1:] - query_start[:-1]
+    rows, counts = query_start[:-1], query_start[1:] - query_start[:-1]
     single = (counts == 1) & split_decode
-    items, parts = plan_decode(
-        query_start[:-1][single], table_rows[single], seq_lens[single], int(query_start[-1]), num_kv_heads
-    )
-    several = np.flatnonzero(~single)
-    tiles = plan_tiles(query_start[:-1][several], table_rows[several], counts[several], seq_lens[several], tile_tokens)
-    return Work(items, parts, tiles)
+    one, more = np.flatnonzero(single), np.flatnonzero(~single)
+    lists = []
+    for window in windows:
+        decode, parts = plan_decode(rows[one], table_rows[one], seq_lens[one], query_start[-1], num_kv_heads, window)
+        prefill = plan_prefill(rows[more], table_rows[more], counts[more], seq_lens[more], tile_tokens, window)
+        lists.append(Lists(decode, parts, prefill))
+    return tuple(lists)
 
 
 def plan_decode(
-    rows: np.ndarray, table_rows: np.ndarray, seq_lens: np.ndarray, num_rows: int, num_kv_heads: int
+    rows: np.ndarray, table_rows: np.ndarray, seq_lens: np.ndarray, num_rows: int, num_kv_heads: int, window: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Items and parts of the decode rows `rows`, among `num_rows` query rows."""
+    """Tiles and parts of the decode rows `rows`, among `num_rows` query rows."""
     parts = np.zeros((num_rows, PART_FIELDS), dtype=np.int32)
     if len(rows) == 0:
-        return np.zeros((0, ITEM_FIELDS), dtype=np.int32), parts
-    lengths = seq_lens.astype(np.int64)
-    target = max(MIN_ITEM_TOKENS, -(-int(lengths.sum()) * num_kv_heads // PROGRAMS))
-    cuts = np.maximum(1, (2 * lengths + target) // (2 * target))  # to the nearest: 1.4 targets are not worth a cut
-    first = np.cumsum(cuts) - cuts
-    owner = np.repeat(np.arange(len(rows)), cuts)
-    blocks, part = -(-lengths // CUT_TOKENS), np.arange(len(owner)) - first[owner]
-    start = part * blocks[owner] // cuts[owner] * CUT_TOKENS
-    end = np.minimum((part + 1) * blocks[owner] // cuts[owner] * CUT_TOKENS, lengths[owner])
+        return np.zeros((0, TILE_FIELDS), dtype=np.int32), parts
+    ends = seq_lens.astype(np.int64)
+    begins = _first_seen(ends - 1, window)
+    spans = ends - begins
+    target = max(MIN_CUT_TOKENS, -(-int(spans.sum()) * num_kv_heads // PROGRAMS))
+    cuts = np.maximum(1, (2 * spans + target) // (2 * target))  # to the nearest: 1.4 targets are not worth a cut
+    owner, part = _runs(cuts)
+    steps = -(-spans // CUT_TOKENS)[owner]
+    start = begins[owner] + part * steps // cuts[owner] * CUT_TOKENS
+    end = np.minimum(begins[owner] + (part + 1) * steps // cuts[owner] * CUT_TOKENS, ends[owner])
     cut = cuts > 1
     partial_first = np.cumsum(np.where(cut, cuts, 0)) - np.where(cut, cuts, 0)
     partial = np.where(cut[owner], partial_first[owner] + part, -1)
-    items = np.stack([rows[owner], table_rows[owner], start, end, partial], axis=1).astype(np.int32)
     parts[rows[cut], 0], parts[rows[cut], 1] = partial_first[cut], cuts[cut]
-    return items[np.argsort(start - end, kind="stable")], parts
+    last = ends[owner] - 1
+    return _tiles(rows[owner], last, 1 + 0 * owner, table_rows[owner], start, end, partial, ends[owner]), parts
 
 
-def plan_tiles(
-    first_rows: np.ndarray, table_rows: np.ndarray, counts: np.ndarray, seq_lens: np.ndarray, tile_tokens: int
+def plan_prefill(
+    first_rows: np.ndarray,
+    table_rows: np.ndarray,
+    counts: np.ndarray,
+    seq_lens: np.ndarray,
+    tile_tokens: int,
+    window: int = 0,
 ) -> np.ndarray:
     """Tiles of at most `tile_tokens` queries of one sequence each."""
-    per_seq = -(-counts // tile_tokens)
-    owner = np.repeat(np.arange(len(counts)), per_seq)
-    tile = np.arange(len(owner)) - (np.cumsum(per_seq) - per_seq)[owner]
-    columns = [first_rows[owner], table_rows[owner], tile * tile_tokens, counts[owner], seq_lens[owner], 0 * owner]
-    tiles = np.stack(columns, axis=1).astype(np.int32)
-    keys = seq_lens[owner] - counts[owner] + (tile + 1) * tile_tokens
-    return tiles[np.argsort(-keys, kind="stable")]
+    owner, tile = _runs(-(-counts // tile_tokens))
+    first = tile * tile_tokens
+    tokens = np.minimum(counts[owner] - first, tile_tokens)
+    position = (seq_lens - counts)[owner] + first
+    start = _first_seen(position, window)
+    end = position + tokens
+    return _tiles(first_rows[owner] + first, position, tokens, table_rows[owner], start, end, -1, seq_lens[owner])
+
+
+def _first_seen(positions: np.ndarray, window: int) -> np.ndarray:
+    return np.maximum(0, positions + 1 - window) if window else 0 * positions
+
+
+def _runs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For counts [2, 3]: owners [0, 0, 1, 1, 1] and numbers within [0, 1, 0, 1, 2]."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
+
+
+def _tiles(
+    row: np.ndarray,
+    position: np.ndarray,
+    tokens: np.ndarray,
+    table: np.ndarray,
+    start: np.ndarray,
+    end: np.ndarray,
+    partial: np.ndarray | int,
+    length: np.ndarray,
+) -> np.ndarray:
+    columns = np.broadcast_arrays(row, position, tokens, table, start, end, partial, length)
+    return np.stack(columns, axis=1).astype(np.int32)[np.argsort(start - end, kind="stable")]

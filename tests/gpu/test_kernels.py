@@ -70,39 +70,6 @@ def test_a_padded_token_is_written_nowhere(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (8, 2, 128), (6, 2, 80), (5, 1, 256)])
-@pytest.mark.parametrize("block_size", [16, 64])
-def test_paged_attention(
-    device: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int
-) -> None:
-    """Decode rows short and long enough to be cut, whole prompts, and chunks after cached tokens, in one step."""
-    lengths, counts = [1, 1500, 70, 300, 33, 513], [1, 1, 70, 45, 1, 1]
-    if device == "cpu":
-        lengths, counts = [1, 600, 35, 60], [1, 1, 35, 20]
-    width = -(-max(lengths) // block_size)
-    num_blocks = width * len(lengths)
-    pool = torch.randn(num_blocks, kv_heads, 2, 2, block_size, head_dim, device=device, dtype=dtype)
-    tables = torch.randperm(num_blocks, device=device).to(torch.int32).view(len(lengths), width)
-    query = torch.randn(sum(counts), heads, head_dim, device=device, dtype=dtype)
-    starts = torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32)
-    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    arguments = (query, pool, 1, starts, seq_lens, tables, head_dim**-0.5)
-    assert_near(ops.paged_attention(*arguments), reference.paged_attention(*arguments))
-
-
-def test_blocks_beyond_two_gigabytes(device: str) -> None:
-    if device == "cpu":
-        pytest.skip("needs a GPU's memory")
-    pool = torch.empty(300_000, 1, 1, 2, 64, 128, device=device, dtype=torch.bfloat16)
-    tables = torch.tensor([[299_998, 299_999]], dtype=torch.int32, device=device)
-    pool[299_998:] = torch.randn(2, 1, 1, 2, 64, 128, device=device)
-    query = torch.randn(1, 4, 128, device=device, dtype=torch.bfloat16)
-    starts, seq_lens = (torch.tensor(v, dtype=torch.int32, device=device) for v in ([0, 1], [100]))
-    arguments = (query, pool, 0, starts, seq_lens, tables, 0.1)
-    assert_near(ops.paged_attention(*arguments), reference.paged_attention(*arguments))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_with_temperature_0_get_the_first_of_the_largest(device: str, dtype: torch.dtype) -> None:
     logits = torch.randint(-50, 50, (7, 30011), device=device).to(dtype)
     zero = torch.zeros(7, device=device)

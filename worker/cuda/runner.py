@@ -9,11 +9,13 @@ on one stream, so that a step sees what the steps before it left.
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 
 from baton.kernels.cuda import attention, work
-from baton.kernels.cuda.ops import AttentionWork, CudaOps
+from baton.kernels.cuda.fa3_attention import Sequences
+from baton.kernels.cuda.ops import AttentionWork, CudaOps, DeviceLists
 from baton.proto.config import WorkerConfig
 from baton.proto.messages import TokenLogprobs
 from baton.worker.batch import Batch
@@ -75,7 +77,8 @@ class CudaRunner:
         max_blocks = -(-self.max_model_len // self.block_size)
         self._slots = DeviceSlots(self.max_seqs, max_blocks, self.block_size, self.device)
         self._sampler = CudaSampler(self.vocab_size, self.max_seqs, loaded.ops, self.device)
-        largest = self._layout(self.max_tokens, self.max_seqs, self.max_seqs, self.max_tokens + _SPARE_TILES)
+        tiles = self.max_tokens + _SPARE_TILES
+        largest = replace(self._layout(self.max_tokens, self.max_seqs, self.max_seqs, tiles), sequences=self.max_seqs)
         table_words = 2 * (self._slots.tables.numel() + self.max_tokens)
         ring = config.batch.depth + 1
         self._buffer = StepBuffer(largest.words + table_words, ring, self.device)
@@ -125,14 +128,7 @@ class CudaRunner:
         for init in plan.new_slots:
             self._sampler.take(init)
         rows = Rows(plan.rows)
-        lists = work.plan(
-            rows.query_start,
-            rows.seq_lens,
-            rows.slots,
-            self._loaded.num_kv_heads,
-            self._tile_tokens,
-            self._ops.splits_decode,
-        )
+        lists = self._plan(rows)
         size, layout = self._fit(rows, lists)
         inputs = self._upload(plan, rows, lists, layout)
         hidden = self._graphs.replay(size) if size else self._forward(inputs, layout)
@@ -143,19 +139,34 @@ class CudaRunner:
         host.copy_(self._tokens[: len(host)], non_blocking=True)
         return Pending(plan, host, logprobs, started)
 
-    def _fit(self, rows: Rows, lists: work.Work) -> tuple[Size | None, StepLayout]:
+    def _plan(self, rows: Rows) -> tuple[work.Lists, ...]:
+        """Attention's lists for each window of the model."""
+        return work.plan(
+            rows.query_start,
+            rows.seq_lens,
+            rows.slots,
+            self._loaded.num_kv_heads,
+            self._tile_tokens,
+            self._loaded.windows,
+            self._ops.splits_decode,
+        )
+
+    def _fit(self, rows: Rows, lists: tuple[work.Lists, ...]) -> tuple[Size | None, StepLayout]:
         """The graph that this step runs in, if any, and how its inputs lie."""
-        size = self._graphs.fit(rows.num_tokens, not rows.all_decode)
+        size, tiles = self._graphs.fit(rows.num_tokens, not rows.all_decode), len(lists[0].prefill)
         if size is not None:
             layout = self._layout_of(size)
-            if len(lists.tiles) <= layout.tiles:
+            if tiles <= layout.prefill:
                 return size, layout
         decode_rows = int((rows.lengths == 1).sum()) if self._ops.splits_decode else 0
-        return None, self._layout(rows.num_tokens, len(rows.sampling), decode_rows, len(lists.tiles))
+        layout = self._layout(rows.num_tokens, len(rows.sampling), decode_rows, tiles)
+        if tiles and self._ops.takes_sequences:
+            layout = replace(layout, sequences=len(rows.slots), longest=int(rows.lengths.max()))
+        return None, layout
 
     def _layout(self, tokens: int, samples: int, decode_rows: int, tiles: int) -> StepLayout:
-        items = work.max_items(decode_rows, self._loaded.num_kv_heads) if decode_rows else 0
-        return StepLayout(tokens, samples, items, tiles)
+        decode = work.max_decode_tiles(decode_rows, self._loaded.num_kv_heads) if decode_rows else 0
+        return StepLayout(tokens, samples, decode, tiles, self._loaded.windows)
 
     def _layout_of(self, size: Size) -> StepLayout:
         rows = min(size.tokens, self.max_seqs)
@@ -165,7 +176,7 @@ class CudaRunner:
             return self._layout(rows, rows, rows, 0)
         return self._layout(size.tokens, rows, rows, -(-size.tokens // self._tile_tokens) + _SPARE_TILES)
 
-    def _upload(self, plan: StepPlan, rows: Rows, lists: work.Work, layout: StepLayout) -> StepInputs:
+    def _upload(self, plan: StepPlan, rows: Rows, lists: tuple[work.Lists, ...], layout: StepLayout) -> StepInputs:
         """Fill the host's words and copy them over, with what changed in the block tables."""
         host = self._buffer.host()
         inputs = StepInputs(layout, host)
@@ -174,17 +185,21 @@ class CudaRunner:
         count, tokens = len(slots), rows.num_tokens
         self._sampler.fill_draws(arrays["draws"][:count], slots, indices)
         arrays["draws"][count:] = 0
-        arrays["counts"][:] = len(lists.items), len(lists.tiles)
         arrays["sample_slots"][:count], arrays["sample_slots"][count:] = slots, self._slots.padding
         arrays["logits_indices"][:count] = rows.query_start[1:][rows.sampling] - 1
         arrays["logits_indices"][count:] = 0
         arrays["token_ids"][:tokens], arrays["token_ids"][tokens:] = rows.token_ids(plan.rows), 0
         arrays["positions"][:tokens], arrays["positions"][tokens:] = rows.positions, 0
         arrays["token_slots"][:tokens], arrays["token_slots"][tokens:] = rows.slots[rows.sequence], -1
-        arrays["items"][: len(lists.items)] = lists.items
-        arrays["tiles"][: len(lists.tiles)] = lists.tiles
-        if layout.items:
-            arrays["parts"][:tokens], arrays["parts"][tokens:] = lists.parts, 0
+        for window, mine in zip(layout.windows, lists, strict=True):
+            arrays[f"counts/{window}"][:] = len(mine.decode), len(mine.prefill)
+            arrays[f"decode/{window}"][: len(mine.decode)] = mine.decode
+            arrays[f"prefill/{window}"][: len(mine.prefill)] = mine.prefill
+            if layout.decode:
+                arrays[f"parts/{window}"][:tokens], arrays[f"parts/{window}"][tokens:] = mine.parts, 0
+        if layout.sequences:
+            starts, seq_lens, slots = arrays["sequences"]
+            starts[:], seq_lens[:-1], slots[:-1] = rows.query_start, rows.seq_lens, rows.slots
         updates = self._buffer.upload(host, layout, self._slots.updates(plan.new_slots, plan.rows))
         self._slots.apply(updates)
         return StepInputs(layout, self._buffer.device)
@@ -201,26 +216,35 @@ class CudaRunner:
     def _forward(self, inputs: StepInputs, layout: StepLayout) -> torch.Tensor:
         """Hidden states [layout.samples, hidden] of the rows to sample."""
         token_ids, slot_mapping = self._slots.prepare(inputs["token_ids"], inputs["positions"], inputs["token_slots"])
-        planned = AttentionWork(
-            tables=self._slots.tables,
-            counts=inputs["counts"],
-            items=inputs["items"] if layout.items else None,
-            parts=inputs["parts"] if layout.items else None,
-            tiles=inputs["tiles"] if layout.tiles else None,
-        )
         batch = Batch(
             token_ids=token_ids,
             positions=inputs["positions"],
             slot_mapping=slot_mapping,
-            query_start=inputs["counts"][:0],
-            seq_lens=inputs["counts"][:0],
+            query_start=inputs["positions"][:0],
+            seq_lens=inputs["positions"][:0],
             block_tables=self._slots.tables[:0],
             logits_indices=None if layout.is_decode else inputs["logits_indices"],
             max_query_len=0,
             max_seq_len=0,
-            planned=planned,
+            planned=self._attention_work(inputs, layout),
         )
         return self.model(batch, self._pool)
+
+    def _attention_work(self, inputs: StepInputs, layout: StepLayout) -> AttentionWork:
+        lists = {
+            window: DeviceLists(
+                counts=inputs[f"counts/{window}"],
+                decode=inputs[f"decode/{window}"] if layout.decode else None,
+                parts=inputs[f"parts/{window}"] if layout.decode else None,
+                prefill=inputs[f"prefill/{window}"] if layout.prefill else None,
+            )
+            for window in layout.windows
+        }
+        if not layout.sequences:
+            return AttentionWork(self._slots.tables, lists)
+        starts, seq_lens, slots = inputs["sequences"]
+        tables = self._slots.tables.index_select(0, slots[:-1])
+        return AttentionWork(self._slots.tables, lists, Sequences(starts, seq_lens[:-1], tables, layout.longest))
 
     def _sample(self, inputs: StepInputs, count: int, hidden: torch.Tensor) -> None:
         """Draw the first `count` rows' tokens and keep them as the last of their slots."""

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from baton.kernels.cuda.work import ITEM_FIELDS, PART_FIELDS, TILE_FIELDS
+from baton.kernels.cuda.work import PART_FIELDS, TILE_FIELDS
 
 ALIGNMENT = 4
 """Words. Triton compiles a kernel once more for pointers that are not aligned to 16 bytes."""
@@ -19,28 +19,38 @@ DRAW_FIELDS = 8
 
 @dataclass(frozen=True)
 class StepLayout:
-    """Room for so many tokens, sampled rows, decode items and prefill tiles; block table updates follow behind."""
+    """Room for so many tokens, sampled rows, and tiles of decode and prefill; block table updates follow behind.
+
+    The lists of attention are there once for each of `windows`.
+    """
 
     tokens: int
     samples: int
-    items: int
-    tiles: int
+    decode: int
+    prefill: int
+    windows: tuple[int, ...] = (0,)
+    sequences: int = 0
+    """Sequences of the step where a kernel takes them whole, else 0."""
+    longest: int = 0
+    """Most tokens of one of them."""
 
     @cached_property
     def sections(self) -> dict[str, tuple[int, int, int]]:
         """Name -> (offset in words, rows, words a row). `draws` is first: its float64 need an aligned offset."""
         shapes = {
             "draws": (self.samples, DRAW_FIELDS),
-            "counts": (2, 1),
             "sample_slots": (self.samples, 1),
             "logits_indices": (self.samples, 1),
             "token_ids": (self.tokens, 1),
             "positions": (self.tokens, 1),
             "token_slots": (self.tokens, 1),
-            "items": (self.items, ITEM_FIELDS),
-            "parts": (self.tokens if self.items else 0, PART_FIELDS),
-            "tiles": (self.tiles, TILE_FIELDS),
+            "sequences": (3 if self.sequences else 0, self.sequences + 1),
         }
+        for window in self.windows:
+            shapes[f"counts/{window}"] = (2, 1)
+            shapes[f"decode/{window}"] = (self.decode, TILE_FIELDS)
+            shapes[f"parts/{window}"] = (self.tokens if self.decode else 0, PART_FIELDS)
+            shapes[f"prefill/{window}"] = (self.prefill, TILE_FIELDS)
         offset, sections = 0, {}
         for name, (rows, words) in shapes.items():
             sections[name] = (offset, rows, words)
@@ -50,21 +60,21 @@ class StepLayout:
     @property
     def is_decode(self) -> bool:
         """Whether every token is one of a decode row and sampled."""
-        return self.tiles == 0 and self.tokens == self.samples
+        return self.prefill == 0 and self.tokens == self.samples
 
     @property
     def words(self) -> int:
         """Length without the table updates."""
-        offset, rows, words = self.sections["tiles"]
+        offset, rows, words = self.sections[f"prefill/{self.windows[-1]}"]
         return offset + -(-rows * words // ALIGNMENT) * ALIGNMENT
 
 
 class StepInputs:
     """Named parts of a step's words, on the host or on the device.
 
-    draws int32 [samples, DRAW_FIELDS]; counts [2]: items and tiles that count; sample_slots and logits_indices
-    [samples]; token_ids (negative: the token that the slot sampled last), positions and token_slots (negative: padding)
-    [tokens]; items, parts and tiles as in kernels.cuda.work.
+    draws int32 [samples, DRAW_FIELDS]; sample_slots and logits_indices [samples]; token_ids (negative: the token that
+    the slot sampled last), positions and token_slots (negative: padding) [tokens]; sequences [3, sequences + 1]:
+    query_start, seq_lens and slots; for each window counts [2], decode, parts and prefill as in ops.DeviceLists.
     """
 
     def __init__(self, layout: StepLayout, words: torch.Tensor) -> None:

@@ -38,6 +38,10 @@ class LlamaConfig:
     mlp_bias: bool
     qk_norm: bool
     tie_word_embeddings: bool
+    windows: tuple[int, ...]
+    """Of each layer: tokens that one sees, itself included; 0: all before it."""
+    soft_cap: float = 0.0
+    """Attention scores s become soft_cap * tanh(s / soft_cap); 0: they stay."""
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "LlamaConfig":
@@ -49,8 +53,6 @@ class LlamaConfig:
         head_dim = config.get("head_dim") or hidden // heads
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act '{config['hidden_act']}' is not supported, only silu")
-        if _sliding_window(config):
-            raise ValueError(f"sliding window attention ({config['sliding_window']} tokens) is not supported")
         bias = bool(config.get("attention_bias", False))
         return cls(
             vocab_size=config["vocab_size"],
@@ -69,14 +71,21 @@ class LlamaConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=kind == "qwen3",
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            windows=_windows(config),
+            soft_cap=config.get("attn_logit_softcapping") or 0.0,
         )
 
 
-def _sliding_window(config: Mapping[str, Any]) -> bool:
-    """Whether a window narrower than the context is in use; Qwen states one and switches it off."""
-    window = config.get("sliding_window")
-    in_use = config.get("use_sliding_window", True)
-    return bool(window) and in_use and window < config["max_position_embeddings"]
+def _windows(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Mistral's window holds for all layers, Qwen's from layer max_window_layers on and only if it is switched on."""
+    layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    if not window or not config.get("use_sliding_window", True) or window >= config["max_position_embeddings"]:
+        return (0,) * layers
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = config.get("max_window_layers", 0)
+        kinds = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 class Attention(nn.Module):
@@ -116,6 +125,8 @@ class Attention(nn.Module):
             batch.block_tables,
             self.config.head_dim**-0.5,
             batch.planned,
+            self.config.windows[self.layer],
+            self.config.soft_cap,
         )
         return self.o_proj(attended, residual=x)
 

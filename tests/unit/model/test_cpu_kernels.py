@@ -14,6 +14,7 @@ from baton.kernels.cpu.ops import CpuOps
 from baton.kernels.ops import Norm
 from baton.kernels.reference import TorchOps
 from baton.worker.attention import choose_ops
+from baton.worker.attention.model import Model
 
 reference = TorchOps()
 
@@ -128,6 +129,19 @@ def test_paged_attention_on_mixed_batches(
     torch.testing.assert_close(ops.paged_attention(**problem), expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("window", [1, 40, 600, 5000])
+@pytest.mark.parametrize("soft_cap", [0.0, 3.0])
+def test_paged_attention_with_a_window_and_a_soft_cap(ops: CpuOps, window: int, soft_cap: float) -> None:
+    problem = _problem(9, 3, 64, 16, [(0, 1), (0, 70), (64, 1), (2000, 1), (1300, 33)])
+    for table, length in zip(problem["block_tables"], problem["seq_lens"].tolist(), strict=True):
+        unseen = max(0, length - 70 - window) // 512 * 32  # whole partitions before the window of the longest chunk
+        table[:unseen] = -(2**20)
+    options = {"window": window, "soft_cap": soft_cap}
+    safe = {"pool": problem["pool"].nan_to_num(0.0), "block_tables": problem["block_tables"].clamp(min=0)}
+    expected = reference.paged_attention(**problem | safe, **options)
+    torch.testing.assert_close(ops.paged_attention(**problem, **options), expected, atol=2e-5, rtol=1e-4)
+
+
 def test_attention_of_a_token_has_the_same_bits_alone_and_in_a_chunk(ops: CpuOps) -> None:
     problem = _problem(9, 3, 64, 16, [(900, 200)])
     whole = ops.paged_attention(**problem)
@@ -167,7 +181,7 @@ def test_without_a_compiler_torch_serves_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    assert isinstance(choose_ops("cpu", torch.float32, 64), TorchOps)
+    assert isinstance(choose_ops("cpu", Model(torch.float32, 64)), TorchOps)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no C compiler found" in caplog.text
 

@@ -118,7 +118,6 @@ def test_an_incomplete_config_is_one_clear_error(tmp_path: Path, make_driver: Ca
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported: Llama"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"sliding_window": 64}, "sliding window attention"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not supported"),
     ],
 )

@@ -9,11 +9,12 @@ import torch
 from baton.kernels.reference import TorchOps
 from baton.proto.messages import SamplingParams
 from baton.worker.attention import choose_ops
+from baton.worker.attention.model import Model
 from baton.worker.philox import philox4x32, uniforms
 from baton.worker.sampler import Sampler
 
 VOCAB = 60
-OPS = {"torch": TorchOps(), "default": choose_ops("cpu", torch.float32, 64)}
+OPS = {"torch": TorchOps(), "default": choose_ops("cpu", Model(torch.float32, 64))}
 both = pytest.mark.parametrize("ops", OPS)
 
 
