@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from baton.kernels.cuda import pdl
 
 LOG2E = 1.4426950408889634
 ROWS = 128
@@ -124,9 +127,13 @@ def _attention(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per HEADS heads and tile; row m is token m // HEADS, head m % HEADS. SINGLE: tiles of one token."""
     head_tile, index = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     if index >= tl.load(count_ptr):
         return
     tile = tiles_ptr + index * 8
@@ -200,9 +207,13 @@ def _combine(
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per query row and head: the parts of a row that was cut, weighted by their shares."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     first, count = tl.load(parts_ptr + row * 2), tl.load(parts_ptr + row * 2 + 1)
     if count < 2:
         return
@@ -262,7 +273,7 @@ def decode(problem: Problem, tiles: torch.Tensor, num_tiles: torch.Tensor, parts
     _launch(problem, "decode", tiles, num_tiles, group, max(16, triton.next_power_of_2(group)), partial, stats)
     dim = query.shape[2]
     _combine[(len(parts), heads)](
-        partial, stats, parts, problem.out, heads, dim, triton.next_power_of_2(dim), num_warps=1
+        partial, stats, parts, problem.out, heads, dim, triton.next_power_of_2(dim), num_warps=1, **pdl.options()
     )
 
 
@@ -317,4 +328,5 @@ def _launch(
         "tf32" if query.element_size() == 2 else "ieee",
         num_warps=shape.warps,
         num_stages=shape.stages,
+        **pdl.options(),
     )
