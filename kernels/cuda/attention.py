@@ -54,6 +54,7 @@ def _attend(
     base,
     table,
     positions,
+    start,
     end,
     query_position,
     column,
@@ -74,11 +75,13 @@ def _attend(
 ):
     """One block of keys, at `positions` [N], into the running softmax of query [M, D] at query_position [M]."""
     here = positions < end
+    if WINDOWED:
+        here = here & (positions >= start)
     blocks = tl.load(table + positions // BLOCK_SIZE, mask=here, other=0).to(tl.int64)
     keys = base + (blocks * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM)[:, None] + column[None, :]
     loaded = here[:, None] & column_ok[None, :] if MASKED else column_ok[None, :]
     key = tl.load(keys, mask=loaded, other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     if CAPPED:  # tanh(x) = 1 - 2 / (e^2x + 1)
         scores = soft_cap * (1 - 2 / (tl.exp2(scores * (2 * 1.4426950408889634 / soft_cap)) + 1))
     if MASKED:
@@ -86,10 +89,11 @@ def _attend(
         if WINDOWED:
             visible = visible & (positions[None, :] > query_position[:, None] - window)
         scores = tl.where(visible, scores, -float("inf"))
-    new_best = tl.maximum(best, tl.max(scores, axis=1))
+    new_best = tl.maximum(best, tl.max(scores, axis=1) * scale)
     # A row that has seen no key yet would give inf - inf.
     shift = tl.where(new_best == -float("inf"), 0.0, new_best) if MASKED else new_best
-    weights = tl.exp2(scores - shift[:, None])
+    # Scaled here, with one rounding: masked or not, a key must weigh the same to the last bit (invariant.py).
+    weights = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
     keep = tl.exp2(best - shift)
     total = total * keep + tl.sum(weights, axis=1)
     value = tl.load(keys + BLOCK_SIZE * HEAD_DIM, mask=loaded, other=0.0)
@@ -157,11 +161,13 @@ def _attention(
     offsets = tl.arange(0, BLOCK_N)
     query_position = position + token
     if WINDOWED and not SINGLE:
-        unmasked_end = start
+        first_step = start // BLOCK_N * BLOCK_N  # wherever a tile starts, its rows add up the same runs of keys
+        unmasked_end = first_step
     else:
+        first_step = start
         unmasked_end = start + (tl.minimum(end, position + 1) - start) // BLOCK_N * BLOCK_N
     for MASKED in tl.static_range(2):
-        begin = unmasked_end if MASKED else start
+        begin = unmasked_end if MASKED else first_step
         stop = end if MASKED else unmasked_end
         for first in tl.range(begin, stop, BLOCK_N, num_stages=1 if MASKED and SINGLE else None):
             best, total, acc = _attend(
@@ -169,6 +175,7 @@ def _attention(
                 base,
                 table,
                 first + offsets,
+                start,
                 end,
                 query_position,
                 column,
@@ -307,7 +314,7 @@ def _launch(
         partial,
         stats,
         problem.scale * LOG2E,
-        problem.soft_cap * LOG2E,
+        problem.soft_cap / problem.scale,
         problem.layer,
         problem.window,
         query.stride(0),

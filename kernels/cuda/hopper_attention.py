@@ -47,6 +47,7 @@ def _fetch(
     KV_HEADS: gl.constexpr,
     LAYERS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    WINDOWED: gl.constexpr,
 ):
     """The fetching warp. A copy has BOX tokens and 64 columns: shared memory is [columns / 64, tokens, 64]."""
     tiles_ptr, count_ptr = lists
@@ -82,6 +83,8 @@ def _fetch(
                 rows = ()
                 for box in gl.static_range(BOXES):
                     position = first + box * BOX
+                    if WINDOWED:  # blocks wholly before the window are not read; what stands in for them is masked
+                        position = gl.maximum(position, start // BOX * BOX)
                     block = gl.load(table + position // BLOCK_SIZE, mask=position < length, other=0)
                     row_of_block = block * (KV_HEADS * LAYERS * 2 * BLOCK_SIZE) + head_row
                     rows = rows + (row_of_block + position % BLOCK_SIZE,)  # type: ignore[assignment]  # noqa: RUF005
@@ -138,8 +141,7 @@ def _softmax(
     KEYS: gl.constexpr = scores.shape[1]
     layout: gl.constexpr = scores.type.layout
     if CAPPED:  # tanh(x) = 1 - 2 / (e^2x + 1)
-        scores = soft_cap * (1 - 2 / (gl.exp2(scores * (2 * 1.4426950408889634 * scale / soft_cap)) + 1))
-        scale = 1.0
+        scores = soft_cap * (1 - 2 / (gl.exp2(scores * (2 * 1.4426950408889634 / soft_cap)) + 1))
     masked = first + KEYS > lowest + 1
     if WINDOWED:
         masked = masked | (first <= lowest + 63 // HEADS - window)
@@ -346,7 +348,22 @@ def _prefill(
                 _compute,
                 (lists, buffers, barriers, scalars, out_ptr, NUM_HEADS, HEADS, HEAD_DIM, BOX, WINDOWED, CAPPED, 1),
             ),
-            (_fetch, (lists, buffers, barriers, query_desc, pool_desc, place, NUM_HEADS, KV_HEADS, LAYERS, BLOCK_SIZE)),
+            (
+                _fetch,
+                (
+                    lists,
+                    buffers,
+                    barriers,
+                    query_desc,
+                    pool_desc,
+                    place,
+                    NUM_HEADS,
+                    KV_HEADS,
+                    LAYERS,
+                    BLOCK_SIZE,
+                    WINDOWED,
+                ),
+            ),
         ],
         [4, 1],
         [240, 24],
@@ -373,7 +390,7 @@ def prefill(problem: Problem, tiles: torch.Tensor, num_tiles: torch.Tensor) -> N
         num_tiles,
         problem.out,
         problem.scale * LOG2E,
-        problem.soft_cap * LOG2E,
+        problem.soft_cap / problem.scale,
         problem.layer,
         problem.window,
         problem.tables.stride(0),

@@ -54,12 +54,19 @@ def smollm2(gpu: None) -> Path:
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=["Llama", "Qwen3"])
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen3": {},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1},
+}
+
+
+@pytest.fixture(params=MODELS)
 def model(gpu: None, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, Path]]:
     """A random model of transformers on the GPU, in float32, and its checkpoint."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(random.randrange(2**31))
-    config = getattr(transformers, f"{request.param}Config")(**TINY)
+    config = getattr(transformers, f"{request.param}Config")(**TINY, **MODELS[request.param])
     reference = getattr(transformers, f"{request.param}ForCausalLM")(config).eval()
     reference.save_pretrained(tmp_path)
     yield reference.cuda(), tmp_path

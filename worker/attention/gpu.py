@@ -47,9 +47,12 @@ def choose(model: Model, backend: str, capability: tuple[int, int], fa3_installe
 def make_cuda_ops(model: Model, backend: str) -> Ops:
     """For the current GPU. Raises UserError as `choose` does."""
     from baton.kernels.cuda import attention
+    from baton.kernels.cuda.invariant import InvariantOps
     from baton.kernels.cuda.ops import CudaOps
 
     choice = choose(model, backend, torch.cuda.get_device_capability(), fa3_attention.installed())
+    if model.batch_invariant:
+        return InvariantOps()
     prefill = attention.prefill
     if choice.tiles == "gluon":
         from baton.kernels.cuda import hopper_attention
@@ -63,6 +66,8 @@ def _unsuited_to_fa3(model: Model, capability: tuple[int, int], installed: bool)
     """Why FlashAttention-3 can't be used, or nothing."""
     if capability != HOPPER:
         return f"needs a Hopper GPU (compute capability 9.0), not {'.'.join(map(str, capability))}"
+    if model.batch_invariant:
+        return "does not keep --batch-invariant"
     if model.dtype.itemsize != 2:
         return f"computes in bfloat16 or float16, not {str(model.dtype).removeprefix('torch.')}; see --dtype"
     if model.head_dim % 8 != 0:
