@@ -24,6 +24,8 @@ from baton.frontend.chat_template import load_chat_template
 from baton.frontend.engine_client import Output
 from baton.frontend.instructions import Finished
 from baton.frontend.model_info import load_model_info
+from baton.frontend.structured.constraint import StructuredOutputs, read_constraint
+from baton.frontend.structured.grammars import Grammars
 from baton.frontend.tokenizer import Tokenizer, load_tokenizer
 from baton.proto.config import BatchConfig, CacheConfig, ModelConfig, WorkerConfig
 from baton.proto.errors import UserError
@@ -60,6 +62,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     """Alternatives per token; 0: the chosen token's own."""
     add_special_tokens: bool | None = None
     priority: int = 0
+    structured_outputs: StructuredOutputs | None = None
+    """What form outputs must have: a JSON schema, a regular expression, …"""
 
 
 class Logprob(msgspec.Struct):
@@ -147,6 +151,7 @@ class LLM:
         self._engine = importlib.import_module("baton.worker.engine").Engine(worker)
         self._info = msgspec.structs.replace(info, max_model_len=self._engine.max_model_len)
         self._prompts = Prompts(text, template, self._info)
+        self._grammars = Grammars(text, self._info)
         self._max_logprobs = max_logprobs
         self._next_sid = 0
 
@@ -200,6 +205,7 @@ class LLM:
     def close(self) -> None:
         """Free the model and its KV pool."""
         self._prompts.close()
+        self._grammars.close()
         self._engine.close()
 
     def __enter__(self) -> "LLM":
@@ -214,7 +220,9 @@ class LLM:
         request = CompletionRequest(
             prompt="", logit_bias={str(id): value for id, value in bias.items()} if bias else None, **given
         )
-        return read_wishes(request, self._info, self._max_logprobs)
+        wishes = read_wishes(request, self._info, self._max_logprobs)
+        constraint = read_constraint(request)
+        return wishes if constraint is None else wishes.constrained(self._grammars.make(constraint), self._info)
 
     def _completions(self, prompts: Any, params: SamplingParams) -> list[tuple[Prompt, Wishes]]:
         wishes = self._wishes(params)

@@ -22,6 +22,7 @@ from baton.frontend.chat_template import load_chat_template
 from baton.frontend.engine_client import EngineClient
 from baton.frontend.http_server import build_app
 from baton.frontend.model_info import ModelInfo, load_model_info
+from baton.frontend.structured.grammars import Grammars
 from baton.frontend.tokenizer import load_tokenizer
 from baton.proto.config import FrontendConfig
 from baton.proto.errors import UserError
@@ -68,7 +69,8 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
     info = load_model_info(config.model, tokenizer)
     prompts = Prompts(tokenizer, load_chat_template(config.model, tokenizer), info)
     client = EngineClient(config)
-    generator = Generator(client, prompts, info, config.max_logprobs)
+    grammars = Grammars(tokenizer, info)
+    generator = Generator(client, prompts, grammars, info, config.max_logprobs)
     server = _Server(
         uvicorn.Config(
             build_app(config, client, prompts, info, generator),
@@ -92,6 +94,7 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
             await _stop(client, serving)
     finally:
         prompts.close()
+        grammars.close()
         client.close()
 
 

@@ -60,6 +60,11 @@ class Tokenizer:
         spelling = self.spelling[id]
         return spelling.encode() if isinstance(spelling, str) else spelling
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's own object, to read from."""
+        return self._backend
+
     @cached_property
     def byte_level(self) -> bool:
         """Whether every token stands for fixed bytes, so that decoding is concatenation."""

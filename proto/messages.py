@@ -51,6 +51,9 @@ class SamplingParams(Record):
     logprobs: int = -1
     """-1 none, 0 the chosen token's, k also the k best."""
     logit_bias: dict[int, float] = {}
+    grammar: str = ""
+    """What the output must be, in llguidance's JSON form (proto/grammar.py). stop_token_ids are allowed only where it
+    may end. Empty: anything."""
 
 
 class TokenLogprobs(Record):

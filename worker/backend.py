@@ -14,6 +14,7 @@ from baton.proto.errors import UserError
 from baton.proto.layout import KVLayout
 from baton.proto.messages import Peer
 from baton.worker.batcher import Batcher
+from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.step_costs import StepCosts
 
@@ -48,6 +49,8 @@ class Backend(ABC):
     layout: KVLayout
     max_model_len: int
     num_blocks: int
+    grammars: GrammarCompiler
+    """Of this model, shared by the worker's loop and the runner."""
     costs: StepCosts | None = None
     """Of this device's steps, when there is a target time between tokens to keep."""
 
@@ -65,7 +68,7 @@ class Backend(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the pool."""
+        """Let go of the pool and of the runner's threads."""
 
     def new_batcher(self, me: Peer) -> Batcher:
         """A batcher over the whole pool, with nothing in it."""

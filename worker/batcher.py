@@ -4,6 +4,7 @@
                        ▲          │ └─ first token ──► LEASED ─► OVER    (hands over: until the lease is consumed)
                        └──────────┘ preempted: recomputed from its tokens
     StartDecode ─► WAITING_KV (pulls.py) ─► KV_HERE ─► RUNNING ─► OVER
+    While its grammar is being compiled a stream is COMPILING, before WAITING or KV_HERE (grammar_gate.py).
 
 Events and a clock in, instructions out: `handle`, `schedule`, `complete` and `tick` append to `outbox`, which whoever
 drives the batcher carries out. No sockets, no tensors, no time.time(). At most `depth` steps are in flight; results
@@ -46,17 +47,19 @@ from baton.proto.messages import (
     Welcome,
 )
 from baton.worker.block_pool import BlockPool
-from baton.worker.effects import Effect, Emit, ToHolder, ToScheduler
+from baton.worker.effects import Compiled, Effect, Emit, ToHolder, ToScheduler
+from baton.worker.grammar_gate import GrammarGate
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.pulls import Pulls
 from baton.worker.request import RemoteKV, Request, State
 from baton.worker.step_costs import StepCosts
 from baton.worker.step_scheduler import Planned, StepScheduler
+from baton.worker.tombstones import Tombstones
 
 PREFILL, DECODE = "prefill", "decode"
 
 Command = StartPrefill | StartDecode | CancelCommand
-Event = Welcome | Command | CancelStream | Open | Confirm | Settled | Ok | Gone | PullDone
+Event = Welcome | Command | CancelStream | Open | Confirm | Settled | Ok | Gone | PullDone | Compiled
 
 
 class Batcher:
@@ -83,20 +86,18 @@ class Batcher:
         self.leases = Leases(lease)
         self._block_size = cache.block_size
         self._max_model_len = min(max_model_len, num_blocks * cache.block_size)
-        self._remember_s = lease.remember_s
         self._early_bind_tokens = early_bind_tokens
         self._steps = StepScheduler(self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs)
         self._pulls = Pulls(self.pool, cache.block_size, lease, self.outbox, self._kv_ready, self._forget)
+        self._gate = GrammarGate(self.outbox)
         self._requests: dict[tuple[Sid, str], Request] = {}
         self._leased: dict[int, Request] = {}
-        self._tombstones: dict[Sid, tuple[int, float]] = {}  # sid -> (lowest attempt allowed, forget at)
+        self._tombstones = Tombstones(lease.remember_s)
         self._arrivals = 0
         self._epoch = 0
         self._last_cmd_seq = 0
         self.computed_tokens = 0
         self.generated_tokens = 0
-
-    # ------------------------------------------------------------------------------------------------------- events
 
     def handle(self, event: Event, frames: tuple[bytes | memoryview, ...], now: float) -> None:
         """Take in one message (with its extra frames) or the end of a transfer."""
@@ -121,6 +122,9 @@ class Batcher:
                 self._pulls.gone(self._lease_key(event))
             case PullDone():
                 self._pulls.pull_done(event, now)
+            case Compiled():
+                for request in self._gate.answer(event):
+                    self._fail(request, event.error)
         self._pulls.reserve(now)
 
     def _obey(self, epoch: int) -> None:
@@ -136,8 +140,7 @@ class Batcher:
         if isinstance(command, CancelCommand):
             self._cancel(command.sid, command.attempt, now)
             return
-        allowed, _ = self._tombstones.get(command.sid, (0, 0.0))
-        if command.attempt < allowed:
+        if not self._tombstones.allows(command.sid, command.attempt):
             return
         self._cancel(command.sid, command.attempt - 1, now)
         leg = PREFILL if isinstance(command, StartPrefill) else DECODE
@@ -188,7 +191,8 @@ class Batcher:
             self._emit(request, (), (), FinishReason.LENGTH)
             self._over(request, ended=True)
             return
-        self._steps.enqueue(request)
+        self._gate.ask(request)
+        self._gate.enter(request, self._steps.enqueue)
 
     def _start_decode(self, request: Request, command: StartDecode, now: float) -> None:
         request.ledger = Ledger(decode_worker=self.me.worker, stages={Stage.BOUND: now})
@@ -207,6 +211,7 @@ class Batcher:
             first_rows=command.first_rows,
         )
         self._requests[request.key] = request
+        self._gate.ask(request)
         self._pulls.start(request, now)
 
     def _take_over(self, request: Request, command: StartDecode, holder: Holder, now: float) -> None:
@@ -224,6 +229,7 @@ class Batcher:
         request.ledger.transport = "local"
         request.ledger.stages[Stage.CONFIRMED] = now
         self._requests[request.key] = request
+        self._gate.ask(request)
         self._over(source, ended=True)
         self._continue(request, lease.first_rows)
 
@@ -238,7 +244,13 @@ class Batcher:
         self._publish(request)
         request.tokens += rows.tokens
         request.first_rows = rows
-        self._steps.arrive(request)
+        self._gate.enter(request, self._steps.arrive)
+
+    def _fail(self, request: Request, message: str) -> None:
+        """End a stream that can't go on, and tell its client why."""
+        self._emit(request, (), (), FinishReason.ERROR, message)
+        self._drop(request)
+        self.outbox.append(ToScheduler(Ended(request.sid, request.attempt, request.leg)))
 
     def _cancel_stream(self, event: CancelStream, now: float) -> None:
         for leg in (PREFILL, DECODE):
@@ -249,8 +261,7 @@ class Batcher:
 
     def _cancel(self, sid: Sid, attempt: int, now: float) -> None:
         """Free what this attempt and older ones hold, and refuse their commands from now on."""
-        allowed, _ = self._tombstones.pop(sid, (0, 0.0))
-        self._tombstones[sid] = (max(allowed, attempt + 1), now + self._remember_s)  # kept in order of expiry
+        self._tombstones.bury(sid, attempt, now)
         for leg in (PREFILL, DECODE):
             request = self._requests.get((sid, leg))
             if request is not None and request.attempt <= attempt:
@@ -280,9 +291,8 @@ class Batcher:
             self.outbox.append(ToScheduler(Ended(request.sid, request.attempt, request.leg)))
 
     def _forget(self, request: Request) -> None:
+        self._gate.forget(request)
         del self._requests[request.key]
-
-    # ------------------------------------------------------------------------------------------------------- leases
 
     def _lease_key(self, message: Settled | Ok | Gone) -> tuple[int, int]:
         request = self._requests.get((message.holder.sid, DECODE))
@@ -309,22 +319,15 @@ class Batcher:
             self.outbox.append(ToScheduler(Ended(request.sid, request.attempt, PREFILL, "the lease on its KV expired")))
         self._pulls.tick(now)
         self._pulls.reserve(now)
-        while self._tombstones:
-            sid, (_, forget_at) = next(iter(self._tombstones.items()))
-            if forget_at > now:
-                break
-            del self._tombstones[sid]
+        self._tombstones.sweep(now)
 
     def next_deadline(self) -> float:
         """When `tick` has something to do; infinity when never."""
-        oldest = next(iter(self._tombstones.values()), (0, float("inf")))[1]
-        return min(self.leases.next_deadline(), self._pulls.next_deadline(), oldest)
+        return min(self.leases.next_deadline(), self._pulls.next_deadline(), self._tombstones.next_deadline())
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None when `depth` are in flight or nothing can run."""
         return self._steps.schedule(now)
-
-    # ------------------------------------------------------------------------------------------------------- results
 
     def complete(self, result: StepResult, now: float) -> None:
         """Take in the oldest step's result."""
@@ -338,10 +341,11 @@ class Batcher:
                 item.request.placeholders -= item.samples
                 continue
             self._settle(item, now)
-            if item.samples:
-                self._sampled(
-                    item.request, result.tokens[index], result.logprobs.get(index, ()), result.sampled_s or now
-                )
+            if index in result.failed:
+                self._fail(item.request, result.failed[index])
+            elif item.samples:
+                logprobs = result.logprobs.get(index, ())
+                self._sampled(item.request, result.tokens[index], logprobs, result.sampled_s or now)
         self._pulls.reserve(now)
 
     def _settle(self, item: Planned, now: float) -> None:
@@ -421,12 +425,13 @@ class Batcher:
         tokens: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...],
         reason: FinishReason | None,
+        message: str = "",
     ) -> None:
         if request.first_rows is not None:
             tokens = request.first_rows.tokens + tokens
             logprobs = request.first_rows.logprobs + logprobs
             request.first_rows = None
-        finish = Finish(reason, len(request.tokens) - request.prompt_len) if reason else None
+        finish = Finish(reason, len(request.tokens) - request.prompt_len, message) if reason else None
         ledger, request.ledger = request.ledger, Ledger()
         self.outbox.append(
             Emit(
@@ -459,8 +464,6 @@ class Batcher:
             self.outbox.append(ToHolder(lease.holder, self.leases.settled_message(lease, lease.holder)))
         self.outbox.append(ToScheduler(_prefill_done(lease)))
 
-    # ------------------------------------------------------------------------------------------------------- reports
-
     def holdings(self) -> tuple[Holding, ...]:
         """Every stream that this worker keeps something for."""
         return tuple(Holding(r.sid, r.attempt, r.leg) for r in self._requests.values())
@@ -472,7 +475,7 @@ class Batcher:
             used_blocks=self.pool.num_used,
             free_blocks=self.pool.num_free,
             running=len(self._steps.running),
-            waiting=len(self._steps.waiting) + len(self._steps.kv_here) + len(self._pulls),
+            waiting=len(self._steps.waiting) + len(self._steps.kv_here) + len(self._pulls) + len(self._gate),
             queued_tokens=self._steps.queued_tokens,
             leases=self.leases.num_live,
             computed_tokens=self.computed_tokens,

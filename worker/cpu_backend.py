@@ -33,6 +33,7 @@ class CpuBackend(Backend):
             raise UserError("--target-itl-ms needs --device cuda: on CPU a step's cost is not measured")
         self._runner = ModelRunner(config)
         self.layout, self.max_model_len = self._runner.layout, self._runner.max_model_len
+        self.grammars = self._runner.grammars
         self.num_blocks = _num_blocks(config.cache, self.layout.groups[0].block_bytes)
         check_pool_size(self.num_blocks, config.cache.block_size, self.max_model_len)
         self._pool = HostPool(self.layout, self.num_blocks)
@@ -50,6 +51,7 @@ class CpuBackend(Backend):
         return GreetingSource(path, greeting, transports, self._pool.memfd), PeerSink(greeting, transports)
 
     def close(self) -> None:
+        self._runner.close()
         self._pool.close()
 
 

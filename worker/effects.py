@@ -58,4 +58,19 @@ class Emit:
     ledger: Ledger | None = None
 
 
-Effect = ToScheduler | ToOwner | ToHolder | Emit | Pull
+@dataclass(slots=True, frozen=True)
+class Compile:
+    """Compile a grammar, away from the loop; answered by a Compiled."""
+
+    grammar: str
+
+
+@dataclass(slots=True, frozen=True)
+class Compiled:
+    """An event for the batcher: streams with this grammar may run, or never will."""
+
+    grammar: str
+    error: str = ""
+
+
+Effect = ToScheduler | ToOwner | ToHolder | Emit | Pull | Compile

@@ -11,7 +11,7 @@ from baton.proto.hashing import hash_chain, pack_hashes
 from baton.proto.messages import CancelStream, Peer, SamplingParams, Sid, StartPrefill
 from baton.worker.backend import open_backend
 from baton.worker.batcher import Batcher
-from baton.worker.effects import Emit
+from baton.worker.effects import Compiled, Emit
 from baton.worker.plan import StepResult
 
 
@@ -42,6 +42,9 @@ class Engine:
             continue_decode=True,
         )
         self._batcher.handle(command, (tokens.tobytes(), pack_hashes(hash_chain(tokens))), time.monotonic())
+        if params.grammar:
+            error = self._backend.grammars.matcher(params.grammar).exception()
+            self._batcher.handle(Compiled(params.grammar, str(error or "")), (), time.monotonic())
 
     def abort(self, sid: Sid) -> None:
         """Drop a stream; no further row of it comes."""

@@ -13,6 +13,8 @@ import torch
 from baton.proto.config import WorkerConfig
 from baton.proto.messages import TokenLogprobs
 from baton.worker.batch import Batch
+from baton.worker.constraints import Constraints, Masks
+from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.loaded_model import LoadedModel
 from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
 from baton.worker.sampler import Sampler
@@ -21,7 +23,8 @@ from baton.worker.sampler import Sampler
 class ModelRunner:
     """Owns the model and the per-slot state.
 
-    Attributes: layout (KVLayout), max_model_len and vocab_size. Raises ValueError when the model can't be served.
+    Attributes: layout (KVLayout), max_model_len, vocab_size and grammars. Raises ValueError when the model can't be
+    served. close() ends its threads.
     """
 
     def __init__(self, config: WorkerConfig) -> None:
@@ -34,6 +37,8 @@ class ModelRunner:
         self.block_size = config.cache.block_size
         self._slots = _Slots(config.batch.max_num_seqs, -(-self.max_model_len // self.block_size))
         self._sampler = Sampler(self.vocab_size, config.batch.max_num_seqs, loaded.ops)
+        self.grammars = GrammarCompiler(config.model, self.vocab_size)
+        self._constraints = Constraints(self.grammars, self.vocab_size)
 
     def attach_pool(self, pool: torch.Tensor) -> None:
         """The KV pool: [num_blocks, *layout.groups[0].shape] of the layout's dtype. The caller keeps owning it."""
@@ -47,13 +52,22 @@ class ModelRunner:
         for init in plan.new_slots:
             self._slots.take(init)
             self._sampler.take_slot(init.slot, init.params, init.prompt_len, init.tokens)
+            self._constraints.take_slot(init)
+        building = self._constraints.begin(plan.rows)
         batch = self._slots.build_batch(plan.rows, self.block_size)
         hidden = self.model(batch, self._pool)
-        tokens, logprobs = self._sample(plan.rows, hidden)
-        return StepResult(plan.step, tokens, logprobs, started_s=started, sampled_s=time.monotonic())
+        masks = building.result() if building is not None else None
+        tokens, logprobs = self._sample(plan.rows, hidden, masks)
+        failed = masks.failed_rows(plan.rows) if masks is not None else {}
+        return StepResult(plan.step, tokens, logprobs, started, time.monotonic(), failed)
+
+    def close(self) -> None:
+        """End its threads."""
+        self._constraints.close()
+        self.grammars.close()
 
     def _sample(
-        self, rows: list[Row], hidden: torch.Tensor
+        self, rows: list[Row], hidden: torch.Tensor, masks: Masks | None
     ) -> tuple[list[list[int]], dict[int, tuple[TokenLogprobs, ...]]]:
         """hidden [num_sampling_rows, hidden_size] -> the columns of a StepResult."""
         results: list[list[int]] = [[] for _ in rows]
@@ -62,7 +76,7 @@ class ModelRunner:
             return results, {}
         slots = np.array([rows[index].slot for index in sampling])
         output_indices = np.array([rows[index].output_index for index in sampling])
-        tokens, logprobs = self._sampler.sample(self.model.logits(hidden).float(), slots, output_indices)
+        tokens, logprobs = self._sampler.sample(self.model.logits(hidden).float(), slots, output_indices, masks)
         self._slots.last_token[slots] = tokens
         for index, token in zip(sampling, tokens.tolist(), strict=True):
             results[index] = [token]

@@ -73,3 +73,5 @@ class StepResult(Plain):
     """CLOCK_MONOTONIC when the runner began."""
     sampled_s: float = 0.0
     """CLOCK_MONOTONIC when the tokens were on the host."""
+    failed: dict[int, str] = {}
+    """Row -> why its stream can't go on; its token means nothing."""

@@ -16,6 +16,7 @@ class State(Enum):
     WAITING = auto()
     WAITING_KV = auto()
     KV_HERE = auto()
+    COMPILING = auto()
     RUNNING = auto()
     LEASED = auto()
     OVER = auto()
@@ -112,6 +113,11 @@ class Request:
     def num_output(self) -> int:
         """Output tokens known or being sampled, earlier attempts' included."""
         return self.total - self.prompt_len
+
+    @property
+    def waits_for_token(self) -> bool:
+        """What a grammar allows next depends on the token that a step in flight will sample."""
+        return bool(self.placeholders and self.params.grammar)
 
     @property
     def rank(self) -> tuple[int, int]:

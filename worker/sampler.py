@@ -4,7 +4,7 @@ Per stream the sampler keeps its parameters, as columns of numpy arrays indexed 
 penalties. A step looks at the union of its rows' flags, so that what nobody asked for costs nothing: a batch of plain
 greedy rows is one argmax.
 
-Order of operations, as in vLLM: logit_bias and min_tokens, penalties, temperature, min_p, top_k, top_p, draw.
+Order of operations, as in vLLM: logit_bias and min_tokens, penalties, grammar, temperature, min_p, top_k, top_p, draw.
 """
 
 from collections import Counter
@@ -15,6 +15,7 @@ import torch
 
 from baton.kernels.ops import Ops
 from baton.proto.messages import SamplingParams, TokenLogprobs
+from baton.worker.constraints import Masks
 from baton.worker.philox import uniforms
 
 GREEDY_BELOW = 1e-5
@@ -29,6 +30,7 @@ class Need(IntFlag):
     MIN_TOKENS = 4
     PENALTIES = 8
     LOGPROBS = 16
+    GRAMMAR = 32
 
 
 _EDITS_LOGITS = Need.BIAS | Need.MIN_TOKENS | Need.PENALTIES
@@ -70,8 +72,10 @@ def _find_needs(params: SamplingParams) -> Need:
     needs = Need(0)
     if params.logit_bias:
         needs |= Need.BIAS
-    if params.min_tokens > 0 and params.stop_token_ids:
-        needs |= Need.MIN_TOKENS
+    if params.grammar:
+        needs |= Need.GRAMMAR
+    elif params.min_tokens > 0 and params.stop_token_ids:
+        needs |= Need.MIN_TOKENS  # a grammar's masks see to it themselves
     if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
         needs |= Need.PENALTIES
     if params.logprobs >= 0:
@@ -123,12 +127,13 @@ class Sampler(SlotParams):
             self._counts[slot] = _TokenCounts(tokens, prompt_len)
 
     def sample(
-        self, logits: torch.Tensor, slots: np.ndarray, output_indices: np.ndarray
+        self, logits: torch.Tensor, slots: np.ndarray, output_indices: np.ndarray, masks: Masks | None = None
     ) -> tuple[np.ndarray, dict[int, TokenLogprobs]]:
         """One token per row.
 
         logits float32 [n, vocab_size], may be overwritten; slots int [n]; output_indices int [n], the position of the
-        token among its stream's output. Returns int64 [n] and the log-probabilities of the rows that asked for them.
+        token among its stream's output; masks are of the rows with a grammar. Returns int64 [n] and the
+        log-probabilities of the rows that asked for them.
         """
         needs = self._needs[slots]
         union = int(np.bitwise_or.reduce(needs)) if len(needs) else 0
@@ -138,6 +143,10 @@ class Sampler(SlotParams):
             unmodified = logits[torch.from_numpy(asked)]  # a copy: the edits below are in place
         if union & _EDITS_LOGITS:
             self._edit(logits, slots, needs, output_indices)
+        if masks is not None:
+            banned = torch.from_numpy(~masks.allowed(self.vocab_size))
+            for index, row in enumerate(masks.rows):
+                logits[row].masked_fill_(banned[index], -torch.inf)
         if union & Need.DRAW:
             tokens = self._choose(logits, slots, needs, output_indices)
         else:
@@ -154,7 +163,7 @@ class Sampler(SlotParams):
             if params.logit_bias:
                 biased = torch.tensor(list(params.logit_bias), dtype=torch.int64)
                 logits[row, biased] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-            if output_indices[row] < params.min_tokens:
+            if needs[row] & Need.MIN_TOKENS and output_indices[row] < params.min_tokens:
                 logits[row, list(params.stop_token_ids)] = -torch.inf
         as_numpy = logits.numpy()
         for row in np.flatnonzero(needs & Need.PENALTIES):

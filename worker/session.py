@@ -80,7 +80,8 @@ class Session:
         self._load_at = 0.0
         self._holdings_at = 0.0
         self._load_due = True
-        for source in (self._peers.socket, self._scheduler.socket, device, self._sink, supervised.stop_fd):
+        loop_sources = (device, self._sink, backend.grammars, supervised.stop_fd)
+        for source in (self._peers.socket, self._scheduler.socket, *loop_sources):
             self._poller.register(source, zmq.POLLIN)
         self._beats = Heartbeat(context, config.scheduler, self._beat)
         self._dispatch: dict[type, Callable[[Any, Body], None]] = {
@@ -144,6 +145,8 @@ class Session:
             if not done.ok:
                 log.warning("transfer %d failed: %s", done.transfer, done.reason)
             self._batcher.handle(done, (), now)
+        for compiled in self._backend.grammars.completed():
+            self._batcher.handle(compiled, (), now)
 
     def _compute(self) -> None:
         for result in self._device.results():
@@ -172,6 +175,8 @@ class Session:
                     self._peers.send(identity(effect.holder.worker, effect.holder.incarnation), effect.message)
                 case Pull():
                     self._sink.start(effect)
+                case effects.Compile():
+                    self._backend.grammars.request(effect.grammar)
         self._batcher.outbox.clear()
         self._tokens.send(rows, now)
         self._tokens.beat(now)

@@ -7,7 +7,8 @@
 
 A step takes running streams first, so that none waits for a newcomer's prompt, then fills its token budget with chunks
 of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). At most `depth`
-steps are in flight; their results come back in order.
+steps are in flight; their results come back in order. A stream with a grammar is planned again only once its last token
+is known, so at depth 2 it enters every other step.
 """
 
 from collections import deque
@@ -136,7 +137,7 @@ class StepScheduler:
     def _add_row(self, request: Request, budget: int, rows: list[Row], planned: list[Planned]) -> int:
         """Plan the request's next tokens; returns how many. Preempts the latest arrivals when blocks run out."""
         count = min(request.total - request.scheduled, budget)
-        if count <= 0 or self._foreseen_end(request):
+        if count <= 0 or self._foreseen_end(request) or request.waits_for_token:
             return 0
         end = request.scheduled + count
         new_blocks = self._grow(request, end, planned)

@@ -17,6 +17,8 @@ from baton.frontend.api.responses import PromptTokensDetails, Usage, encode
 from baton.frontend.api.sse import DONE, ChunkWriter, event
 from baton.frontend.engine_client import EngineClient, Output, OutputReader
 from baton.frontend.model_info import ModelInfo
+from baton.frontend.structured.constraint import read_constraint
+from baton.frontend.structured.grammars import Grammars
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,12 @@ class Job:
 class Generator:
     """Runs requests on the cluster."""
 
-    def __init__(self, client: EngineClient, prompts: Prompts, info: ModelInfo, max_logprobs: int) -> None:
+    def __init__(
+        self, client: EngineClient, prompts: Prompts, grammars: Grammars, info: ModelInfo, max_logprobs: int
+    ) -> None:
         self._client = client
         self._prompts = prompts
+        self._grammars = grammars
         self._info = info
         self._max_logprobs = max_logprobs
         self.draining = False
@@ -59,6 +64,8 @@ class Generator:
         if request.stream_options is not None and not request.stream:
             raise bad_request("stream_options needs stream to be true.", "stream_options")
         wishes = read_wishes(request, self._info, self._max_logprobs)
+        if (constraint := read_constraint(request)) is not None:
+            wishes = wishes.constrained(await self._grammars.get(constraint), self._info)
         model = request.model or self._info.names[0]
         format: Format
         if isinstance(request, ChatCompletionRequest):

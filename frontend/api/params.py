@@ -1,5 +1,6 @@
 """A request's wishes, checked and completed with the model's defaults."""
 
+import dataclasses
 import math
 import secrets
 from dataclasses import dataclass
@@ -67,6 +68,12 @@ class Wishes:
             min_tokens=min(self.sampling.min_tokens, max_tokens),
             seed=secrets.randbits(64) if self.seed is None else self.seed & _UINT64,
         )
+
+    def constrained(self, grammar: str, info: ModelInfo) -> "Wishes":
+        """With outputs of this grammar; the end token ends them even with ignore_eos."""
+        stops = tuple(sorted({*self.sampling.stop_token_ids, *info.eos_ids}))
+        sampling = msgspec.structs.replace(self.sampling, grammar=grammar, stop_token_ids=stops)
+        return dataclasses.replace(self, sampling=sampling)
 
     def sample(self, params: SamplingParams, index: int) -> SamplingParams:
         """The parameters of the index-th of n samples."""

@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from baton.frontend.api.errors import bad_request
+from baton.frontend.structured.constraint import ResponseFormat, Schema, StructuredOutputs
 
 Ids = list[int]
 
@@ -47,6 +48,13 @@ class _Generation(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     add_special_tokens: bool | None = None
     user: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
 
 
 class CompletionRequest(_Generation, kw_only=True):
@@ -122,10 +130,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none"),
     "detokenize": (None, True),
     "functions": (None, []),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
     "kv_transfer_params": (None,),
     "length_penalty": (None, 1, 1.0),
     "logprob_token_ids": (None, []),
@@ -134,9 +138,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (None,),
     "prompt_embeds": (None,),
     "prompt_logprobs": (None,),
-    "response_format": (None, {"type": "text"}),
     "return_tokens_as_token_ids": (None, False),
-    "structured_outputs": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),

@@ -56,7 +56,9 @@ class Bench:
         self.cmd_seq = 0
         self.frames: dict[Sid, tuple[bytes, bytes]] = {}
 
-    def handle(self, message: Message | PullDone, frames: tuple[bytes, ...] = ()) -> list[effects.Effect]:
+    def handle(
+        self, message: Message | PullDone | effects.Compiled, frames: tuple[bytes, ...] = ()
+    ) -> list[effects.Effect]:
         self.batcher.handle(message, frames, self.now)  # type: ignore[arg-type]
         return self.take()
 
@@ -91,7 +93,7 @@ class Bench:
         return self.handle(command, self.frames[sid(n)])
 
     def decode(
-        self, owner: "Bench", done: PrefillDone, max_tokens: int = 4, early: bool = False
+        self, owner: "Bench", done: PrefillDone, max_tokens: int = 4, early: bool = False, **params: object
     ) -> list[effects.Effect]:
         self.cmd_seq += 1
         frames = owner.frames[done.sid]
@@ -101,7 +103,7 @@ class Bench:
             sid=done.sid,
             attempt=done.attempt,
             prompt_len=len(frames[0]) // 4,
-            params=SamplingParams(max_tokens=max_tokens),
+            params=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
             reply_to="ipc://frontend",
             lease=done.lease,
             owner=owner.me,

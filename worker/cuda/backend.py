@@ -27,6 +27,7 @@ class CudaBackend(Backend):
         open_gpu(config.gpu)
         self._runner = CudaRunner(config)
         self.layout, self.max_model_len = self._runner.layout, self._runner.max_model_len
+        self.grammars = self._runner.grammars
         self.num_blocks = self._num_blocks()
         check_pool_size(self.num_blocks, config.cache.block_size, self.max_model_len)
         self._pool = GpuPool(self.layout, self.num_blocks, self._runner.device)
@@ -54,4 +55,5 @@ class CudaBackend(Backend):
         return GreetingSource(path, greeting, transports, memfd=-1), PeerSink(greeting, transports)
 
     def close(self) -> None:
+        self._runner.close()
         self._pool.close()

@@ -19,11 +19,13 @@ from baton.kernels.cuda.ops import AttentionWork, CudaOps, DeviceLists
 from baton.proto.config import WorkerConfig
 from baton.proto.messages import TokenLogprobs
 from baton.worker.batch import Batch
+from baton.worker.constraints import Constraints, Masks
 from baton.worker.cuda.graphs import Size, StepGraphs, decode_sizes, mixed_sizes
 from baton.worker.cuda.rows import Rows
 from baton.worker.cuda.sampler import CudaSampler, DeviceLogprobs
 from baton.worker.cuda.slots import DeviceSlots
 from baton.worker.cuda.step_buffer import StepBuffer, StepInputs, StepLayout
+from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.loaded_model import LoadedModel
 from baton.worker.plan import StepPlan, StepResult
 
@@ -36,9 +38,16 @@ _SPARE_TILES = 64
 class Pending:
     """A step on the device."""
 
-    def __init__(self, plan: StepPlan, tokens: torch.Tensor, logprobs: list[DeviceLogprobs], started_s: float) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        tokens: torch.Tensor,
+        logprobs: list[DeviceLogprobs],
+        failed: dict[int, str],
+        started_s: float,
+    ) -> None:
         self.plan = plan
-        self.started_s = started_s
+        self.failed, self.started_s = failed, started_s
         self._tokens, self._logprobs = tokens, logprobs
         self._event = torch.cuda.Event()
         self._event.record()
@@ -53,14 +62,14 @@ class Pending:
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {
             sampling[row]: (value,) for part in self._logprobs for row, value in part.read().items()
         }
-        return StepResult(self.plan.step, tokens, logprobs, started_s=self.started_s, sampled_s=now)
+        return StepResult(self.plan.step, tokens, logprobs, self.started_s, now, self.failed)
 
 
 class CudaRunner:
     """Owns the model, the streams' state on the device and the graphs. All methods are called from one thread.
 
-    Attributes: layout (KVLayout), max_model_len, vocab_size and block_size; max_tokens and max_seqs of a step. Raises
-    ValueError when the model can't be served.
+    Attributes: layout (KVLayout), max_model_len, vocab_size, block_size, grammars; max_tokens and max_seqs of a step.
+    Raises ValueError when the model can't be served. close() ends its threads.
     """
 
     def __init__(self, config: WorkerConfig) -> None:
@@ -77,6 +86,8 @@ class CudaRunner:
         max_blocks = -(-self.max_model_len // self.block_size)
         self._slots = DeviceSlots(self.max_seqs, max_blocks, self.block_size, self.device)
         self._sampler = CudaSampler(self.vocab_size, self.max_seqs, loaded.ops, self.device)
+        self.grammars = GrammarCompiler(config.model, self.vocab_size)
+        self._constraints = Constraints(self.grammars, self.vocab_size)
         tiles = self.max_tokens + _SPARE_TILES
         largest = replace(self._layout(self.max_tokens, self.max_seqs, self.max_seqs, tiles), sequences=self.max_seqs)
         table_words = 2 * (self._slots.tables.numel() + self.max_tokens)
@@ -127,6 +138,8 @@ class CudaRunner:
         started = time.monotonic()
         for init in plan.new_slots:
             self._sampler.take(init)
+            self._constraints.take_slot(init)
+        building = self._constraints.begin(plan.rows)
         rows = Rows(plan.rows)
         lists = self._plan(rows)
         size, layout = self._fit(rows, lists)
@@ -134,10 +147,17 @@ class CudaRunner:
         hidden = self._graphs.replay(size) if size else self._forward(inputs, layout)
         if size is None or size.mixed:
             self._sample(inputs, len(rows.sampling), hidden)
-        logprobs = self._resample(rows, inputs, hidden)
+        masks = building.result() if building is not None else None  # built while the device computes hidden
+        logprobs = self._resample(rows, inputs, hidden, masks)
         host = self._host_tokens[plan.step % len(self._host_tokens)][: len(rows.sampling)]
         host.copy_(self._tokens[: len(host)], non_blocking=True)
-        return Pending(plan, host, logprobs, started)
+        failed = masks.failed_rows(plan.rows) if masks is not None else {}
+        return Pending(plan, host, logprobs, failed, started)
+
+    def close(self) -> None:
+        """End its threads."""
+        self._constraints.close()
+        self.grammars.close()
 
     def _plan(self, rows: Rows) -> tuple[work.Lists, ...]:
         """Attention's lists for each window of the model."""
@@ -252,12 +272,19 @@ class CudaRunner:
             tokens = self._ops.draw(self.model.logits(hidden[:count]), *(c[:count] for c in inputs.draw_columns))
             self._slots.store_sampled(tokens, inputs["sample_slots"][:count], self._tokens)
 
-    def _resample(self, rows: Rows, inputs: StepInputs, hidden: torch.Tensor) -> list[DeviceLogprobs]:
+    def _resample(
+        self, rows: Rows, inputs: StepInputs, hidden: torch.Tensor, masks: Masks | None
+    ) -> list[DeviceLogprobs]:
         slots, output_indices = rows.slots[rows.sampling], rows.output_indices[rows.sampling]
         found = []
         for extra in self._sampler.extra_rows(slots):
             indices, device_slots, tokens, logprobs = self._sampler.resample(
-                extra, slots, output_indices, inputs.draw_columns, lambda chosen: self.model.logits(hidden[chosen])
+                extra,
+                slots,
+                output_indices,
+                inputs.draw_columns,
+                lambda chosen: self.model.logits(hidden[chosen]),
+                masks,
             )
             self._tokens[indices] = tokens
             self._slots.last_tokens[device_slots] = tokens

@@ -1,4 +1,4 @@
-"""Sampling on the device for rows that ask for more than a draw: bias, min_tokens, penalties and logprobs.
+"""Sampling on the device for rows that ask for more than a draw: bias, min_tokens, penalties, grammars and logprobs.
 
 Plain rows are sampled inside the step. For these the logits are computed once more from the hidden states, edited, and
 drawn from; what they depend on (token counts) stays on the device too, so nothing waits for an earlier step's result.
@@ -11,6 +11,7 @@ import torch
 
 from baton.kernels.cuda.ops import CudaOps
 from baton.proto.messages import SamplingParams, TokenLogprobs
+from baton.worker.constraints import BITS, Masks
 from baton.worker.cuda.step_buffer import DRAW_FIELDS
 from baton.worker.philox import uniforms
 from baton.worker.plan import SlotInit
@@ -22,7 +23,7 @@ _IN_PROMPT = 1 << 14
 """Bit of a token's count: repetition_penalty counts the prompt, the other penalties do not."""
 _MOST = _IN_PROMPT - 1
 """Where a count stops."""
-_EXTRA = Need.BIAS | Need.MIN_TOKENS | Need.PENALTIES | Need.LOGPROBS
+_EXTRA = Need.BIAS | Need.MIN_TOKENS | Need.PENALTIES | Need.LOGPROBS | Need.GRAMMAR
 
 
 class DeviceLogprobs:
@@ -99,11 +100,13 @@ class CudaSampler(SlotParams):
         output_indices: np.ndarray,
         draw_columns: tuple[torch.Tensor, ...],
         logits_of: Callable[[torch.Tensor], torch.Tensor],
+        masks: Masks | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DeviceLogprobs | None]:
         """Tokens for the sampled rows `rows`, in place of those that the step drew.
 
-        slots and output_indices are of all sampled rows; logits_of maps row indices on the device to logits. Returns
-        row indices, slots and tokens, int64 [len(rows)] on the device, and the rows' log-probabilities.
+        slots and output_indices are of all sampled rows; logits_of maps row indices on the device to logits; masks are
+        of all sampled rows with a grammar. Returns row indices, slots and tokens, int64 [len(rows)] on the device, and
+        the rows' log-probabilities.
         """
         where = self._upload(rows.astype(np.int64))
         slots = slots[rows]
@@ -113,6 +116,10 @@ class CudaSampler(SlotParams):
         asked = np.flatnonzero(needs & Need.LOGPROBS)
         unmodified = logits[self._upload(asked)] if len(asked) else logits
         self._edit(logits, slots, needs, output_indices[rows])
+        if masks is not None:
+            here = np.flatnonzero(np.isin(masks.rows, rows))
+            if len(here):
+                self._mask(logits, np.searchsorted(rows, masks.rows[here]), masks.words[here])
         columns = [column[where] for column in draw_columns]
         tokens = self._ops.draw(logits, *columns)
         self._count(needs, device_slots, tokens)
@@ -126,11 +133,18 @@ class CudaSampler(SlotParams):
             if params.logit_bias:
                 biased = self._upload(np.array(list(params.logit_bias), dtype=np.int64))
                 logits[row, biased] += self._upload(np.array(list(params.logit_bias.values()), dtype=np.float32))
-            if output_indices[row] < params.min_tokens:
+            if needs[row] & Need.MIN_TOKENS and output_indices[row] < params.min_tokens:
                 logits[row, self._upload(np.array(params.stop_token_ids, dtype=np.int64))] = -torch.inf
         penalised = np.flatnonzero(needs & Need.PENALTIES)
         if len(penalised):
             self._penalise(logits, penalised, slots[penalised])
+
+    def _mask(self, logits: torch.Tensor, rows: np.ndarray, words: np.ndarray) -> None:
+        """Ban what `words` int32 [n, ceil(vocab / 32)] do not allow in rows [n] of logits [:, vocab], in place."""
+        bits = torch.arange(BITS, dtype=torch.int32, device=self._device)
+        allowed = (self._upload(words)[:, :, None] >> bits & 1).view(len(rows), -1)[:, : logits.shape[1]]
+        where = self._upload(rows)
+        logits[where] = logits[where].masked_fill(allowed == 0, -torch.inf)
 
     def _penalise(self, logits: torch.Tensor, rows: np.ndarray, slots: np.ndarray) -> None:
         """Repetition (Keskar et al., 2019) counts the prompt too, the rest do not."""
