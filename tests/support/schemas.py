@@ -15,6 +15,7 @@ def random_schema(rng: random.Random, depth: int = 3) -> Schema:
     if rng.random() < 0.2:
         schema["$defs"] = {"shared": _scalar(rng)}
         schema["properties"]["shared"] = {"$ref": "#/$defs/shared"}
+        schema["required"] = [*schema["required"], "shared"]
     return schema
 
 
@@ -36,7 +37,7 @@ def _object(rng: random.Random, depth: int) -> Schema:
         schema["additionalProperties"] = False
     elif closing < 0.85:
         schema |= {"additionalProperties": {"type": "integer", "maximum": 99, "minimum": 0}}
-        schema |= {"required": names, "maxProperties": len(names) + 2, "minProperties": len(names)}
+        schema |= {"required": names, "maxProperties": len(names) + 2}
     return schema
 
 

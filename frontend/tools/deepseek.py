@@ -1,0 +1,53 @@
+"""DeepSeek V3, R1 and V3.1: calls between special tokens, before V3.1 with their arguments in a fenced block."""
+
+from typing import ClassVar
+
+from baton.frontend.tools.events import CallBegins
+from baton.frontend.tools.json_calls import MalformedError, arguments
+from baton.frontend.tools.parser import ToolParser, content
+from baton.frontend.tools.scanner import Finds, Scanner
+
+_CALLS, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_CALL, _CALL_END, _SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+
+
+class DeepSeekV31Parser(ToolParser):
+    """`<｜tool▁call▁begin｜>name<｜tool▁sep｜>{…}<｜tool▁call▁end｜>`"""
+
+    names: ClassVar[tuple[str, ...]] = ("deepseek_v31", "deepseek_v32")
+    markers = (_CALLS, _CALLS_END, _CALL, _CALL_END, _SEPARATOR)
+
+    def parse(self, scan: Scanner) -> Finds[None]:
+        while (yield from content(scan, _CALLS)):
+            while True:
+                yield from scan.take_space()
+                if (yield from scan.starts_with(_CALL)) is None:
+                    break
+                scan.take(len(_CALL))
+                yield from self._call(scan)
+                yield from scan.text_until(_CALL_END)
+            if (yield from scan.starts_with(_CALLS_END)):
+                scan.take(len(_CALLS_END))
+
+    def _call(self, scan: Scanner) -> Finds[None]:
+        name = yield from scan.text_until(_SEPARATOR)
+        yield from self._arguments_of(scan, name)
+
+    def _arguments_of(self, scan: Scanner, name: str) -> Finds[None]:
+        yield CallBegins(name.strip())
+        try:
+            yield from arguments(scan)
+        except MalformedError:
+            return
+
+
+class DeepSeekV3Parser(DeepSeekV31Parser):
+    """`<｜tool▁call▁begin｜>function<｜tool▁sep｜>name\\n```json\\n{…}\\n```<｜tool▁call▁end｜>`"""
+
+    names: ClassVar[tuple[str, ...]] = ("deepseek_v3",)
+
+    def _call(self, scan: Scanner) -> Finds[None]:
+        yield from scan.text_until(_SEPARATOR)
+        name = yield from scan.text_until("\n")
+        yield from scan.text_until("```json")
+        yield from self._arguments_of(scan, name)

@@ -1,0 +1,144 @@
+"""Tool calls written as JSON, taken apart while they are being written."""
+
+import json
+from collections.abc import Generator
+from typing import Any
+
+from baton.frontend.tools.events import Arguments, CallBegins, Content
+from baton.frontend.tools.scanner import EndOfTextError, Finds, Scanner, Step
+
+NAME_KEYS = ("name", "function")
+ARGUMENT_KEYS = ("arguments", "parameters")
+
+
+class MalformedError(Exception):
+    """This is no call."""
+
+
+def json_value(scan: Scanner) -> Generator[str | None, None, None]:
+    """Consume one JSON value and yield its text in pieces, as written. Raises MalformedError, EndOfTextError."""
+    first = yield from scan.skip_space()
+    if first in "}],:":
+        raise MalformedError
+    depth, in_string, escaped = 0, False, False
+    while True:
+        yield from scan.need(1)
+        for index, char in enumerate(scan.rest):
+            if in_string:
+                in_string = escaped or char != '"'
+                escaped = not escaped and char == "\\"
+                done = not in_string and depth == 0
+            elif char == '"':
+                in_string, done = True, False
+            else:
+                depth += (char in "{[") - (char in "}]")
+                if depth < 0 or (depth == 0 and (char in ",:" or char.isspace())):  # the end of a number or a word
+                    if index:
+                        yield scan.take(index)
+                    return
+                done = depth == 0 and char in "}]"
+            if done:
+                yield scan.take(index + 1)
+                return
+        yield scan.take(len(scan.rest))
+
+
+def whole_value(scan: Scanner) -> Step[Any]:
+    """Consume one JSON value and return it. Raises MalformedError, EndOfTextError."""
+    parts = []
+    for piece in json_value(scan):
+        if piece is None:
+            yield
+        else:
+            parts.append(piece)
+    try:
+        return json.loads("".join(parts))
+    except ValueError as error:
+        raise MalformedError from error
+
+
+def arguments(scan: Scanner) -> Finds[None]:
+    """Consume a JSON value as arguments; a string is taken to hold the JSON."""
+    first = yield from scan.skip_space()
+    if first == '"':
+        text = yield from whole_value(scan)
+        yield Arguments(text)
+        return
+    for piece in json_value(scan):
+        yield None if piece is None else Arguments(piece)
+
+
+def call_object(scan: Scanner) -> Finds[None]:
+    """Consume an object with a name and arguments, in any order. Raises MalformedError, EndOfTextError.
+
+    Nothing is yielded before the name is known.
+    """
+    yield from _expect(scan, "{")
+    begun, given = False, False
+    early: Any = None
+    while (char := (yield from scan.skip_space())) != "}":
+        if char == ",":
+            scan.take(1)
+            continue
+        key = yield from whole_value(scan)
+        yield from _expect(scan, ":")
+        if key in NAME_KEYS and not begun:
+            name = yield from whole_value(scan)
+            if not isinstance(name, str) or not name:
+                raise MalformedError
+            yield CallBegins(name)
+            begun = True
+            if given:
+                yield Arguments(early if isinstance(early, str) else json.dumps(early, ensure_ascii=False))
+        elif key in ARGUMENT_KEYS and not given:
+            given = True
+            if begun:
+                yield from arguments(scan)
+            else:
+                early = yield from whole_value(scan)
+        else:
+            yield from whole_value(scan)
+    scan.take(1)
+    if not begun:
+        raise MalformedError
+    if not given:
+        yield Arguments("{}")
+
+
+def or_content(scan: Scanner, calls: Finds[None], before: str = "") -> Finds[bool]:
+    """Run a parser of calls; returns whether a call began. If none did, what it consumed is content.
+
+    `before` was consumed already and belongs to the content then. Raises EndOfTextError.
+    """
+    scan.record()
+    begun = False
+    try:
+        for event in calls:
+            begun = begun or event is not None
+            yield event
+    except MalformedError:
+        if not begun:
+            yield Content(before + scan.recorded())
+    except EndOfTextError:
+        if not begun:
+            yield Content(before + scan.recorded() + scan.rest)
+        raise
+    scan.stop_recording()
+    return begun
+
+
+def call_array(scan: Scanner) -> Finds[None]:
+    """Consume a list of call objects. Raises MalformedError, EndOfTextError."""
+    yield from _expect(scan, "[")
+    while (char := (yield from scan.skip_space())) != "]":
+        if char == ",":
+            scan.take(1)
+            continue
+        yield from call_object(scan)
+    scan.take(1)
+
+
+def _expect(scan: Scanner, char: str) -> Step[None]:
+    if (yield from scan.skip_space()) != char:
+        raise MalformedError
+    scan.take(1)
