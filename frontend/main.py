@@ -24,6 +24,7 @@ from baton.frontend.http_server import build_app
 from baton.frontend.model_info import ModelInfo, load_model_info
 from baton.frontend.structured.grammars import Grammars
 from baton.frontend.tokenizer import load_tokenizer
+from baton.frontend.tools.plan import ToolServing
 from baton.proto.config import FrontendConfig
 from baton.proto.errors import UserError
 from baton.proto.supervision import Supervised, run_child
@@ -67,10 +68,11 @@ def _remove_socket(path: str) -> None:
 async def _serve(config: FrontendConfig, supervised: Supervised, listener: socket.socket) -> None:
     tokenizer = load_tokenizer(config.model)
     info = load_model_info(config.model, tokenizer)
+    tools = ToolServing(config, tokenizer)
     prompts = Prompts(tokenizer, load_chat_template(config.model, tokenizer), info)
     client = EngineClient(config)
     grammars = Grammars(tokenizer, info)
-    generator = Generator(client, prompts, grammars, info, config.max_logprobs)
+    generator = Generator(client, prompts, grammars, tools, info, config.max_logprobs)
     server = _Server(
         uvicorn.Config(
             build_app(config, client, prompts, info, generator),

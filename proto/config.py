@@ -196,6 +196,14 @@ class FrontendConfig(Config):
     """After SIGTERM running streams may finish for so long."""
     grpc: RpcConfig = RpcConfig()
     """The Inference service."""
+    enable_auto_tool_choice: bool = False
+    """Whether the model may decide by itself to call tools; needs tool_call_parser."""
+    tool_call_parser: str = ""
+    """Finds the calls in what the model writes; its name in frontend/tools/registry.py, or in the plug-in."""
+    reasoning_parser: str = ""
+    """Tells reasoning from the answer."""
+    tool_parser_plugin: str = ""
+    """Python file with parsers of the user's own."""
 
 
 class ServeConfig(Config):

@@ -11,8 +11,13 @@ from baton.frontend.detokenizer import Detokenizer
 from baton.frontend.engine_client import Output
 from baton.frontend.instructions import Finished
 from baton.frontend.tokenizer import Tokenizer
+from baton.frontend.tools.output import CallPart, OutputParser
+from baton.frontend.tools.plan import OutputPlan
 from baton.proto.lifecycle import Outcome
 from baton.proto.messages import Ledger, SamplingParams, TokenLogprobs
+
+TOOL_CALLS = "tool_calls"
+"""finish_reason of an answer that calls tools."""
 
 
 class Stopper(Protocol):
@@ -32,10 +37,19 @@ class Delta(msgspec.Struct, gc=False):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     """The stop string or the client's stop token id that ended the text."""
+    reasoning: str = ""
+    calls: list[CallPart] = []
+
+    @property
+    def brings(self) -> bool:
+        """Whether it has something for a client that does not look at tokens."""
+        return bool(self.text or self.finish_reason or self.reasoning or self.calls)
 
     def extend(self, other: "Delta") -> None:
         """Append what came next."""
         self.text += other.text
+        self.reasoning += other.reasoning
+        self.calls += other.calls
         self.token_ids += other.token_ids
         self.logprobs += other.logprobs
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
@@ -45,14 +59,23 @@ class Choice:
     """Turns one stream's tokens into deltas."""
 
     def __init__(
-        self, index: int, prompt: Prompt, params: SamplingParams, wishes: Wishes, tokenizer: Tokenizer
+        self,
+        index: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        wishes: Wishes,
+        tokenizer: Tokenizer,
+        plan: OutputPlan | None = None,
     ) -> None:
+        """`plan`: how the text of a chat answer is read; None: it is all content."""
         self.index = index
         self.prompt = prompt
         self.num_tokens = 0
         """Output tokens so far, up to and with the one that completed a stop string."""
         self.ledger = Ledger()
         """Complete once the stream has finished."""
+        self._plan = plan
+        self._parser = None if plan is None else plan.new_parser()
         self._wishes = wishes
         self._stop_ids = frozenset(params.stop_token_ids)
         self._detokenizer = Detokenizer(
@@ -70,6 +93,24 @@ class Choice:
 
     def take(self, output: Output, reader: Stopper) -> Delta:
         """What `output` adds; ends the stream at a stop string. Raises ApiError when the stream failed."""
+        delta = self._detokenise(output, reader)
+        return delta if self._parser is None else self._read(self._parser, delta)
+
+    def _read(self, parser: OutputParser, delta: Delta) -> Delta:
+        """Tell content, reasoning and calls apart."""
+        assert self._plan is not None
+        found = [parser.feed(delta.text)]
+        if delta.finish_reason is not None:
+            found.append(parser.finish())
+        delta.text = "".join(parts.content for parts in found)
+        delta.reasoning = "".join(parts.reasoning for parts in found)
+        delta.calls = [call for parts in found for call in parts.calls]
+        if delta.finish_reason == Outcome.STOP and parser.num_calls and self._plan.ends_with_calls:
+            delta.finish_reason = TOOL_CALLS
+        return delta
+
+    def _detokenise(self, output: Output, reader: Stopper) -> Delta:
+        """What `output` adds, before its text is read."""
         tokens, finished = output.tokens, output.finished
         by_token = bool(tokens) and tokens[-1] in self._stop_ids
         before = self._detokenizer.num_tokens

@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.params import Wishes
 from baton.frontend.api.responses import (
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -20,10 +21,12 @@ from baton.frontend.api.responses import (
     CompletionChoice,
     CompletionLogprobs,
     TokenLogprob,
+    ToolCall,
     TopLogprob,
     Usage,
 )
 from baton.frontend.tokenizer import Tokenizer
+from baton.frontend.tools.output import CallPart
 from baton.proto.messages import Ledger, TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0
@@ -117,7 +120,7 @@ class ChatFormat:
             choices=[
                 ChatChoice(
                     index=choice.index,
-                    message=ChatMessage(content=delta.text),
+                    message=_message(delta),
                     logprobs=self._logprobs(delta),
                     finish_reason=delta.finish_reason,
                     stop_reason=delta.stop_reason,
@@ -134,7 +137,7 @@ class ChatFormat:
     def chunks(self, choice: Choice, delta: Delta, first: bool, usage: UsageField) -> list[object]:
         piece = ChatChunkChoice(
             index=choice.index,
-            delta=ChatDelta(content=delta.text),
+            delta=_piece(delta),
             logprobs=self._logprobs(delta),
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
@@ -185,6 +188,44 @@ class ChatFormat:
         if self._tokenizer.byte_level:
             return list(self._tokenizer.token_bytes(id))
         return list(self._tokenizer.token(id).encode())
+
+
+def _message(delta: Delta) -> ChatMessage:
+    reasoning = delta.reasoning or UNSET
+    return ChatMessage(
+        content=delta.text or (None if delta.reasoning or delta.calls else ""),
+        reasoning=reasoning,
+        reasoning_content=reasoning,
+        tool_calls=_whole_calls(delta.calls) or UNSET,
+    )
+
+
+def _whole_calls(parts: list[CallPart]) -> list[ToolCall]:
+    calls: dict[int, ToolCall] = {}
+    for part in parts:
+        if part.index not in calls:
+            calls[part.index] = ToolCall(id=part.id, type="function", function=CalledFunction(part.name))
+        calls[part.index].function.arguments += part.arguments
+    return list(calls.values())
+
+
+def _piece(delta: Delta) -> ChatDelta:
+    if not (delta.reasoning or delta.calls):
+        return ChatDelta(content=delta.text)
+    reasoning = delta.reasoning or UNSET
+    return ChatDelta(
+        content=delta.text or UNSET,
+        reasoning=reasoning,
+        reasoning_content=reasoning,
+        tool_calls=[_call_piece(part) for part in delta.calls] or UNSET,
+    )
+
+
+def _call_piece(part: CallPart) -> ToolCall:
+    if not part.name:
+        return ToolCall(index=part.index, function=CalledFunction(arguments=part.arguments))
+    function = CalledFunction(part.name, part.arguments)
+    return ToolCall(index=part.index, id=part.id, type="function", function=function)
 
 
 def _finite(logprob: float) -> float:

@@ -19,6 +19,7 @@ from baton.frontend.engine_client import EngineClient, Output, OutputReader
 from baton.frontend.model_info import ModelInfo
 from baton.frontend.structured.constraint import read_constraint
 from baton.frontend.structured.grammars import Grammars
+from baton.frontend.tools.plan import OutputPlan, ToolServing
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,26 @@ class Job:
     received_s: float
     timeout_s: float = 0.0
     """Until the client's deadline; 0: none."""
+    plan: OutputPlan | None = None
+    """How the text of a chat answer is read; None: it is all content."""
 
 
 class Generator:
     """Runs requests on the cluster."""
 
     def __init__(
-        self, client: EngineClient, prompts: Prompts, grammars: Grammars, info: ModelInfo, max_logprobs: int
+        self,
+        client: EngineClient,
+        prompts: Prompts,
+        grammars: Grammars,
+        tools: ToolServing,
+        info: ModelInfo,
+        max_logprobs: int,
     ) -> None:
         self._client = client
         self._prompts = prompts
         self._grammars = grammars
+        self._tools = tools
         self._info = info
         self._max_logprobs = max_logprobs
         self.draining = False
@@ -64,22 +74,35 @@ class Generator:
         if request.stream_options is not None and not request.stream:
             raise bad_request("stream_options needs stream to be true.", "stream_options")
         wishes = read_wishes(request, self._info, self._max_logprobs)
-        if (constraint := read_constraint(request)) is not None:
-            wishes = wishes.constrained(await self._grammars.get(constraint), self._info)
-        model = request.model or self._info.names[0]
-        format: Format
+        plan = None
         if isinstance(request, ChatCompletionRequest):
             prompts = [await self._prompts.chat(request, raw)]
-            format = ChatFormat(model, wishes, self._prompts.tokenizer)
+            plan = self._tools.plan(request, raw.get("tools") or (), prompts[0].ids)
+            wishes = wishes.keeping_special_tokens() if plan and plan.keeps_special_tokens else wishes
         else:
             prompts = await self._prompts.completion(request)
-            format = CompletionFormat(model, wishes, self._prompts.tokenizer)
+        wishes = await self._constrain(wishes, request, plan)
+        format = self._format(request, wishes)
         if not 0 < len(prompts) * wishes.n <= MAX_STREAMS:
             raise bad_request(
                 f"{len(prompts)} prompts times n = {wishes.n}: must be from 1 to {MAX_STREAMS}.", "prompt"
             )
         options = request.stream_options or StreamOptions()
-        return Job(prompts, wishes, format, options, with_ledger, received_s, timeout_s)
+        return Job(prompts, wishes, format, options, with_ledger, received_s, timeout_s, plan)
+
+    async def _constrain(self, wishes: Wishes, request: GenerationRequest, plan: OutputPlan | None) -> Wishes:
+        """A tool that must be called goes before a form of the answer."""
+        constraint = plan.constraint if plan is not None else None
+        constraint = constraint or read_constraint(request)
+        if constraint is None:
+            return wishes
+        before = self._tools.before_answer(plan) if plan is not None else ""
+        return wishes.constrained(await self._grammars.get(constraint, before), self._info)
+
+    def _format(self, request: GenerationRequest, wishes: Wishes) -> Format:
+        model = request.model or self._info.names[0]
+        kind = ChatFormat if isinstance(request, ChatCompletionRequest) else CompletionFormat
+        return kind(model, wishes, self._prompts.tokenizer)
 
     async def whole(self, job: Job) -> bytes:
         """The answer as one JSON document. Raises ApiError."""
@@ -111,7 +134,7 @@ class Generator:
             base = job.wishes.for_prompt(len(prompt.ids), self._info, "prompt")
             for sample in range(job.wishes.n):
                 params = job.wishes.sample(base, sample)
-                choices.append(Choice(len(choices), prompt, params, job.wishes, self._prompts.tokenizer))
+                choices.append(Choice(len(choices), prompt, params, job.wishes, self._prompts.tokenizer, job.plan))
                 reader.submit(prompt.ids, params, prompt.hashes, job.wishes.priority, job.timeout_s)
         return choices
 
@@ -125,7 +148,7 @@ class Events:
         self._choices = choices
         self._held: dict[int, Delta] = {}
         self._begun: set[int] = set()
-        self._writer = ChunkWriter(job.format, job.stream_options, plain=not job.wishes.per_token)
+        self._writer = ChunkWriter(job.format, job.stream_options, plain=not job.wishes.per_token and job.plan is None)
         self.ended = False
         """The last event has been taken."""
 
@@ -156,7 +179,7 @@ class Events:
         if held := self._held.pop(index, None):
             held.extend(delta)
             delta = held
-        if not (delta.text or delta.finish_reason or self._job.wishes.per_token):
+        if not (delta.brings or self._job.wishes.per_token):
             self._held[index] = delta
             return b""
         first = index not in self._begun

@@ -69,6 +69,10 @@ class Wishes:
             seed=secrets.randbits(64) if self.seed is None else self.seed & _UINT64,
         )
 
+    def keeping_special_tokens(self) -> "Wishes":
+        """With special tokens in the text, for a parser that looks for them."""
+        return dataclasses.replace(self, skip_special_tokens=False)
+
     def constrained(self, grammar: str, info: ModelInfo) -> "Wishes":
         """With outputs of this grammar; the end token ends them even with ignore_eos."""
         stops = tuple(sorted({*self.sampling.stop_token_ids, *info.eos_ids}))

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 
 from baton.frontend.api.errors import ApiError, bad_request
@@ -137,6 +138,8 @@ class Prompts:
             )
         messages = _messages(request, raw)
         variables = request.chat_template_kwargs or {}
+        if request.tools:
+            variables = {"tools": raw["tools"], **variables}
         try:
             if not request.continue_final_message:
                 return self._template.render(
@@ -154,15 +157,33 @@ def _is_short_ids(prompt: Any) -> bool:
 
 
 def _messages(request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages as they came, after a look at what they contain."""
+    """The messages for the template, after a look at what they contain."""
     if not request.messages:
         raise bad_request("messages must not be empty.", "messages")
     for index, message in enumerate(request.messages):
         for part in message.content if isinstance(message.content, list) else ():
             if part.type not in ("text", "input_text") or part.text is None:
                 raise unsupported_part(index, part.type)
-    messages: list[dict[str, Any]] = raw["messages"]
-    return messages
+    return [_with_parsed_arguments(message) for message in raw["messages"]]
+
+
+def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """Clients send a call's arguments as a JSON string; templates write them down as an object."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = msgspec.json.decode(function["arguments"] or "{}")
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise bad_request(f"a tool call's arguments are not JSON: {error}", "messages") from error
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _text(message: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from baton.frontend.api.errors import bad_request
 from baton.frontend.structured.constraint import ResponseFormat, Schema, StructuredOutputs
+from baton.frontend.tools.request import Tool, ToolChoice
 
 Ids = list[int]
 
@@ -90,6 +91,10 @@ class ChatCompletionRequest(_Generation, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Annotated[ToolChoice | None, Meta(description="none, auto, required or a tool's name")] = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -103,6 +108,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
@@ -140,8 +146,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
     "return_tokens_as_token_ids": (None, False),
     "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
     "web_search_options": (None,),

@@ -68,11 +68,33 @@ class ChatLogprobs(Response):
     content: list[TokenLogprob]
 
 
+class CalledFunction(Response):
+    """Which function, with which arguments; in chunks the name comes once and the arguments in pieces."""
+
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class ToolCall(Response, kw_only=True):
+    """A call, or in chunks a piece of it."""
+
+    index: int | UnsetType = UNSET
+    """In chunks: which call."""
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: CalledFunction
+
+
 class ChatMessage(Response, kw_only=True):
     """The answer."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    """null when there is nothing but calls or reasoning."""
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    """The same, under its older name."""
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatDelta(Response):
@@ -80,6 +102,9 @@ class ChatDelta(Response):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class _ChatChoiceBase(Response, kw_only=True):

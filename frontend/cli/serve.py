@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from baton.frontend.cli import engine_args, rpc_args, sizing
+from baton.frontend.cli import engine_args, rpc_args, sizing, tool_args
 from baton.frontend.launcher import Launcher
 from baton.frontend.processes import specs
 from baton.frontend.run_dir import RunDir
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine_args.add_kv_transfer_argument(parser)
     _add_processes(parser.add_argument_group("processes"))
     _add_http(parser.add_argument_group("HTTP"))
+    tool_args.add_arguments(parser.add_argument_group("tools and reasoning"))
     rpc_args.add_arguments(parser.add_argument_group("gRPC"), port_number)
 
 
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     """Check what can be checked, start everything, keep it running; the exit code."""
     roles = worker_roles(args)
     engine_args.check_kv_transfer(args, roles)
+    tool_args.check(args)
     args.port = claim_address(args)
     directory = engine_args.resolve_model(args)
     size = sizing.read_model_size(directory, args.dtype, args.load_format)
@@ -207,6 +209,10 @@ def serve_config(
                 block_size=args.block_size,
                 shutdown_timeout_s=args.shutdown_timeout,
                 grpc=inference,
+                enable_auto_tool_choice=args.enable_auto_tool_choice,
+                tool_call_parser=args.tool_call_parser,
+                reasoning_parser=args.reasoning_parser,
+                tool_parser_plugin=str(Path(args.tool_parser_plugin).resolve()) if args.tool_parser_plugin else "",
             )
             for index in range(args.frontends)
         ),

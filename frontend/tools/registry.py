@@ -57,7 +57,7 @@ def _load_plugin(path: str) -> ModuleType:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None or not file.is_file():
-        raise UserError(f"{path} is not a Python file; --tool-parser-plugin and --reasoning-parser-plugin take one")
+        raise UserError(f"{path} is not a Python file; --tool-parser-plugin takes one")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
