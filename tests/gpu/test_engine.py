@@ -79,4 +79,4 @@ def test_constrained_streams_keep_to_their_grammar_and_leave_others_alone(model:
                 assert re.fullmatch("[a-f]{3,30}(-[0-9]{2})?", text), text
                 assert len(output) >= params[index].min_tokens
         # The products of another number of rows round differently, so a draw near an edge may differ.
-        assert sum(outputs[i] != alone[i] for i in range(0, 16, 2)) <= 1
+        assert sum(outputs[i] != alone[i] for i in range(0, 16, 2)) <= 2

@@ -11,7 +11,7 @@ import torch
 
 from baton.kernels.cuda.ops import CudaOps
 from baton.proto.messages import SamplingParams, TokenLogprobs
-from baton.worker.constraints import BITS, Masks
+from baton.worker.constraints import Masks
 from baton.worker.cuda.step_buffer import DRAW_FIELDS
 from baton.worker.philox import uniforms
 from baton.worker.plan import SlotInit
@@ -141,8 +141,9 @@ class CudaSampler(SlotParams):
 
     def _mask(self, logits: torch.Tensor, rows: np.ndarray, words: np.ndarray) -> None:
         """Ban what `words` int32 [n, ceil(vocab / 32)] do not allow in rows [n] of logits [:, vocab], in place."""
-        bits = torch.arange(BITS, dtype=torch.int32, device=self._device)
-        allowed = (self._upload(words)[:, :, None] >> bits & 1).view(len(rows), -1)[:, : logits.shape[1]]
+        bits = torch.arange(8, dtype=torch.uint8, device=self._device)
+        packed = self._upload(words.view(np.uint8))  # little-endian: byte by byte in the order of the tokens
+        allowed = (packed[:, :, None] >> bits & 1).view(len(rows), -1)[:, : logits.shape[1]]
         where = self._upload(rows)
         logits[where] = logits[where].masked_fill(allowed == 0, -torch.inf)
 

@@ -10,6 +10,7 @@ from baton.kernels.reference import TorchOps
 from baton.proto.messages import SamplingParams
 from baton.worker.attention import choose_ops
 from baton.worker.attention.model import Model
+from baton.worker.constraints import Masks
 from baton.worker.philox import philox4x32, uniforms
 from baton.worker.sampler import Sampler
 
@@ -178,3 +179,24 @@ def test_a_draw_depends_on_seed_sample_and_position_not_on_the_batch(ops: str) -
         alone.take_slot(3, kind, 2, [1, 2])
         token = alone.sample(logits[slot : slot + 1].clone(), np.array([3]), np.array([slot + 4]))[0]
         assert token[0] == expected[slot]
+
+
+@both
+def test_a_mask_bans_tokens_and_leaves_other_rows_and_logprobs_alone(ops: str) -> None:
+    sampler = Sampler(VOCAB, 3, OPS[ops])
+    for slot in range(3):
+        temperature = 1.0 if slot else 0.0
+        sampler.take_slot(slot, params(grammar="g", temperature=temperature, logprobs=1, min_tokens=9), 0, [])
+    logits = torch.randn(3, VOCAB)
+    best = logits[1].argmax().item()
+    allowed = np.zeros((2, 64), dtype=np.uint8)
+    allowed[0, 7] = allowed[1, [3, best]] = 1
+    words = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
+    masks = Masks(np.array([0, 2]), words)
+    expected = logits.log_softmax(-1)
+    tokens, logprobs = sampler.sample(logits.clone(), np.arange(3), np.zeros(3, dtype=np.int64), masks)
+    assert tokens[0] == 7
+    assert tokens[2] in (3, best)
+    for row in range(3):
+        assert logprobs[row].logprob == pytest.approx(float(expected[row, tokens[row]]), abs=1e-4)
+        assert logprobs[row].top[0][0] == int(expected[row].argmax())
