@@ -7,10 +7,12 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
 import msgspec
+from google.protobuf.message import Message
 
 from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.errors import ApiError
@@ -152,15 +154,24 @@ class Inference:
 
 def completion_fields(request: Any) -> dict[str, Any]:
     """A GenerateRequest as the fields of POST /v1/completions that it sets."""
-    raw = _present(request, ("model", "priority", "add_special_tokens"))
-    for field, value in request.sampling.ListFields():
-        if field.name == "logit_bias":
-            raw[field.name] = {str(id): bias for id, bias in value.items()}
-        else:
-            raw[field.name] = list(value) if field.is_repeated else value
+    raw = _present(request, ("model", "priority", "add_special_tokens")) | _plain(request.sampling)
     prompt = request.WhichOneof("prompt")
     raw["prompt"] = request.text if prompt == "text" else list(request.token_ids.ids)
     return raw
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would have it; fields that are not set are absent."""
+    match value:
+        case Message():
+            return {field.name: _plain(part) for field, part in value.ListFields()}
+        case Mapping():
+            return {str(key): part for key, part in value.items()}
+        case str():
+            return value
+        case Sequence():
+            return list(value)
+    return value
 
 
 def _present(request: Any, names: tuple[str, ...]) -> dict[str, Any]:

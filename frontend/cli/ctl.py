@@ -1,7 +1,6 @@
 """Look at a running deployment and change it, over the Admin service that `baton serve --admin-port` opens."""
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -197,5 +196,4 @@ def _explained(error: Any, address: str) -> str:
         return f"no Admin service at {address} ({details}): `baton serve --admin-port` opens one"
     if code == "DEADLINE_EXCEEDED":
         return f"{address} did not answer in time; --timeout gives it longer"
-    sys.stdout.flush()
     return str(details)

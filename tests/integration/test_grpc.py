@@ -155,6 +155,14 @@ def test_text_in_and_every_sampling_parameter(cluster: Cluster) -> None:
     assert "prefill-0" in pieces[-1].ledgers[0]
 
 
+def test_output_is_held_to_its_form(cluster: Cluster) -> None:
+    sampling = {"max_tokens": 40, "ignore_eos": False, "structured_outputs": {"choice": ["red", "green", "blue"]}}
+    assert "".join(piece.text for piece in cluster.generate("My hat is", sampling=sampling)) in ("red", "green", "blue")
+    error = status_of(lambda: list(cluster.generate(sampling={"structured_outputs": {"json": "{"}})))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "structured_outputs" in error.details()
+
+
 def test_a_stop_token_is_named(cluster: Cluster) -> None:
     first = cluster.tokens(sampling={"max_tokens": 1})
     pieces = list(cluster.generate(sampling={"max_tokens": 9, "stop_token_ids": first}))

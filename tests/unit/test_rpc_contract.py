@@ -7,7 +7,8 @@ import msgspec
 import pytest
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
 
-from baton.frontend.api.requests import CompletionRequest
+from baton.frontend.api.requests import CompletionRequest, read
+from baton.frontend.rpc_server import completion_fields
 from baton.proto.lifecycle import Duty, FinishReason, Role
 from baton.proto.rpc.schema import descriptor_set, schema
 from baton.scheduler_proc.instructions import EventKind
@@ -69,11 +70,46 @@ def declared(file: FileDescriptorProto) -> Iterator[tuple[str, tuple[int, ...]]]
         yield from ((f"{service.name}.{method.name}", (6, i, 2, k)) for k, method in enumerate(service.method))
 
 
+IN_THE_REQUEST = {"model", "prompt", "priority", "add_special_tokens"}
+HTTP_ALONE = {"stream", "stream_options", "user", "response_format"}
+"""How an answer is written down, and older ways to say structured_outputs, as are all that begin with guided_."""
+
+
 def test_sampling_parameters_are_those_of_the_http_api() -> None:
     over_http = {field.name for field in msgspec.structs.fields(CompletionRequest)}
-    elsewhere = {"model", "prompt", "stream", "stream_options", "priority", "add_special_tokens", "user"}
     over_grpc = {field.name for field in schema().message("SamplingParams").DESCRIPTOR.fields}
-    assert over_grpc == over_http - elsewhere
+    missing = over_http - over_grpc - IN_THE_REQUEST - HTTP_ALONE
+    assert {name for name in missing if not name.startswith("guided_")} == set()
+    assert [name for name in over_grpc if read({"prompt": "p", name: None}, CompletionRequest)[1]] == []
+
+
+def test_a_message_becomes_the_request_that_json_would() -> None:
+    fields = {
+        "text": "p",
+        "sampling": {
+            "temperature": 0.0,
+            "seed": -(2**40),
+            "stop": ["a", "b"],
+            "stop_token_ids": [3],
+            "logit_bias": {5: -1.0},
+            "skip_special_tokens": False,
+        },
+        "add_special_tokens": False,
+    }
+    raw = completion_fields(schema().message("GenerateRequest")(**fields))
+    assert raw == {
+        "prompt": "p",
+        "temperature": 0.0,
+        "seed": -(2**40),
+        "stop": ["a", "b"],
+        "stop_token_ids": [3],
+        "logit_bias": {"5": -1.0},
+        "skip_special_tokens": False,
+        "add_special_tokens": False,
+    }
+    assert completion_fields(schema().message("GenerateRequest")()) == {"prompt": []}
+    nested = schema().message("GenerateRequest")(sampling={"structured_outputs": {"json": "{}", "choice": ["x"]}})
+    assert completion_fields(nested)["structured_outputs"] == {"json": "{}", "choice": ["x"]}
 
 
 @pytest.mark.parametrize(
