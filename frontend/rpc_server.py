@@ -88,7 +88,7 @@ class Inference:
     async def generate(self, request: Any, context: Context) -> None:
         received_s = time.monotonic()
         try:
-            job = await self._prepare(request, received_s, context.time_remaining())
+            job = await self._prepare(request, received_s, _timeout_s(context))
             await self._stream(job, context)
         except ApiError as error:
             raise _failure(error) from error
@@ -120,12 +120,12 @@ class Inference:
         models = [self._messages.new("Model", id=name, root=root, max_model_len=limit) for name in self._info.names]
         return self._messages.new("ListModelsResponse", models=models)
 
-    async def _prepare(self, request: Any, received_s: float, timeout_s: float | None) -> Job:
+    async def _prepare(self, request: Any, received_s: float, timeout_s: float) -> Job:
         raw = completion_fields(request)
         wanted, unknown = read(raw, CompletionRequest)
         assert not unknown, f"inference.proto has fields that the API does not know: {unknown}"
         return await self._generator.prepare(
-            wanted, raw, with_ledger=request.ledger, received_s=received_s, timeout_s=timeout_s or 0.0
+            wanted, raw, with_ledger=request.ledger, received_s=received_s, timeout_s=timeout_s
         )
 
     async def _stream(self, job: Job, context: Context) -> None:
@@ -150,6 +150,12 @@ class Inference:
             log.warning("a client has read nothing for %.0f s: its request is aborted", self._stalled_client_s)
             text = f"nothing was read for {self._stalled_client_s:.0f} s"
             raise CallError(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
+
+
+def _timeout_s(context: Context) -> float:
+    """Until the call's deadline; 0 without one."""
+    remaining_s = context.time_remaining()
+    return 0.0 if remaining_s is None else max(remaining_s, 1e-3)
 
 
 def completion_fields(request: Any) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from baton.proto.rpc.schema import schema
 
 log = logging.getLogger(__name__)
 
+MAX_DETAILS_BYTES = 1300
+"""Of an error's text, which may quote what a client sent. It travels percent-encoded in the trailing metadata, of which
+peers take no more than 8 KiB."""
 HEALTH = "/grpc.health.v1.Health/"
 """Needs no key, as /health over HTTP."""
 
@@ -36,7 +39,7 @@ class CallError(Exception):
 
     def __init__(self, code: grpc.StatusCode, message: str, retry_after_s: float | None = None) -> None:
         """`retry_after_s` tells clients that retry by themselves how long to wait."""
-        super().__init__(message)
+        super().__init__(message.encode()[:MAX_DETAILS_BYTES].decode(errors="ignore"))
         self.code = code
         self.trailing = () if retry_after_s is None else (("grpc-retry-pushback-ms", str(round(retry_after_s * 1000))),)
 

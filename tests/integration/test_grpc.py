@@ -190,6 +190,7 @@ def test_tokens_text_and_models(cluster: Cluster) -> None:
         ({"prompt": [10**9]}, "INVALID_ARGUMENT", "vocabulary"),
         ({"prompt": [5] * 5000}, "INVALID_ARGUMENT", "maximum context length"),
         ({"model": "nobody"}, "NOT_FOUND", "nobody"),
+        ({"model": "\N{FAMILY}" * 100_000}, "NOT_FOUND", "\N{FAMILY}"),
     ],
 )
 def test_a_wrong_request_is_told_what_is_wrong(cluster: Cluster, fields: dict[str, Any], code: str, words: str) -> None:
@@ -336,10 +337,11 @@ def test_log_levels(cluster: Cluster) -> None:
     cluster.admin.SetLogLevel(m.SetLogLevelRequest(level="info"))
 
 
-def wait_healthy(channel: grpc.Channel, service: str) -> None:
+def wait_healthy(channel: grpc.Channel, service: str, wanted: int = health_pb2.HealthCheckResponse.SERVING) -> None:
+    """Or until another health."""
     request = health_pb2.HealthCheckRequest(service=service)
     watch = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=DEADLINE_S)
-    assert any(answer.status == health_pb2.HealthCheckResponse.SERVING for answer in watch)
+    assert any(answer.status == wanted for answer in watch)
     watch.cancel()
 
 
@@ -443,12 +445,15 @@ def test_tls_keys_removal_and_a_stream_that_outlives_sigterm(locked: Cluster, ce
     locked.wait_for("unified-1 was removed by an operator")
     assert "unified-1" not in ctl(locked, "workers", *secure)
 
-    request = m.GenerateRequest(text="Once", sampling=m.SamplingParams(max_tokens=400, ignore_eos=True))
-    call = locked.inference.Generate(request, metadata=[("authorization", f"Bearer {KEY}")], timeout=DEADLINE_S)
+    request = m.GenerateRequest(text="Once", sampling=m.SamplingParams(max_tokens=1500, ignore_eos=True))
+    key = [("authorization", f"Bearer {KEY}")]
+    call = locked.inference.Generate(request, metadata=key, timeout=DEADLINE_S)
     next(call)
     locked.process.terminate()
-    rest = list(call)
-    assert rest[-1].usage.completion_tokens == 400
+    wait_healthy(locked.inference_channel, "", health_pb2.HealthCheckResponse.NOT_SERVING)
+    error = status_of(lambda: list(locked.inference.Generate(request, metadata=key, timeout=DEADLINE_S)))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert list(call)[-1].usage.completion_tokens == 1500
     assert locked.wait() == 0
 
 
