@@ -35,11 +35,11 @@ _ANY = 2**31
 _NARROW = 5000
 """Fewer output features than this, in tiles of 64, would leave multiprocessors without work."""
 TILES = (
-    (16, _NARROW, Tile(16, 32, 128, 4, 5)),
     (16, _ANY, Tile(16, 32, 128, 4, 5)),
     (64, _NARROW, Tile(64, 32, 128, 4, 5)),
     (64, _ANY, Tile(64, 64, 64, 4, 6)),
     (128, _NARROW, Tile(64, 64, 128, 4, 4)),
+    (128, 8000, Tile(128, 64, 64, 4, 5)),
     (256, _NARROW, Tile(128, 64, 64, 4, 5)),
     (_ANY, _ANY, Tile(128, 128, 64, 4, 4)),
 )
