@@ -33,6 +33,7 @@ from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_
 from baton.frontend.model_info import ModelInfo
 from baton.frontend.openapi import describe, document
 from baton.frontend.routing import Endpoint, Posts, RequireKey, error_response, internal_error
+from baton.frontend.turns import Turns
 from baton.proto.config import FrontendConfig
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Api:
         self._prompts = prompts
         self._info = info
         self._generator = generator
+        self._turns = Turns()
         self._created = int(time.time())
 
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,6 +114,7 @@ class Api:
         self, kind: type[CompletionRequest] | type[ChatCompletionRequest], scope: Scope, receive: Receive, send: Send
     ) -> None:
         received_s = time.monotonic()
+        await self._turns.take()
         wanted, raw = await self._parse(kind, scope, receive)
         with_ledger = header(scope, b"x-baton-ledger") == b"1"
         job = await self._generator.prepare(wanted, raw, with_ledger=with_ledger, received_s=received_s)

@@ -23,6 +23,7 @@ from baton.proto.layout import Group, KVLayout
 from baton.proto.supervision import Supervised, run_child
 from baton.worker.backend import Backend, fill_batch
 from baton.worker.cpu_device import ThreadDevice
+from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.session import Session
 
@@ -59,7 +60,7 @@ class NoSource(Source):
     address = ""
 
     def close(self) -> None:
-        pass
+        self.grammars.close()
 
 
 class NoSink(Sink):
@@ -90,6 +91,7 @@ class InstantBackend(Backend):
         group = Group("full", 1, config.cache.block_size, 64, ("token",), (16,), "float32")
         self.layout = KVLayout("instant", (group,))
         tokens = load_tokenizer(config.model).encode(TEXT.read_text(), add_special_tokens=False)
+        self.grammars = GrammarCompiler(config.model, vocab_size=max(tokens) + 1)
         self._runner = Runner(tokens, 1 / steps_per_s if steps_per_s else 0.0)
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
@@ -102,7 +104,7 @@ class InstantBackend(Backend):
         return NoSource(), NoSink()
 
     def close(self) -> None:
-        pass
+        self.grammars.close()
 
 
 def main(config: WorkerConfig, supervised: Supervised, steps_per_s: float) -> int:
