@@ -5,7 +5,8 @@ read of the cache: `per_key` for each cached token of a decode row, `per_pair` f
 and a cached key. How hot the GPU runs and what the host adds is a factor learned from finished steps.
 
     streams running   the largest step within the target between two tokens
-    prompts queue     as many of them as would clear the queue in a few steps: a pause is a share of what others wait
+    prompts queue     as many tokens as would clear the queue in a few steps: a pause is a share of what others wait.
+                      One long prompt is no queue: it goes on at the target's pace
     nothing running   the whole token budget: there is nobody to hold up
 """
 
@@ -39,7 +40,7 @@ class StepCosts:
     def budget(self, rows: int, keys: int, start: int, backlog: int, target_s: float) -> int:
         """Tokens of a step with `rows` decode rows over `keys` cached tokens.
 
-        `backlog` prompt tokens are queued, the first of them at position `start` of its prompt.
+        The next prompt is computed from position `start`; `backlog` prompt tokens are queued behind it.
         """
         allowed_s = max(target_s, self.seconds(rows, keys) * (1 + LEAST_PREFILL))
         share = backlog / QUEUE_STEPS

@@ -121,7 +121,8 @@ class StepScheduler:
         if self._costs is None or not decoding or prompt is None:
             return self._max_tokens
         keys = sum(request.total for request in decoding)
-        budget = self._costs.budget(len(decoding), keys, prompt.scheduled, self.queued_tokens, self._target_s)
+        behind = max(0, self.queued_tokens - (prompt.total - prompt.scheduled))
+        budget = self._costs.budget(len(decoding), keys, prompt.scheduled, behind, self._target_s)
         return min(budget, self._max_tokens)
 
     def _expected_s(self, planned: list[Planned]) -> float:

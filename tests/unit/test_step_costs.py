@@ -63,3 +63,19 @@ def test_only_running_streams_make_prompts_wait() -> None:
         chunks.append([row.num_tokens for row in plan.rows])
         bench.finish()
     assert chunks == [[1, 511], [1, 489], [1, 1]]
+
+
+def test_one_long_prompt_keeps_to_the_target() -> None:
+    bench = Bench(num_blocks=1000, budget=4096, target_itl_ms=15.0, costs=costs())
+    bench.prefill(1, [1, 2, 3], max_tokens=20)
+    bench.step()
+    bench.prefill(2, list(range(4000)), max_tokens=20)
+    plan = bench.launch()
+    assert plan is not None
+    assert [row.num_tokens for row in plan.rows] == [1, 511]
+    bench.prefill(3, list(range(4000)), max_tokens=20)
+    bench.prefill(4, list(range(4000)), max_tokens=20)
+    bench.finish()
+    plan = bench.launch()
+    assert plan is not None
+    assert [row.num_tokens for row in plan.rows] == [1, 1023]
