@@ -20,7 +20,9 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -83,7 +85,7 @@ class Reader(asyncio.Protocol):
 
 def http_request(max_tokens: int, prompt_len: int, chat: bool, rng: random.Random) -> bytes:
     """A streamed request as bytes."""
-    fields = {"max_tokens": max_tokens, "stream": True, "ignore_eos": True, "temperature": 0}
+    fields: dict[str, Any] = {"max_tokens": max_tokens, "stream": True, "ignore_eos": True, "temperature": 0}
     fields["stream_options"] = {"include_usage": True}
     if chat:
         path, fields["messages"] = "/v1/chat/completions", [{"role": "user", "content": "word " * prompt_len}]
@@ -100,7 +102,7 @@ async def read_all(port: int, requests: list[bytes]) -> Load:
     """Send all requests at once and read the answers."""
     loop = asyncio.get_running_loop()
     started = time.perf_counter()
-    pairs = [await loop.create_connection(lambda r=request: Reader(r), HOST, port) for request in requests]
+    pairs = [await loop.create_connection(partial(Reader, request), HOST, port) for request in requests]
     readers = [reader for _, reader in pairs]
     await asyncio.gather(*(reader.ended for reader in readers))
     begun = max(reader.begun_at for reader in readers) - started

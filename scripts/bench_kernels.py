@@ -43,9 +43,11 @@ def _multiply(ops: Ops, inputs: list[torch.Tensor], weights: list[list[PackedWei
             ops.linear(x, weight, None)
 
 
-def _attend(ops: Ops, query: torch.Tensor, pool: torch.Tensor, *indices: torch.Tensor) -> None:
+def _attend(
+    ops: Ops, query: torch.Tensor, pool: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, tables: torch.Tensor
+) -> None:
     for layer in range(LAYERS):
-        ops.paged_attention(query, pool, layer, *indices, HEAD_DIM**-0.5)
+        ops.paged_attention(query, pool, layer, starts, lengths, tables, HEAD_DIM**-0.5)
 
 
 def products(ops: CpuOps, rounds: int) -> None:

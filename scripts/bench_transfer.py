@@ -301,7 +301,8 @@ def request(url: str, input_len: int) -> tuple[Figures, float]:
     response = connection.getresponse()
     if response.status != 200:
         raise RuntimeError(f"HTTP {response.status}: {response.read().decode(errors='replace')}")
-    first_at, ledger = 0.0, {}
+    first_at = 0.0
+    ledger: dict[str, Any] = {}
     for line in response:
         data = line.removeprefix(b"data:").strip()
         if line.startswith(b"data:") and data != b"[DONE]":

@@ -60,7 +60,7 @@ class NoSource(Source):
     address = ""
 
     def close(self) -> None:
-        self.grammars.close()
+        pass
 
 
 class NoSink(Sink):
