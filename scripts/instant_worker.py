@@ -6,7 +6,6 @@ At 0 steps per second it goes as fast as it can. The tokens are those of an Engl
 detokenising costs what it costs.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,13 +15,14 @@ from pathlib import Path
 import zmq
 
 from baton.frontend.tokenizer import load_tokenizer
-from baton.kv_transfer.contract import Pull, PullDone, Sink, Source
-from baton.kv_transfer.greeting import Greeting
+from baton.kv_transfer.contract import Sink, Source
+from baton.kv_transfer.greeting import Greeting, GreetingSource
+from baton.kv_transfer.sink import PeerSink
 from baton.proto.config import BatchConfig, WorkerConfig
 from baton.proto.layout import Group, KVLayout
 from baton.proto.supervision import Supervised, run_child
 from baton.worker.backend import Backend, fill_batch
-from baton.worker.cpu_device import ThreadDevice
+from baton.worker.device import Device
 from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.session import Session
@@ -54,34 +54,6 @@ class Runner:
         return self._tokens[index % len(self._tokens)]
 
 
-class NoSource(Source):
-    """Nobody reads from a unified worker."""
-
-    address = ""
-
-    def close(self) -> None:
-        pass
-
-
-class NoSink(Sink):
-    """It reads from nobody either."""
-
-    def __init__(self) -> None:
-        self._never = os.eventfd(0)
-
-    def start(self, pull: Pull) -> None:
-        raise NotImplementedError
-
-    def fileno(self) -> int:
-        return self._never
-
-    def completed(self) -> list[PullDone]:
-        return []
-
-    def close(self) -> None:
-        os.close(self._never)
-
-
 class InstantBackend(Backend):
     """Blocks without bytes."""
 
@@ -97,11 +69,8 @@ class InstantBackend(Backend):
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         return partial(self._runner.execute, plan)
 
-    def new_device(self) -> ThreadDevice:
-        return ThreadDevice(self._runner)
-
     def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
-        return NoSource(), NoSink()
+        return GreetingSource(path, greeting, (), memfd=-1), PeerSink(greeting, ())
 
     def close(self) -> None:
         self.grammars.close()
@@ -110,7 +79,7 @@ class InstantBackend(Backend):
 def main(config: WorkerConfig, supervised: Supervised, steps_per_s: float) -> int:
     """One incarnation, until SIGTERM."""
     backend = InstantBackend(config, steps_per_s)
-    device = backend.new_device()
+    device = Device(backend.launch)
     context = zmq.Context()
     session = Session(backend, device, context, supervised)
     session.run()

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
@@ -17,28 +16,6 @@ from baton.worker.batcher import Batcher
 from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.step_costs import StepCosts
-
-
-class Device(Protocol):
-    """Steps as the worker's loop sees them: plans go in, results come out in order, and nothing waits."""
-
-    running: tuple[int, float, float] | None
-    """(step, started, expected duration) of the step on the device; read by the heartbeat thread."""
-
-    def submit(self, plan: StepPlan) -> None:
-        """Queue a step."""
-
-    def fileno(self) -> int:
-        """Readable while `results` has something to return or raise."""
-
-    def results(self) -> list[StepResult]:
-        """Steps that ended since the last call, in order. Raises what a step raised."""
-
-    def finish(self) -> None:
-        """Wait for every submitted step and throw the results away: nobody is there to want them."""
-
-    def close(self) -> None:
-        """End after the steps that were submitted."""
 
 
 class Backend(ABC):
@@ -56,11 +33,7 @@ class Backend(ABC):
 
     @abstractmethod
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Begin a step; what is returned waits for its end. For callers without a Device."""
-
-    @abstractmethod
-    def new_device(self) -> Device:
-        """What the worker's loop submits steps to."""
+        """Begin a step; what is returned waits for its end."""
 
     @abstractmethod
     def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:

@@ -12,7 +12,6 @@ from baton.kv_transfer.transports import open_transports
 from baton.proto.config import BatchConfig, CacheConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.worker.backend import Backend, check_pool_size, fill_batch
-from baton.worker.cpu_device import ThreadDevice
 from baton.worker.kv_pool import HostPool
 from baton.worker.model_runner import ModelRunner
 from baton.worker.plan import StepPlan, StepResult
@@ -42,9 +41,6 @@ class CpuBackend(Backend):
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         """All of the step happens in the call that waits for it."""
         return functools.partial(self._runner.execute, plan)
-
-    def new_device(self) -> ThreadDevice:
-        return ThreadDevice(self._runner)
 
     def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
         transports = open_transports(self.config.kv_transfer, self._pool, path.parent)

@@ -9,6 +9,7 @@ from baton.proto.channels import LINGER_MS
 from baton.proto.config import WorkerConfig
 from baton.proto.supervision import Supervised, run_child
 from baton.worker.backend import open_backend
+from baton.worker.device import Device
 from baton.worker.session import Session
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def main(config: WorkerConfig, supervised: Supervised) -> int:
         backend.num_blocks,
         backend.num_blocks * config.cache.block_size,
     )
-    device = backend.new_device()
+    device = Device(backend.launch)
     context = zmq.Context(io_threads=1)
     try:
         again = True

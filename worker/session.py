@@ -39,7 +39,8 @@ from baton.proto.messages import (
 )
 from baton.proto.supervision import Supervised, set_log_level
 from baton.worker import effects
-from baton.worker.backend import Backend, Device
+from baton.worker.backend import Backend
+from baton.worker.device import Device
 from baton.worker.token_plane import TokenPlane
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from baton.kv_transfer.transports import open_transports
 from baton.proto.config import BatchConfig, WorkerConfig
 from baton.worker.backend import Backend, check_pool_size, fill_batch
 from baton.worker.cuda.costs import measure_costs
-from baton.worker.cuda.device import CudaDevice
 from baton.worker.cuda.memory import GpuPool, measure_pool_blocks, open_gpu
 from baton.worker.cuda.runner import CudaRunner
 from baton.worker.plan import StepPlan, StepResult
@@ -46,9 +45,6 @@ class CudaBackend(Backend):
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         return self._runner.launch(plan).wait
-
-    def new_device(self) -> CudaDevice:
-        return CudaDevice(self._runner)
 
     def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
         transports = open_transports(self.config.kv_transfer, self._pool, path.parent)
