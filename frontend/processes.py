@@ -5,17 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from baton.proto.config import FrontendConfig, SchedulerConfig, ServeConfig, WorkerConfig
+from baton.proto.config import FrontendConfig, KeeperConfig, SchedulerConfig, ServeConfig, WorkerConfig
 
-ChildConfig = SchedulerConfig | FrontendConfig | WorkerConfig
+ChildConfig = SchedulerConfig | FrontendConfig | WorkerConfig | KeeperConfig
 
 
 class StopOrder(IntEnum):
-    """Lower ones are stopped first: running streams need the workers, and workers report their end to the scheduler."""
+    """Lower ones are stopped first: running streams need the workers, workers report their end to the scheduler and end
+    with their keeper."""
 
     FRONTEND = 0
     WORKER = 1
     SCHEDULER = 2
+    KEEPER = 3
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,18 @@ def specs(config: ServeConfig) -> list[ProcessSpec]:
     scheduler = ProcessSpec(
         config.scheduler, _module("baton.scheduler_proc.main"), StopOrder.SCHEDULER, thread_environment(1)
     )
-    return [scheduler, *map(worker_spec, config.workers), *map(frontend_spec, config.frontends)]
+    keepers, workers = map(keeper_spec, config.keepers), map(worker_spec, config.workers)
+    return [scheduler, *keepers, *workers, *map(frontend_spec, config.frontends)]
 
 
 def frontend_spec(config: FrontendConfig) -> ProcessSpec:
     """One frontend."""
     return ProcessSpec(config, _module("baton.frontend.main"), StopOrder.FRONTEND, thread_environment(1))
+
+
+def keeper_spec(config: KeeperConfig) -> ProcessSpec:
+    """One keeper."""
+    return ProcessSpec(config, _module("baton.keeper.main"), StopOrder.KEEPER, thread_environment(1))
 
 
 def worker_spec(config: WorkerConfig) -> ProcessSpec:

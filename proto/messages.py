@@ -134,6 +134,8 @@ class Peer(Record):
     """ZeroMQ endpoint of the worker's ROUTER for Open and Confirm."""
     kv_endpoint: str
     """Transport address, e.g. 'shm:/run/…/decode-0.kv'."""
+    shared_pool: str = ""
+    """The keeper's pool that its blocks lie in, when it swaps them; empty: they can only be copied."""
 
 
 class Holder(Record):
@@ -541,6 +543,9 @@ class Confirm(Message):
     owner_incarnation: int
     lease: int
     holder: Holder
+    targets: tuple[int, ...] = ()
+    """Instead of a copy: these blocks of the holder's, as many as the lease has, for the lease's. The keeper's Swapped
+    says whether it came to that."""
 
 
 class Settled(Message):
@@ -568,6 +573,111 @@ class Gone(Message):
     lease: int
 
 
+# ----------------------------------------------------------------------------------------------- worker and keeper
+
+
+class Memory(Record):
+    """Device memory that a keeper has allocated."""
+
+    num_bytes: int
+    handle: bytes
+    """What maps it in another process."""
+    ready: bool
+    """Whether it holds what its key says."""
+
+
+class TakeTurn(Message):
+    """W→K, the first message of a process: it wants to load and measure with no other doing so. Answered by Turn once
+    it is its turn and every earlier process of the same name is gone."""
+
+    worker: str
+    pid: int
+
+
+class Turn(Message):
+    """K→W: nobody else loads or measures until this process says EndTurn, or dies."""
+
+    pid: int
+    """The keeper's: when it ends, its memory has no master any more."""
+    shared_pool: str
+    """Names the pool for this life of the keeper."""
+    memories: dict[str, Memory]
+    notes: dict[str, bytes]
+
+
+class Allocate(Message):
+    """W→K, in its turn: memory under a new key. What is not Filled when the turn ends is freed. Answered by
+    Allocated."""
+
+    key: str
+    num_bytes: int
+    num_blocks: int = 0
+    """Above 0: it is the pool of KV blocks, to be divided among the workers; it needs no filling."""
+
+
+class Allocated(Message):
+    """K→W: here it is, or why not."""
+
+    memory: Memory | None
+    error: str = ""
+
+
+class Filled(Message):
+    """W→K: the memory under this key holds what it should."""
+
+    key: str
+
+
+class Note(Message):
+    """W→K: something small that later processes need not find out again."""
+
+    key: str
+    data: bytes
+
+
+class EndTurn(Message):
+    """W→K: the next one may load."""
+
+
+class Join(Message):
+    """W→K: a new incarnation of the worker begins; whatever the one before had asked for is void. Answered by Share."""
+
+    incarnation: int
+
+
+class Share(Message):
+    """K→W: the blocks that this worker owns, int32 in an extra frame."""
+
+
+class Swap(Message):
+    """P→K: a lease was confirmed against targets. Answered by Swapped, to both sides."""
+
+    owner_incarnation: int
+    lease: int
+    holder_incarnation: int
+    give: tuple[int, ...]
+    """The owner's blocks, which the holder gets."""
+    take: tuple[int, ...]
+    """The holder's, which the owner gets."""
+
+
+class Withdraw(Message):
+    """D→K: the holder wants its targets back. Answered by a Swapped that says no, unless one that says yes has been
+    sent before."""
+
+    owner_incarnation: int
+    lease: int
+
+
+class Swapped(Message):
+    """K→P and D: whether the blocks of this lease have changed hands. Until it comes, both sides keep their own away
+    from everything else."""
+
+    owner_incarnation: int
+    lease: int
+    done: bool
+
+
 # --------------------------------------------------------------------------------------------------- who reads what
 
 ToScheduler = (
@@ -591,3 +701,5 @@ ToWorker = WhoAreYou | Welcome | Fenced | StartPrefill | StartDecode | CancelCom
 ToWorkerFromFrontend = CancelStream
 ToOwner = Open | Confirm
 ToHolder = Settled | Ok | Gone
+ToKeeper = TakeTurn | Allocate | Filled | Note | EndTurn | Join | Swap | Withdraw
+FromKeeper = Turn | Allocated | Share | Swapped

@@ -13,6 +13,8 @@ tokens are found when the result arrives, and what a step in flight still comput
 keeps its blocks from transfers until that step has passed.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from baton.kv_transfer.contract import PullDone
@@ -43,6 +45,7 @@ from baton.proto.messages import (
     Sid,
     StartDecode,
     StartPrefill,
+    Swapped,
     TokenLogprobs,
     Welcome,
 )
@@ -54,25 +57,26 @@ from baton.worker.pulls import Pulls
 from baton.worker.request import RemoteKV, Request, State
 from baton.worker.step_costs import StepCosts
 from baton.worker.step_scheduler import Planned, StepScheduler
+from baton.worker.swaps import Swaps
 from baton.worker.tombstones import Tombstones
 
 PREFILL, DECODE = "prefill", "decode"
 
 Command = StartPrefill | StartDecode | CancelCommand
-Event = Welcome | Command | CancelStream | Open | Confirm | Settled | Ok | Gone | PullDone | Compiled
+Event = Welcome | Command | CancelStream | Open | Confirm | Settled | Ok | Gone | Swapped | PullDone | Compiled
 
 
 class Batcher:
     """All streams of one worker incarnation.
 
-    `me` is this worker's own address, `num_blocks` the size of the pool; `max_model_len` bounds a sequence, and `costs`
+    `me` is this worker's own address, `blocks` are those that it owns; `max_model_len` bounds a sequence, and `costs`
     are those of this device's steps, where they are known.
     """
 
     def __init__(
         self,
         me: Peer,
-        num_blocks: int,
+        blocks: Sequence[int],
         max_model_len: int,
         cache: CacheConfig,
         batch: BatchConfig,
@@ -82,13 +86,16 @@ class Batcher:
     ) -> None:
         self.me = me
         self.outbox: list[Effect] = []
-        self.pool = BlockPool(num_blocks, cache.enable_prefix_caching)
+        self.pool = BlockPool(blocks, cache.enable_prefix_caching)
         self.leases = Leases(lease)
         self._block_size = cache.block_size
-        self._max_model_len = min(max_model_len, num_blocks * cache.block_size)
+        self._max_model_len = min(max_model_len, len(blocks) * cache.block_size)
         self._early_bind_tokens = early_bind_tokens
         self._steps = StepScheduler(self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs)
-        self._pulls = Pulls(self.pool, cache.block_size, lease, self.outbox, self._kv_ready, self._forget)
+        self._swaps = Swaps(self.pool, self.outbox)
+        self._pulls = Pulls(
+            me, self.pool, self._swaps, cache.block_size, lease, self.outbox, self._kv_ready, self._forget
+        )
         self._gate = GrammarGate(self.outbox)
         self._requests: dict[tuple[Sid, str], Request] = {}
         self._leased: dict[int, Request] = {}
@@ -120,6 +127,9 @@ class Batcher:
                 self._pulls.ok(self._lease_key(event), now)
             case Gone():
                 self._pulls.gone(self._lease_key(event))
+            case Swapped():
+                if not self._swaps.swapped(event):
+                    self._pulls.swapped(event, now)
             case PullDone():
                 self._pulls.pull_done(event, now)
             case Compiled():
@@ -308,8 +318,13 @@ class Batcher:
         gone = self._as_owner(event)
         answer, consumed = (gone, None) if gone else self.leases.confirm(event.lease, event.holder, now)
         self.outbox.append(ToHolder(event.holder, answer))
-        if consumed is not None:
-            self._over(self._leased.pop(consumed.id), ended=True)
+        if consumed is None:
+            return
+        request = self._leased.pop(consumed.id)
+        if event.targets:
+            self._swaps.give(request.blocks, event)
+            request.blocks = []
+        self._over(request, ended=True)
 
     def tick(self, now: float) -> None:
         """Sweep what the clock ends: leases, renewals, tombstones."""

@@ -15,7 +15,9 @@ from baton.proto.messages import (
     Peer,
     Settled,
     Sid,
+    Swap,
     TokenLogprobs,
+    Withdraw,
 )
 
 
@@ -40,6 +42,13 @@ class ToHolder:
 
     holder: Holder
     message: Settled | Ok | Gone
+
+
+@dataclass(slots=True, frozen=True)
+class ToKeeper:
+    """Send to the keeper of the pool."""
+
+    message: Swap | Withdraw
 
 
 @dataclass(slots=True, frozen=True)
@@ -73,4 +82,4 @@ class Compiled:
     error: str = ""
 
 
-Effect = ToScheduler | ToOwner | ToHolder | Emit | Pull | Compile
+Effect = ToScheduler | ToOwner | ToHolder | ToKeeper | Emit | Pull | Compile

@@ -8,6 +8,8 @@ A request takes all its blocks at once, prefix hits included: if waiting request
 room that the first of them waits for.
 
 Blocks that a pull may still write are given back only when the transport says PullDone, whatever became of the request.
+
+Where both workers' blocks lie in one pool nothing is pulled: the Confirm offers our blocks for the owner's (swaps.py).
 """
 
 from collections import deque
@@ -17,10 +19,11 @@ from dataclasses import dataclass
 from baton.kv_transfer.contract import Pull, PullDone
 from baton.proto.config import LeaseConfig
 from baton.proto.lifecycle import Stage
-from baton.proto.messages import Confirm, Ended, FirstRows, Open
+from baton.proto.messages import Confirm, Ended, FirstRows, Open, Peer, Swapped
 from baton.worker.block_pool import BlockPool
 from baton.worker.effects import Effect, ToOwner, ToScheduler
 from baton.worker.request import RemoteKV, Request, State
+from baton.worker.swaps import Swaps
 
 
 @dataclass(slots=True)
@@ -36,14 +39,18 @@ class Pulls:
 
     def __init__(
         self,
+        me: Peer,
         pool: BlockPool,
+        swaps: Swaps,
         block_size: int,
         config: LeaseConfig,
         outbox: list[Effect],
         ready: Callable[[Request], None],
         failed: Callable[[Request], None],
     ) -> None:
+        self._me = me
         self._pool = pool
+        self._swaps = swaps
         self._block_size = block_size
         self._config = config
         self._outbox = outbox
@@ -100,10 +107,35 @@ class Pulls:
             self._advance(request, now)
 
     def ok(self, key: tuple[int, int], now: float) -> None:
-        """The owner confirmed: the copy is ours and true."""
+        """The owner confirmed: the copy is ours and true, or the keeper will say whose the blocks are."""
         request = self._by_lease.get(key)
         if request is None or _remote(request).confirm_sent_at is None:
             return
+        if _remote(request).offered:
+            _remote(request).heard_at = now
+        else:
+            self._arrived(key, request, now)
+
+    def swapped(self, event: Swapped, now: float) -> None:
+        """The keeper's word on blocks that were offered for the owner's."""
+        key = event.owner_incarnation, event.lease
+        request = self._by_lease.get(key)
+        if request is None or not _remote(request).offered:
+            if event.done:
+                raise AssertionError(f"blocks of lease {event.lease} were swapped, but not for any of ours")
+            return
+        remote = _remote(request)
+        remote.offered = False
+        if not event.done:
+            self._fail(request, "its blocks were not swapped")
+            return
+        self._pool.exchange(request.blocks, remote.source)
+        request.blocks = list(remote.source)
+        request.ledger.transport = "local"
+        request.ledger.moved_blocks = len(request.blocks)
+        self._arrived(key, request, now)
+
+    def _arrived(self, key: tuple[int, int], request: Request, now: float) -> None:
         del self._by_lease[key]
         remote = _remote(request)
         request.ledger.stages[Stage.CONFIRMED] = now
@@ -140,7 +172,12 @@ class Pulls:
     def cancel(self, request: Request) -> None:
         """Forget the request; blocks under a running transfer follow when it ends."""
         remote = _remote(request)
-        self._by_lease.pop((remote.owner.incarnation, remote.lease), None)
+        key = remote.owner.incarnation, remote.lease
+        self._by_lease.pop(key, None)
+        if remote.offered:
+            self._swaps.withdraw(key, request.blocks, remote.source)
+            request.blocks = []
+            return
         if request in self._unreserved:
             self._unreserved.remove(request)
         orphan = Orphan(request.blocks, set(remote.pulling))
@@ -173,7 +210,7 @@ class Pulls:
         remote = _remote(request)
         done = remote.first_rows is not None and remote.settled >= remote.total
         readable = -(-remote.total // self._block_size) if done else remote.settled // self._block_size
-        if readable > remote.asked_blocks:
+        if readable > remote.asked_blocks and not self._shares_pool(remote):
             self._pull(request, remote.asked_blocks, readable, now)
         if done and not remote.pulling and remote.confirm_sent_at is None:
             request.ledger.stages[Stage.PULLED] = now
@@ -198,7 +235,14 @@ class Pulls:
     def _confirm(self, request: Request, now: float) -> None:
         remote = _remote(request)
         remote.confirm_sent_at = now
-        self._outbox.append(ToOwner(remote.owner, Confirm(remote.owner.incarnation, remote.lease, remote.holder)))
+        remote.offered = self._shares_pool(remote)
+        targets = tuple(request.blocks) if remote.offered else ()
+        confirm = Confirm(remote.owner.incarnation, remote.lease, remote.holder, targets)
+        self._outbox.append(ToOwner(remote.owner, confirm))
+
+    def _shares_pool(self, remote: RemoteKV) -> bool:
+        """Whether blocks of ours can be swapped for the owner's."""
+        return bool(self._me.shared_pool) and remote.owner.shared_pool == self._me.shared_pool
 
     def _fail(self, request: Request, reason: str) -> None:
         self.cancel(request)

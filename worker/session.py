@@ -64,11 +64,13 @@ class Session:
         stem = Path(config.run_dir) / f"{config.name}-{self._incarnation:014x}"
         self._poller = zmq.Poller()
         self._me_bytes = identity(config.name, self._incarnation)
-        greeting = Greeting(backend.layout, config.name, self._incarnation, backend.num_blocks)
+        greeting = Greeting(backend.layout, config.name, self._incarnation, backend.pool_blocks)
         self._source, self._sink = backend.open_transport(stem.with_suffix(".kv"), greeting)
         self._peers: Router[ToOwner] = Router(context, f"ipc://{stem}.peer", ToOwner)
         self._peer_path = stem.with_suffix(".peer")
-        self._me = Peer(config.name, self._incarnation, self._peers.endpoint, self._source.address)
+        self._me = Peer(
+            config.name, self._incarnation, self._peers.endpoint, self._source.address, backend.blocks.shared_pool
+        )
         self._scheduler: Dealer[ToWorker] = Dealer(context, config.scheduler, self._me_bytes, ToWorker)
         self._owners: dict[str, Dealer[ToHolder]] = {}
         self._tokens = TokenPlane(context, self._poller, config.name, self._incarnation)
@@ -81,7 +83,7 @@ class Session:
         self._load_at = 0.0
         self._holdings_at = 0.0
         self._load_due = True
-        loop_sources = (device, self._sink, backend.grammars, supervised.stop_fd)
+        loop_sources = (device, self._sink, backend.grammars, supervised.stop_fd, *backend.blocks.sources)
         for source in (self._peers.socket, self._scheduler.socket, *loop_sources):
             self._poller.register(source, zmq.POLLIN)
         self._beats = Heartbeat(context, config.scheduler, self._beat)
@@ -140,6 +142,8 @@ class Session:
         for owner in self._owners.values():
             for answer, _frames in owner.drain():
                 self._batcher.handle(answer, (), now)
+        for swapped in self._backend.blocks.drain():
+            self._batcher.handle(swapped, (), now)
         for cancel in self._tokens.cancels():
             self._batcher.handle(cancel, (), now)
         for done in self._sink.completed():
@@ -174,6 +178,8 @@ class Session:
                 case effects.ToHolder():
                     # A holder that is gone asks again, or its lease expires.
                     self._peers.send(identity(effect.holder.worker, effect.holder.incarnation), effect.message)
+                case effects.ToKeeper():
+                    self._backend.blocks.send(effect.message)
                 case Pull():
                     self._sink.start(effect)
                 case effects.Compile():

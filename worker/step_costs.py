@@ -13,6 +13,8 @@ and a cached key. How hot the GPU runs and what the host adds is a factor learne
 from bisect import bisect_left
 from collections.abc import Sequence
 
+import msgspec
+
 QUEUE_STEPS = 6
 """The queued prompts may take so many steps at least, however long those become."""
 LEAST_PREFILL = 0.25
@@ -29,6 +31,15 @@ class StepCosts:
         self.per_key, self.per_pair = per_key, per_pair
         self.factor = 1.0
         self._sizes = [tokens for tokens, _ in self.table]
+
+    def encode(self) -> bytes:
+        """What was measured, for another process."""
+        return msgspec.json.encode((self.table, self.per_key, self.per_pair))
+
+    @classmethod
+    def decode(cls, data: bytes) -> "StepCosts":
+        """Inverse of encode."""
+        return cls(*msgspec.json.decode(data, type=tuple[list[tuple[int, float]], float, float]))
 
     def seconds(self, tokens: int, keys: int = 0, pairs: int = 0) -> float:
         """Of a step of so many tokens, whose decode rows read `keys` tokens and whose chunks make `pairs`."""

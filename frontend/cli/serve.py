@@ -2,15 +2,13 @@
 
 import argparse
 import asyncio
-import dataclasses
 import errno
 import logging
 import socket
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from baton.frontend.cli import engine_args, rpc_args, sizing, tool_args
+from baton.frontend.cli import engine_args, rpc_args, sharing, sizing, tool_args
 from baton.frontend.launcher import Launcher
 from baton.frontend.processes import specs
 from baton.frontend.run_dir import RunDir
@@ -117,7 +115,6 @@ def run(args: argparse.Namespace) -> int:
         log.log(plan.note_level, plan.note)
     with RunDir(*([args.uds] if args.uds else [])) as run_dir:
         config = serve_config(args, directory, plan, roles, run_dir)
-        _say_who_shares(config.workers)
         log.info("more workers can join: baton worker --role ROLE --scheduler %s MODEL", config.scheduler.endpoint)
         launcher = Launcher(specs(config), run_dir.path, lambda took: _announce(args, took), config.shutdown_timeout_s)
         return asyncio.run(launcher.run())
@@ -182,8 +179,26 @@ def serve_config(
     scheduler = run_dir.endpoint("scheduler")
     private = str(run_dir.path)
     model = engine_args.model_config(args, directory, plan.max_model_len)
-    places = engine_args.place_on_gpus(args, roles)
+    gpus = engine_args.gpus_of(args, len(roles))
     inference, admin = rpc_args.configs(args, claim_port)
+    workers = tuple(
+        WorkerConfig(
+            name=f"{role}-{roles[:index].count(role)}",
+            role=role,
+            model=model,
+            cache=engine_args.cache_config(args, plan.pool_bytes),
+            batch=engine_args.batch_config(args),
+            device=args.device,
+            gpu=gpus[index],
+            kv_transfer=args.kv_transfer,
+            attention_backend=args.attention_backend,
+            threads=args.threads or 0,
+            scheduler=scheduler,
+            run_dir=private,
+        )
+        for index, role in enumerate(roles)
+    )
+    workers, keepers = sharing.share(workers, run_dir)
     return ServeConfig(
         scheduler=SchedulerConfig(
             endpoint=scheduler,
@@ -216,33 +231,11 @@ def serve_config(
             )
             for index in range(args.frontends)
         ),
-        workers=tuple(
-            WorkerConfig(
-                name=f"{role}-{roles[:index].count(role)}",
-                role=role,
-                model=model,
-                cache=engine_args.cache_config(args, plan.pool_bytes),
-                batch=engine_args.batch_config(args),
-                device=args.device,
-                **dataclasses.asdict(places[index]),
-                kv_transfer=args.kv_transfer,
-                attention_backend=args.attention_backend,
-                threads=args.threads or 0,
-                scheduler=scheduler,
-                run_dir=private,
-            )
-            for index, role in enumerate(roles)
-        ),
+        workers=workers,
+        keepers=keepers,
         run_dir=private,
         shutdown_timeout_s=args.shutdown_timeout,
     )
-
-
-def _say_who_shares(workers: Sequence[WorkerConfig]) -> None:
-    """Which workers divide a GPU's memory, and how."""
-    for gpu in dict.fromkeys(worker.gpu for worker in workers if worker.gpu_workers > 1):
-        parts = ", ".join(f"{worker.name} {worker.gpu_kv_share:.0%}" for worker in workers if worker.gpu == gpu)
-        log.info("GPU %d is shared; of the memory for KV blocks get: %s", gpu, parts)
 
 
 def _announce(args: argparse.Namespace, took_s: float) -> None:

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             cache=engine_args.cache_config(args, plan.pool_bytes),
             batch=engine_args.batch_config(args),
             device=args.device,
-            gpu=engine_args.place_on_gpus(args, [args.role])[0].gpu,
+            gpu=engine_args.gpus_of(args, 1)[0],
             kv_transfer=args.kv_transfer,
             attention_backend=args.attention_backend,
             threads=args.threads or 0,

@@ -44,7 +44,7 @@ class Bench:
         self.token_of = token_of
         self.batcher = Batcher(
             self.me,
-            num_blocks,
+            range(num_blocks),
             max_model_len=4096,
             cache=CacheConfig(block_size=BLOCK, num_blocks=num_blocks, enable_prefix_caching=caching),
             batch=BatchConfig(budget, max_num_seqs, target_itl_ms, depth=depth),
