@@ -61,7 +61,9 @@ class LoadedModel:
             key = placement.arena_key(self.model, fingerprint)
             arena, ready = shared.open(key, placement.arena_bytes(self.model))
             placement.place_in(self.model, arena)
-            if not ready:
+            if ready:
+                log.info("found the weights in the keeper's memory")
+            else:
                 self._fill(config, directory, device)
                 shared.filled(key)
         self.model.pack()
