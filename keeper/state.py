@@ -158,6 +158,13 @@ class Keeper:
 
     def _swap(self, message: Swap) -> list[Instruction]:
         assert self.shares is not None
-        swapped = Swapped(message.owner_incarnation, message.lease, self.shares.swap(message))
-        sides = [self.shares.worker(message.owner_incarnation), self.shares.worker(message.holder_incarnation)]
-        return [Send(sender, swapped) for sender, worker in self._workers.items() if worker in sides]
+        done = self.shares.swap(message)
+        got = {
+            self.shares.worker(message.owner_incarnation): message.take if done else (),
+            self.shares.worker(message.holder_incarnation): message.give if done else (),
+        }
+        return [
+            Send(sender, Swapped(message.owner_incarnation, message.lease, done, got[worker]))
+            for sender, worker in self._workers.items()
+            if worker in got
+        ]

@@ -423,7 +423,8 @@ class Load(Message):
 
 
 class Progress(Message):
-    """P→S: part of a long prompt has settled and may be read; asks for early binding. Not for continue_decode."""
+    """P→S: part of a long prompt has settled and may be read, or all of it is being computed by now; asks for early
+    binding. Not for continue_decode."""
 
     sid: Sid
     attempt: int
@@ -544,8 +545,8 @@ class Confirm(Message):
     lease: int
     holder: Holder
     targets: tuple[int, ...] = ()
-    """Instead of a copy: these blocks of the holder's, as many as the lease has, for the lease's. The keeper's Swapped
-    says whether it came to that."""
+    """Instead of a copy: these blocks of the holder's, as many as the lease will have, for the lease's. It may come
+    before the last of them has settled; the keeper's Swapped says whether it came to that."""
 
 
 class Settled(Message):
@@ -560,10 +561,12 @@ class Settled(Message):
 
 
 class Ok(Message):
-    """P→D: what you copied was valid, and is yours."""
+    """P→D: what you copied was valid, and is yours; or the keeper has been asked to swap."""
 
     holder: Holder
     lease: int
+    first_rows: FirstRows | None = None
+    """For a holder whose targets came before the last block had settled: the Settled with them may be lost."""
 
 
 class Gone(Message):
@@ -676,6 +679,8 @@ class Swapped(Message):
     owner_incarnation: int
     lease: int
     done: bool
+    blocks: tuple[int, ...] = ()
+    """What the receiver has got."""
 
 
 # --------------------------------------------------------------------------------------------------- who reads what

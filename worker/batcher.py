@@ -124,7 +124,7 @@ class Batcher:
                 key = self._lease_key(event)
                 self._pulls.settled(key, event.num_tokens, event.blocks, event.first_rows, now)
             case Ok():
-                self._pulls.ok(self._lease_key(event), now)
+                self._pulls.ok(self._lease_key(event), event.first_rows, now)
             case Gone():
                 self._pulls.gone(self._lease_key(event))
             case Swapped():
@@ -316,13 +316,17 @@ class Batcher:
 
     def _confirm(self, event: Confirm, now: float) -> None:
         gone = self._as_owner(event)
-        answer, consumed = (gone, None) if gone else self.leases.confirm(event.lease, event.holder, now)
+        answer, consumed = (gone, None) if gone else self.leases.confirm(event.lease, event.holder, now, event.targets)
         self.outbox.append(ToHolder(event.holder, answer))
-        if consumed is None:
-            return
-        request = self._leased.pop(consumed.id)
-        if event.targets:
-            self._swaps.give(request.blocks, event)
+        if consumed is not None:
+            self._consumed(consumed, event.targets)
+
+    def _consumed(self, lease: Lease, targets: tuple[int, ...]) -> None:
+        """The holder has a copy of the blocks, or is to have them for its targets."""
+        request = self._leased.pop(lease.id)
+        if targets:
+            assert lease.holder is not None
+            self._swaps.give((self.me.incarnation, lease.id), request.blocks, lease.holder, targets)
             request.blocks = []
         self._over(request, ended=True)
 
@@ -342,7 +346,13 @@ class Batcher:
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None when `depth` are in flight or nothing can run."""
-        return self._steps.schedule(now)
+        plan = self._steps.schedule(now)
+        if plan is not None:
+            for item in self._steps.planned_last:
+                lease = item.request.lease
+                if item.samples and self._binds_early(item.request) and lease is not None and lease.holder is None:
+                    self._report_progress(item.request, now)  # its reader can make room while the last chunk runs
+        return plan
 
     def complete(self, result: StepResult, now: float) -> None:
         """Take in the oldest step's result."""
@@ -370,8 +380,11 @@ class Batcher:
         self._publish(request)
         if not item.decodes:
             request.computed += item.end - item.start
-        if request.hands_over and not item.samples and len(request.tokens) >= self._early_bind_tokens:
+        if not item.samples and self._binds_early(request):
             self._report_progress(request, now)
+
+    def _binds_early(self, request: Request) -> bool:
+        return request.hands_over and len(request.tokens) >= self._early_bind_tokens
 
     def _publish(self, request: Request) -> None:
         full = request.settled // self._block_size
@@ -478,6 +491,10 @@ class Batcher:
         if lease.holder is not None:
             self.outbox.append(ToHolder(lease.holder, self.leases.settled_message(lease, lease.holder)))
         self.outbox.append(ToScheduler(_prefill_done(lease)))
+        if lease.targets and lease.holder is not None:
+            _, consumed = self.leases.confirm(lease.id, lease.holder, now)
+            assert consumed is lease
+            self._consumed(lease, lease.targets)
 
     def holdings(self) -> tuple[Holding, ...]:
         """Every stream that this worker keeps something for."""

@@ -9,7 +9,8 @@ room that the first of them waits for.
 
 Blocks that a pull may still write are given back only when the transport says PullDone, whatever became of the request.
 
-Where both workers' blocks lie in one pool nothing is pulled: the Confirm offers our blocks for the owner's (swaps.py).
+Where both workers' blocks lie in one pool nothing is pulled: the Confirm goes out as soon as blocks are reserved and
+offers them for the owner's (swaps.py). The leg is ready once Swapped and the first rows are here, in any order.
 """
 
 from collections import deque
@@ -106,15 +107,18 @@ class Pulls:
         if request not in self._unreserved:
             self._advance(request, now)
 
-    def ok(self, key: tuple[int, int], now: float) -> None:
+    def ok(self, key: tuple[int, int], rows: FirstRows | None, now: float) -> None:
         """The owner confirmed: the copy is ours and true, or the keeper will say whose the blocks are."""
         request = self._by_lease.get(key)
         if request is None or _remote(request).confirm_sent_at is None:
             return
-        if _remote(request).offered:
-            _remote(request).heard_at = now
-        else:
+        remote = _remote(request)
+        remote.heard_at = now
+        if not self._shares_pool(remote):
             self._arrived(key, request, now)
+        elif rows is not None:
+            remote.settled, remote.first_rows = remote.total, rows
+            self._advance(request, now)
 
     def swapped(self, event: Swapped, now: float) -> None:
         """The keeper's word on blocks that were offered for the owner's."""
@@ -129,11 +133,13 @@ class Pulls:
         if not event.done:
             self._fail(request, "its blocks were not swapped")
             return
-        self._pool.exchange(request.blocks, remote.source)
-        request.blocks = list(remote.source)
+        self._pool.exchange(request.blocks, event.blocks)
+        request.blocks = list(event.blocks)
+        remote.swapped, remote.heard_at = True, now
         request.ledger.transport = "local"
         request.ledger.moved_blocks = len(request.blocks)
-        self._arrived(key, request, now)
+        request.ledger.stages[Stage.PULLED] = now
+        self._advance(request, now)
 
     def _arrived(self, key: tuple[int, int], request: Request, now: float) -> None:
         del self._by_lease[key]
@@ -175,7 +181,7 @@ class Pulls:
         key = remote.owner.incarnation, remote.lease
         self._by_lease.pop(key, None)
         if remote.offered:
-            self._swaps.withdraw(key, request.blocks, remote.source)
+            self._swaps.withdraw(key, request.blocks)
             request.blocks = []
             return
         if request in self._unreserved:
@@ -209,8 +215,15 @@ class Pulls:
         """Pull what has settled and was not asked for; confirm when all is here."""
         remote = _remote(request)
         done = remote.first_rows is not None and remote.settled >= remote.total
+        if remote.swapped and done:
+            self._arrived((remote.owner.incarnation, remote.lease), request, now)
+            return
+        if self._shares_pool(remote):
+            if remote.confirm_sent_at is None:
+                self._confirm(request, now)
+            return
         readable = -(-remote.total // self._block_size) if done else remote.settled // self._block_size
-        if readable > remote.asked_blocks and not self._shares_pool(remote):
+        if readable > remote.asked_blocks:
             self._pull(request, remote.asked_blocks, readable, now)
         if done and not remote.pulling and remote.confirm_sent_at is None:
             request.ledger.stages[Stage.PULLED] = now
@@ -235,7 +248,7 @@ class Pulls:
     def _confirm(self, request: Request, now: float) -> None:
         remote = _remote(request)
         remote.confirm_sent_at = now
-        remote.offered = self._shares_pool(remote)
+        remote.offered = self._shares_pool(remote) and not remote.swapped
         targets = tuple(request.blocks) if remote.offered else ()
         confirm = Confirm(remote.owner.incarnation, remote.lease, remote.holder, targets)
         self._outbox.append(ToOwner(remote.owner, confirm))

@@ -48,6 +48,8 @@ class RemoteKV:
     confirm_sent_at: float | None = None
     offered: bool = False
     """Whether our blocks may have been swapped for the owner's by now."""
+    swapped: bool = False
+    """Whether they have been."""
 
 
 @dataclass(slots=True, eq=False)

@@ -198,7 +198,7 @@ def serve_config(
         )
         for index, role in enumerate(roles)
     )
-    workers, keepers = sharing.share(workers, run_dir)
+    workers, keepers = sharing.share(workers, run_dir.endpoint)
     return ServeConfig(
         scheduler=SchedulerConfig(
             endpoint=scheduler,

@@ -1,11 +1,10 @@
 """Which workers share the memory of a device, and the keepers that have it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from baton.frontend.run_dir import RunDir
 from baton.proto.config import KeeperConfig, WorkerConfig
 from baton.proto.lifecycle import Role
 
@@ -16,17 +15,18 @@ _KV_PARTS = {Role.PREFILL: 1, Role.DECODE: 3, Role.UNIFIED: 3}
 
 
 def share(
-    workers: Sequence[WorkerConfig], run_dir: RunDir
+    workers: Sequence[WorkerConfig], endpoint: Callable[[str], str]
 ) -> tuple[tuple[WorkerConfig, ...], tuple[KeeperConfig, ...]]:
-    """The same workers, with a keeper wherever several use one GPU, or were asked to hand over blocks in place."""
+    """The same workers, with a keeper wherever several use one GPU, or were asked to hand over blocks in place.
+
+    `endpoint` gives a process its ZeroMQ endpoint.
+    """
     shared = list(workers)
     keepers: list[KeeperConfig] = []
     for indices in _groups(workers):
         group = [workers[index] for index in indices]
         name = f"keeper-{len(keepers)}"
-        keepers.append(
-            KeeperConfig(name, run_dir.endpoint(name), _parts(group), device=group[0].device, gpu=group[0].gpu)
-        )
+        keepers.append(KeeperConfig(name, endpoint(name), _parts(group), device=group[0].device, gpu=group[0].gpu))
         for index in indices:
             shared[index] = msgspec.structs.replace(
                 workers[index], keeper=keepers[-1].endpoint, keeper_workers=len(group)

@@ -142,7 +142,7 @@ def test_a_machine_without_a_gpu_is_told_what_cuda_needs(model: Path) -> None:
         (["serve", "demo", "--max-waiting", "0"], "expected a whole number above 0, got '0'"),
         (["serve", "demo", "--shutdown-timeout", "soon"], "expected seconds from 0, for example 2.5, got 'soon'"),
         (["serve", "demo", "--kv-transfer", "pigeon"], "argument --kv-transfer: invalid choice: 'pigeon'"),
-        (["serve", "demo", "--kv-transfer", "local"], "needs --unified workers alone"),
+        (["serve", "demo", "--kv-transfer", "local"], "add --no-enable-prefix-caching"),
         (["serve", "demo", "--kv-transfer", "nccl"], "--device cpu has no --kv-transfer nccl, only shm, tcp, gloo"),
         (["serve", "demo", "--device", "cuda", "--kv-transfer", "shm"], "only cuda_ipc, tcp, nccl, gloo"),
         (["worker", "demo"], "--role and --scheduler are needed"),

@@ -18,7 +18,7 @@ def audit_blocks(batcher: Batcher) -> None:
     for orphan in {id(orphan): orphan for orphan in batcher._pulls._orphans.values()}.values():
         owners.update(orphan.blocks)
     for limbo in batcher._swaps._limbo.values():
-        owners.update(limbo.ours)
+        owners.update(limbo)
     idle = [*pool._free, *pool._cached, *(block for _, block in pool._fenced)]
     assert len(idle) == len(set(idle)), f"blocks are free twice: {[b for b, n in Counter(idle).items() if n > 1]}"
     for block in pool._references:
@@ -37,7 +37,7 @@ def audit_shares(batchers: list[Batcher]) -> None:
     """No block is in use by two workers. What is in limbo is used by nobody, and may be another's by now."""
     users: Counter[int] = Counter()
     for batcher in batchers:
-        limbo = {block for limbo in batcher._swaps._limbo.values() for block in limbo.ours}
+        limbo = {block for limbo in batcher._swaps._limbo.values() for block in limbo}
         offered = {b for r in batcher._pulls._by_lease.values() if r.remote and r.remote.offered for b in r.blocks}
         users.update(set(batcher.pool._references) - limbo - offered)
     assert not [b for b, n in users.items() if n > 1], f"in use twice: {[b for b, n in users.items() if n > 1]}"
