@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from baton.proto import mps
 from baton.proto.config import FrontendConfig, KeeperConfig, SchedulerConfig, ServeConfig, WorkerConfig
 
 ChildConfig = SchedulerConfig | FrontendConfig | WorkerConfig | KeeperConfig
@@ -30,6 +31,8 @@ class ProcessSpec:
     stop_order: StopOrder
     environment: Mapping[str, str] = field(default_factory=dict)
     """Set on top of the launcher's own."""
+    mps_dir: str = ""
+    """Of the MPS daemon that has to let go of the process before it may be killed."""
 
     @property
     def name(self) -> str:
@@ -53,13 +56,16 @@ def frontend_spec(config: FrontendConfig) -> ProcessSpec:
 
 def keeper_spec(config: KeeperConfig) -> ProcessSpec:
     """One keeper."""
-    return ProcessSpec(config, _module("baton.keeper.main"), StopOrder.KEEPER, thread_environment(1))
+    environment = thread_environment(1) | (mps.environment(config.mps_dir) if config.mps_dir else {})
+    return ProcessSpec(config, _module("baton.keeper.main"), StopOrder.KEEPER, environment)
 
 
 def worker_spec(config: WorkerConfig) -> ProcessSpec:
     """One worker."""
-    threads = config.threads or cpu_count()
-    return ProcessSpec(config, _module("baton.worker.main"), StopOrder.WORKER, thread_environment(threads))
+    environment = thread_environment(config.threads or cpu_count())
+    if config.mps_dir:
+        environment |= mps.environment(config.mps_dir, config.mps_percentage)
+    return ProcessSpec(config, _module("baton.worker.main"), StopOrder.WORKER, environment, config.mps_dir)
 
 
 def _module(name: str) -> tuple[str, ...]:

@@ -6,9 +6,11 @@ next one.
 
 import logging
 import os
+from contextlib import nullcontext
 
 import zmq
 
+from baton.keeper.mps_daemon import MpsDaemon
 from baton.keeper.state import Allocator, Instruction, Keeper, Send, Watch
 from baton.proto.channels import LINGER_MS, Router
 from baton.proto.config import KeeperConfig
@@ -68,16 +70,17 @@ class Loop:
 
 def main(config: KeeperConfig, supervised: Supervised) -> int:
     """The whole life of the process."""
-    allocator = _allocator(config)
-    context = zmq.Context()
-    router: Router = Router(context, config.endpoint, ToKeeper)
-    loop = Loop(Keeper(allocator, config.parts), router, supervised.stop_fd)
-    try:
-        supervised.ready()
-        loop.run()
-    finally:
-        loop.close()
-        context.destroy(linger=LINGER_MS)
+    with MpsDaemon(config.mps_dir) if config.mps_dir else nullcontext():
+        allocator = _allocator(config)
+        context = zmq.Context()
+        router: Router = Router(context, config.endpoint, ToKeeper)
+        loop = Loop(Keeper(allocator, config.parts), router, supervised.stop_fd)
+        try:
+            supervised.ready()
+            loop.run()
+        finally:
+            loop.close()
+            context.destroy(linger=LINGER_MS)
     return 0
 
 

@@ -107,6 +107,10 @@ class WorkerConfig(Config):
     """ZeroMQ endpoint of the keeper whose memory this worker uses; empty: it has its own."""
     keeper_workers: int = 1
     """Workers that use it, this one included."""
+    mps_dir: str = ""
+    """Directory of the MPS daemon whose client it is; empty: processes take turns on the GPU."""
+    mps_percentage: int = 100
+    """Of the multiprocessors that it may use then."""
     run_dir: str = ""
     """0700 directory for this worker's sockets."""
     early_bind_tokens: int = 512
@@ -126,6 +130,8 @@ class KeeperConfig(Config):
     """cpu | cuda."""
     gpu: int = 0
     """Index of the GPU among those that are visible."""
+    mps_dir: str = ""
+    """Directory of the MPS daemon to run; empty: none."""
 
 
 class RpcConfig(Config):

@@ -53,6 +53,16 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
         metavar="F",
         help="HTTP processes on the same port; one streams about 30,000 tokens per second",
     )
+    group.add_argument(
+        "--mps", action="store_true", help="workers on one GPU run at the same time, through NVIDIA's MPS, not in turns"
+    )
+    group.add_argument(
+        "--mps-prefill-percentage",
+        type=percentage,
+        default=60,
+        metavar="P",
+        help="of the GPU's multiprocessors that prefill workers may use with --mps",
+    )
     group.add_argument("--placement", default="least_loaded", choices=("least_loaded", "round_robin"))
     group.add_argument(
         "--max-waiting", type=engine_args.positive, default=4096, help="queued requests; one more is answered with 429"
@@ -87,6 +97,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def percentage(text: str) -> int:
+    """1 to 100."""
+    value = engine_args.positive(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"expected a percentage up to 100, got {text!r}")
+    return value
+
+
 def root_path(text: str) -> str:
     """A prefix with a slash before it and none after; empty for the root itself."""
     inner = text.strip("/")
@@ -105,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
     """Check what can be checked, start everything, keep it running; the exit code."""
     roles = worker_roles(args)
     engine_args.check_kv_transfer(args, roles)
+    sharing.check(args, len(roles))
     tool_args.check(args)
     args.port = claim_address(args)
     directory = engine_args.resolve_model(args)
@@ -199,6 +218,8 @@ def serve_config(
         for index, role in enumerate(roles)
     )
     workers, keepers = sharing.share(workers, run_dir.endpoint)
+    if args.mps:
+        workers, keepers = sharing.with_mps(workers, keepers, run_dir.path, args.mps_prefill_percentage)
     return ServeConfig(
         scheduler=SchedulerConfig(
             endpoint=scheduler,

@@ -1,17 +1,52 @@
 """Which workers share the memory of a device, and the keepers that have it."""
 
+import argparse
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 
+from baton.frontend.cli.engine_args import gpus_of
+from baton.proto import mps
 from baton.proto.config import KeeperConfig, WorkerConfig
+from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 
 log = logging.getLogger(__name__)
 
 _KV_PARTS = {Role.PREFILL: 1, Role.DECODE: 3, Role.UNIFIED: 3}
 """How workers on one GPU divide what is left for KV blocks: a prefill worker keeps a prompt's until they are taken."""
+
+
+def check(args: argparse.Namespace, num_workers: int) -> None:
+    """Raises UserError when what was asked for workers on one GPU can't be."""
+    if not args.mps:
+        return
+    gpus = gpus_of(args, num_workers)
+    if args.device != "cuda" or len(set(gpus)) == len(gpus):
+        raise UserError("--mps is for workers that share a GPU: add --device cuda --gpus 0, or leave it out")
+    if not mps.available():
+        raise UserError(f"--mps needs {mps.CONTROL}, which comes with NVIDIA's driver and is not in PATH here")
+
+
+def with_mps(
+    workers: Sequence[WorkerConfig], keepers: Sequence[KeeperConfig], run_dir: Path, prefill_percentage: int
+) -> tuple[tuple[WorkerConfig, ...], tuple[KeeperConfig, ...]]:
+    """The same, as clients of an MPS daemon for each keeper."""
+    directories = {keeper.endpoint: str(run_dir / f"{keeper.name}.mps") for keeper in keepers}
+    percentage = {Role.PREFILL: prefill_percentage}
+    return (
+        tuple(
+            msgspec.structs.replace(
+                worker,
+                mps_dir=directories.get(worker.keeper, ""),
+                mps_percentage=percentage.get(Role(worker.role), 100),
+            )
+            for worker in workers
+        ),
+        tuple(msgspec.structs.replace(keeper, mps_dir=directories[keeper.endpoint]) for keeper in keepers),
+    )
 
 
 def share(

@@ -17,6 +17,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from support.deployment import Deployment  # noqa: E402
+from support.kills import kill_in_place  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -123,3 +124,13 @@ def test_streams_outlive_a_killed_worker(model: tuple[Any, Path], victim: str) -
         deployment.wait_idle()
     for prompt, output in zip(prompts, outputs, strict=True):
         check(reference, prompt, output)
+
+
+@pytest.mark.timeout(400)
+def test_kills_lose_no_request_and_change_no_token(smollm2: Path, request: pytest.FixtureRequest) -> None:
+    """20 by `--kills 20`."""
+    prompts = [[random.randrange(100, 40000) for _ in range(random.randrange(1, 600))] for _ in range(24)]
+    flags = ("--prefill", "2", "--decode", "2", *SPLIT[4:], "--num-blocks", "2000", "--max-num-seqs", "64", NO_CACHE)
+    with Deployment(*flags, model=str(smollm2)) as deployment:
+        workers = ["decode-0", "prefill-0", "decode-1", "prefill-1"]
+        kill_in_place(deployment, workers, prompts, request.config.getoption("--kills"))

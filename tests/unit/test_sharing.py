@@ -1,11 +1,13 @@
 """Which workers share a device's memory."""
 
+import argparse
 from pathlib import Path
 
 import pytest
 
 from baton.frontend.cli import sharing
 from baton.proto.config import CacheConfig, KeeperConfig, ModelConfig, WorkerConfig
+from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 
 P, D, U = Role.PREFILL, Role.DECODE, Role.UNIFIED
@@ -41,3 +43,19 @@ def test_on_cpu_workers_share_only_when_asked_to() -> None:
     assert assigned == [("ipc://keeper-0", 2)] * 2
     assert keeper.device == "cpu"
     assert share(worker("u", U, **local), worker("v", U, **local))[1] == ()  # type: ignore[arg-type]
+
+
+def test_mps_without_its_daemon_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    args = argparse.Namespace(mps=True, device="cuda", gpus=(0,))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="--mps needs nvidia-cuda-mps-control"):
+        sharing.check(args, 2)
+    with pytest.raises(UserError, match="--mps is for workers that share a GPU"):
+        sharing.check(args, 1)
+
+
+def test_with_mps_prefill_workers_have_a_part_of_the_gpu(tmp_path: Path) -> None:
+    workers, keepers = sharing.share((worker("p", P), worker("d", D)), "ipc://{}".format)
+    (prefill, decode), (keeper,) = sharing.with_mps(workers, keepers, tmp_path, 60)
+    assert prefill.mps_dir == decode.mps_dir == keeper.mps_dir == str(tmp_path / "keeper-0.mps")
+    assert (prefill.mps_percentage, decode.mps_percentage) == (60, 100)
