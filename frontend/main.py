@@ -20,6 +20,7 @@ from baton.frontend.api.generation import Generator
 from baton.frontend.api.prompts import Prompts
 from baton.frontend.chat_template import load_chat_template
 from baton.frontend.engine_client import EngineClient
+from baton.frontend.http_protocol import protocol_factory
 from baton.frontend.http_server import build_app
 from baton.frontend.model_info import ModelInfo, load_model_info
 from baton.frontend.structured.grammars import Grammars
@@ -76,7 +77,11 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
     server = _Server(
         uvicorn.Config(
             build_app(config, client, prompts, info, generator),
-            http="httptools",
+            http=protocol_factory(config),
+            ssl_keyfile=config.tls.keyfile or None,
+            ssl_certfile=config.tls.certfile or None,
+            ssl_ca_certs=config.tls.ca_certs or None,
+            ssl_cert_reqs=config.tls.cert_reqs,
             ws="none",
             lifespan="off",
             log_config=None,
