@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from baton.frontend.api.errors import ApiError, http_error
+from baton.frontend.api.errors import ApiError, bad_request, http_error
 from baton.frontend.http_io import BrokenAnswerError, Receive, Scope, Send, header
 from baton.proto.keys import Keyring, bearer_key
 
@@ -44,6 +44,8 @@ class Posts:
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             pass
+        except RecursionError:  # what JSON's parser still takes can be too deep for what looks through it
+            await error_response(bad_request("the request is nested too deeply"))(scope, receive, send)
         except BrokenAnswerError:
             raise  # the server logs it and closes the connection
         except Exception:
