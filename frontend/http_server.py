@@ -33,7 +33,7 @@ from baton.frontend.cors import allow_origins
 from baton.frontend.engine_client import EngineClient
 from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_disconnect, header
 from baton.frontend.model_info import ModelInfo
-from baton.frontend.openapi import describe, document
+from baton.frontend.openapi import describe, describe_plain, document
 from baton.frontend.routing import Endpoint, Posts, RequireKey, error_response, internal_error, note_ignored
 from baton.frontend.turns import Turns
 from baton.proto.config import FrontendConfig
@@ -155,9 +155,11 @@ def build_app(
     app.add_exception_handler(Exception, _on_exception)
     app.add_api_route("/v1/models", api.models, openapi_extra=describe(None, responses.ModelList))
     app.add_api_route("/v1/models/{name:path}", api.model, openapi_extra=describe(None, responses.ModelCard))
-    for plain in (api.health, api.ready, api.version, api.metrics):
-        app.add_api_route(f"/{plain.__name__}", plain)
-        app.add_api_route(f"/{plain.__name__}", plain, methods=["HEAD"], include_in_schema=False)
+    plain = {api.health: None, api.ready: None, api.version: "application/json", api.metrics: "text/plain"}
+    for endpoint, media_type in plain.items():
+        path, extra = f"/{endpoint.__name__}", describe_plain(media_type)
+        app.add_api_route(path, endpoint, response_class=Response, openapi_extra=extra)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     posts: dict[str, tuple[Endpoint, type, type]] = {
         "/v1/completions": (api.completions, CompletionRequest, responses.Completion),
         "/v1/chat/completions": (api.chat_completions, ChatCompletionRequest, responses.ChatCompletion),
