@@ -373,6 +373,8 @@ class StartDecode(Message):
     first_rows: FirstRows | None
     """None while the prefill is still running: Settled brings it."""
     priority: int = 0
+    reported_at: float = 0.0
+    """When PrefillDone reached the scheduler, on its CLOCK_MONOTONIC; 0 while the prefill is still running."""
 
 
 class Configure(Message):

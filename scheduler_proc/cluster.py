@@ -269,7 +269,7 @@ class Cluster:
         stream = self._prefilling(worker, report)
         if stream is None:
             return
-        stream.handoff = Handoff(report.lease, report.num_tokens, report.blocks, report.first_rows)
+        stream.handoff = Handoff(report.lease, report.num_tokens, report.blocks, report.first_rows, now)
         if stream.decode is None:
             stream.enter(State.HANDOFF, now)
             self._bind(stream, now)

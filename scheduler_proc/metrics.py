@@ -4,11 +4,9 @@ Gauges and token counters come from workers' Loads, request metrics from the led
 Every series exists, as 0, from the moment its worker joins; a worker's gauges end when it leaves, its counters stay.
 """
 
-from itertools import pairwise
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from baton.proto.lifecycle import Outcome, Role, Stage
+from baton.proto.lifecycle import HANDOFF_PARTS, Outcome, Role, Stage, handoff_parts
 from baton.proto.messages import Close, Load, Retry
 from baton.scheduler_proc.instructions import LoadReport, WorkerJoined, WorkerLeft
 
@@ -18,7 +16,6 @@ SCHEDULER_LABELS = ("scheduler", "scheduler")
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TPOT_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
-HANDOFF_STAGES = (Stage.SAMPLED, Stage.BOUND, Stage.PULL_ISSUED, Stage.PULLED, Stage.CONFIRMED, Stage.STEPPED)
 
 GAUGES = {
     "baton_requests_running": "Streams in the running set of a worker",
@@ -115,7 +112,7 @@ class Metrics:
             for name in DECODE_SPANS:
                 self._spans[name].labels(*labels)
             self._tpot.labels(*labels)
-            for stage in HANDOFF_STAGES[1:]:
+            for stage in HANDOFF_PARTS:
                 self._handoff_stages.labels(stage.value, *labels)
 
     def _load(self, event: LoadReport) -> None:
@@ -149,10 +146,8 @@ class Metrics:
         decoding = _between(ledger.stages, Stage.FIRST_TOKEN, Stage.FINISHED)
         if decoding is not None and close.output_tokens > 1:
             self._tpot.labels(*labels).observe(decoding / (close.output_tokens - 1))
-        if all(stage in ledger.stages for stage in HANDOFF_STAGES):
-            for start, end in pairwise(HANDOFF_STAGES):
-                seconds = max(ledger.stages[end] - ledger.stages[start], 0.0)
-                self._handoff_stages.labels(end.value, *labels).observe(seconds)
+        for stage, seconds in handoff_parts(ledger.stages).items():
+            self._handoff_stages.labels(stage.value, *labels).observe(seconds)
 
 
 def _between(stages: dict[str, float], start: Stage, end: Stage) -> float | None:

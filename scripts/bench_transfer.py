@@ -10,7 +10,6 @@ handoff.
 import argparse
 import ctypes
 import http.client
-import itertools
 import json
 import random
 import statistics
@@ -33,12 +32,12 @@ from baton.kv_transfer.contract import Pool, Pull
 from baton.kv_transfer.greeting import Greeting, GreetingSource, greet
 from baton.kv_transfer.transports import open_transports
 from baton.proto.layout import Group, KVLayout
+from baton.proto.lifecycle import HANDOFF_PARTS, handoff_parts
 from baton.proto.messages import Peer
 from baton.proto.supervision import die_with_parent
 from baton.worker.kv_pool import HostPool
 
 GIB = 2**30
-STAGES = ("sampled", "bound", "pull_issued", "pulled", "confirmed", "stepped")
 NOBODY = Peer("owner", 1, "", "")
 
 Figures = dict[str, Any]
@@ -268,15 +267,12 @@ def handoff(args: argparse.Namespace) -> Figures:
         "transport": ledgers[0]["transport"],
         "moved MiB": ledgers[0]["moved_bytes"] / 2**20,
         "first token sampled to client, ms": spread(receipts),
-        "sampled to stepped, ms": spread([between(ledger, "sampled", "stepped") for ledger in ledgers]),
     }
-    for begin, end in itertools.pairwise(STAGES):
-        figures[f"{begin} to {end}, ms"] = spread([between(ledger, begin, end) for ledger in ledgers])
+    parts = [handoff_parts(ledger["stages"]) for ledger in ledgers]
+    figures["sampled to stepped, ms"] = spread([sum(each.values()) * 1e3 for each in parts])
+    for stage in HANDOFF_PARTS:
+        figures[f"of it up to {stage}, ms"] = spread([each[stage] * 1e3 for each in parts])
     return figures
-
-
-def between(ledger: Figures, begin: str, end: str) -> float:
-    return (ledger["stages"][end] - ledger["stages"][begin]) * 1e3
 
 
 def spread(values: list[float]) -> dict[str, float]:
