@@ -14,7 +14,9 @@ from enum import StrEnum
 
 
 class Stage(StrEnum):
-    """Moments of a request, as seconds on CLOCK_MONOTONIC (one clock for all processes of a host).
+    """Moments of a request, as seconds on the CLOCK_MONOTONIC of the scheduler's host.
+
+    Processes of a host have one clock; workers on other hosts translate (worker/clock.py).
 
     A ledger holds at most one time per stage: the latest attempt's.
     """

@@ -64,7 +64,7 @@ def test_unequal_layouts_are_named_once_and_make_no_path(bench: Bench) -> None:
     bench.frontend()
     bench.worker("prefill-0", fingerprint="a")
     bench.worker("decode-0", fingerprint="b")
-    assert "differ" in bench.sent(ClusterStatus)[-1].reason
+    assert "fingerprint" in bench.sent(ClusterStatus)[-1].reason
     errors = [i.text for i in bench.instructions if isinstance(i, Log) and "can't exchange KV" in i.text]
     assert errors == ["decode-0 and prefill-0 can't exchange KV: model fingerprint b against a"]
 
