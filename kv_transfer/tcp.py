@@ -49,10 +49,13 @@ class TcpTransport(Transport):
     def __init__(self, pool: Pool, folder: Path, network: Network) -> None:
         """`folder` is private to this user. Bulk bytes get ZeroMQ threads of their own, beside those of `network`."""
         self._pool = pool
+        self._folder = folder
         self._network = network.beside(io_threads=CONNECTIONS)
-        self._server = TcpServer(pool, folder, self._network)
+        self._server: TcpServer | None = None
 
     def offer(self) -> TcpOffer:
+        if self._server is None:
+            self._server = TcpServer(self._pool, self._folder, self._network)
         return TcpOffer(self._server.addresses)
 
     def obstacle(self, offer: msgspec.Raw) -> str:
@@ -63,7 +66,8 @@ class TcpTransport(Transport):
         return FetchLink(self._pool, TcpReceiver(self._pool, self._network, addresses))
 
     def close(self) -> None:
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         # Waits until no frame refers to the pool's memory any more.
         self._network.close()
 

@@ -7,6 +7,7 @@ at, and the process stays alive.
 An identity is `name:incarnation`, so that a restarted peer is another peer. Who may connect is network.py's business.
 """
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,14 @@ class _Channel(Generic[M]):
             self._refusals.close()
         self.socket.close(linger_ms)
 
+    @contextlib.contextmanager
+    def _or_closed(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close(0)
+            raise
+
     def _receive(self) -> Iterator[list[zmq.Frame]]:
         """Parts of all messages that have arrived."""
         if self._refusals is not None:
@@ -90,7 +99,8 @@ class Dealer(_Channel[M]):
         self.socket.setsockopt(zmq.IDENTITY, me)
         self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        self.endpoint = network.connect(self.socket, address)
+        with self._or_closed():
+            self.endpoint = network.connect(self.socket, address)
         self._backlog: deque[list[Any]] = deque()
 
     def send(self, message: Message, *frames: Frame) -> None:
@@ -124,7 +134,8 @@ class Router(_Channel[M]):
     def __init__(self, network: Network, address: str, reads: Any) -> None:
         super().__init__(network, zmq.ROUTER, reads)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.address = network.bind(self.socket, address)
+        with self._or_closed():
+            self.address = network.bind(self.socket, address)
         """For peers: proto/address.py."""
 
     def send(self, peer: bytes, message: Message, *frames: Frame) -> bool:
