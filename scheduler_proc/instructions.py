@@ -89,6 +89,7 @@ class EventKind(StrEnum):
     NOT_READY = "NOT_READY"
     REQUEST_RETRIED = "REQUEST_RETRIED"
     REQUEST_CANCELLED = "REQUEST_CANCELLED"
+    LINK_CHANGED = "LINK_CHANGED"
 
 
 @dataclass(slots=True, frozen=True)

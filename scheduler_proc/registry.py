@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from baton.proto.address import crosses_hosts
 from baton.proto.lifecycle import Duty, Role
-from baton.proto.messages import FrontendHello, Load, Settings, Sid, WorkerHello, WorkerStatus
+from baton.proto.messages import FrontendHello, KVLink, Load, Settings, Sid, WorkerHello, WorkerStatus
 
 PREFILL_BACKLOG_STEPS = 4
 """Steps' worth of prompt tokens that a worker may have before it: enough to stay busy, few enough to place late."""
@@ -69,6 +69,8 @@ class Worker:
     """With a leg here."""
     holdings: dict[tuple[Sid, int], str] = field(default_factory=dict)
     """(sid, attempt) -> leg, as last reported."""
+    links: tuple[KVLink, ...] = ()
+    """How it reads the KV of others, as last reported."""
     settings: Settings = field(default_factory=Settings)
     """What it should be; orders.py sees to it."""
     obeys: bool = True
@@ -147,6 +149,7 @@ class Worker:
     def take_load(self, load: Load) -> None:
         """Believe a report; promises that it has seen are part of it."""
         self.load = load
+        self.links = self.links if load.links is None else load.links
         self.promises.settle(load.last_cmd_seq)
 
     def status(self) -> WorkerStatus:

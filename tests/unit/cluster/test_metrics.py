@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from baton.proto.messages import Close, Ledger, Load, Retry
+from baton.proto.messages import Close, KVLink, Ledger, Load, Retry
 from baton.scheduler_proc.instructions import LoadReport, WorkerJoined, WorkerLeft
 from baton.scheduler_proc.metrics import Metrics
 
@@ -91,6 +91,23 @@ def test_close_is_counted_by_outcome_and_timed_by_its_ledger(metrics: Metrics) -
     assert value(metrics, "baton_handoff_seconds_sum", worker="decode-0") == pytest.approx(0.1)
     assert value(metrics, "baton_decode_seconds_sum") == pytest.approx(0.91)
     assert value(metrics, "baton_tpot_seconds_sum") == pytest.approx(0.1)
+
+
+def test_links_and_moved_bytes_are_counted_by_transport(metrics: Metrics, idle: Load) -> None:
+    assert value(metrics, "baton_kv_links", worker="decode-0", transport="shm") == 0
+    assert value(metrics, "baton_kv_moved_bytes_total", worker="decode-0", transport="shm") == 0
+    two = (KVLink("prefill-0", "shm"), KVLink("prefill-1", "", "it does not answer"))
+    metrics.observe(LoadReport("decode-0", 1, "decode", msgspec.structs.replace(idle, links=two)))
+    metrics.observe(LoadReport("decode-0", 1, "decode", idle))
+    assert value(metrics, "baton_kv_links", worker="decode-0", transport="shm") == 1
+    assert value(metrics, "baton_kv_links", worker="decode-0", transport="none") == 1
+    metrics.observe(LoadReport("decode-0", 1, "decode", msgspec.structs.replace(idle, links=())))
+    assert value(metrics, "baton_kv_links") == 0
+    ledger = Ledger(prefill_worker="prefill-0", decode_worker="decode-0", transport="tcp", moved_bytes=100)
+    metrics.observe(Close((1, 1), 1, "stop", 64, 11, ledger))
+    assert value(metrics, "baton_kv_moved_bytes_total", transport="tcp", worker="decode-0") == 100
+    metrics.observe(WorkerLeft("decode-0", "decode"))
+    assert not [labels for name, labels, _ in samples(metrics) if name == "baton_kv_links"]
 
 
 def test_the_stages_of_a_handoff_add_up_to_it(metrics: Metrics) -> None:
