@@ -15,6 +15,7 @@ from baton.keeper.state import Allocator, Instruction, Keeper, Send, Watch
 from baton.proto.channels import LINGER_MS, Router
 from baton.proto.config import KeeperConfig
 from baton.proto.messages import ToKeeper
+from baton.proto.network import Network
 from baton.proto.supervision import Supervised, run_child
 
 log = logging.getLogger(__name__)
@@ -72,15 +73,15 @@ def main(config: KeeperConfig, supervised: Supervised) -> int:
     """The whole life of the process."""
     with MpsDaemon(config.mps_dir) if config.mps_dir else nullcontext():
         allocator = _allocator(config)
-        context = zmq.Context()
-        router: Router = Router(context, config.endpoint, ToKeeper)
+        network = Network()  # this host only
+        router: Router = Router(network, config.endpoint, ToKeeper)
         loop = Loop(Keeper(allocator, config.parts), router, supervised.stop_fd)
         try:
             supervised.ready()
             loop.run()
         finally:
             loop.close()
-            context.destroy(linger=LINGER_MS)
+            network.close(LINGER_MS)
     return 0
 
 

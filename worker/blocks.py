@@ -30,6 +30,7 @@ from baton.proto.messages import (
     Turn,
     Withdraw,
 )
+from baton.proto.network import Network
 
 POOL = "kv"
 """The pool's key among a keeper's memories."""
@@ -78,9 +79,9 @@ class SharedBlocks(Blocks):
 
     def __init__(self, config: WorkerConfig) -> None:
         self._worker = config.name
-        self._context = zmq.Context()
+        self._network = Network()  # this host only
         me = identity(config.name, int.from_bytes(os.urandom(7), "big"))
-        self._channel: Dealer[FromKeeper] = Dealer(self._context, config.keeper, me, FromKeeper)
+        self._channel: Dealer[FromKeeper] = Dealer(self._network, config.keeper, me, FromKeeper)
         # Blocks that a prefix cache keeps are not given away, and other transports were not asked to.
         self._swaps = not config.cache.enable_prefix_caching and config.kv_transfer in ("auto", "local")
         self._pidfd = -1
@@ -141,7 +142,7 @@ class SharedBlocks(Blocks):
         """Let go of the connection, not of what the keeper holds."""
         self._channel.close()
         os.close(self._pidfd)
-        self._context.destroy(linger=LINGER_MS)
+        self._network.close(LINGER_MS)
 
     @property
     def _known(self) -> Turn:
