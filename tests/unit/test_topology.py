@@ -14,7 +14,8 @@ from baton.proto.layout import KVLayout
 from baton.proto.network import Network
 
 POOL = Pool(address=0, num_blocks=1, block_bytes=64)
-SHM, TCP = ShmTransport(POOL), TcpTransport(POOL, Path(), Network())
+NETWORK = Network()
+SHM, TCP = ShmTransport(POOL), TcpTransport(POOL, Path(), NETWORK)
 
 
 def owner(*names: str) -> Greeting:
