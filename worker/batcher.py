@@ -33,6 +33,7 @@ from baton.proto.messages import (
     Gone,
     Holder,
     Holding,
+    KVLink,
     Ledger,
     Load,
     Ok,
@@ -497,6 +498,10 @@ class Batcher:
             _, consumed = self.leases.confirm(lease.id, lease.holder, now)
             assert consumed is lease
             self._consumed(lease, lease.targets)
+
+    def links(self) -> tuple[KVLink, ...]:
+        """Workers that blocks come from without a transport."""
+        return tuple(KVLink(owner, "local") for owner in sorted(self._pulls.swapped_with))
 
     def holdings(self) -> tuple[Holding, ...]:
         """Every stream that this worker keeps something for."""

@@ -63,6 +63,8 @@ class Pulls:
         self._orphans: dict[int, Orphan] = {}  # transfer -> what it may still write
         self._next_transfer = 1
         self.pulled_tokens = 0
+        self.swapped_with: set[str] = set()
+        """Workers whose blocks are taken in exchange."""
 
     def __len__(self) -> int:
         return len(self._by_lease)
@@ -136,6 +138,7 @@ class Pulls:
         self._pool.exchange(request.blocks, event.blocks)
         request.blocks = list(event.blocks)
         remote.swapped, remote.heard_at = True, now
+        self.swapped_with.add(remote.owner.worker)
         request.ledger.transport = "local"
         request.ledger.moved_blocks = len(request.blocks)
         request.ledger.stages[Stage.PULLED] = now

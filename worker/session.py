@@ -222,7 +222,9 @@ class Session:
         if with_holdings or (self._load_due and now - self._load_at >= LOAD_INTERVAL_S):
             load = self._batcher.load(with_holdings)
             if with_holdings:
-                load = msgspec.structs.replace(load, settings=self._settings, links=self._sink.links())
+                load = msgspec.structs.replace(
+                    load, settings=self._settings, links=(*self._sink.links(), *self._batcher.links())
+                )
             self._scheduler.send(load)
             self._load_at, self._load_due = now, False
             if with_holdings:

@@ -144,6 +144,10 @@ def test_a_machine_without_a_gpu_is_told_what_cuda_needs(model: Path) -> None:
         (["serve", "demo", "--shutdown-timeout", "soon"], "expected seconds from 0, for example 2.5, got 'soon'"),
         (["serve", "demo", "--kv-transfer", "pigeon"], "argument --kv-transfer: invalid choice: 'pigeon'"),
         (["serve", "demo", "--kv-transfer", "local"], "add --no-enable-prefix-caching"),
+        (
+            ["worker", "demo", *["--role", "decode", "--scheduler", "ipc:///s", "--kv-transfer", "local"], NO_CACHE],
+            "one that joins has a pool of its own",
+        ),
         (["serve", "demo", "--mps"], "--mps is for workers that share a GPU"),
         (["serve", "demo", "--mps-prefill-percentage", "101"], "expected a percentage up to 100, got '101'"),
         (["serve", "demo", "--kv-transfer", "nccl"], "--device cpu has no --kv-transfer nccl, only shm, tcp, gloo"),

@@ -1,5 +1,7 @@
 """Who owns which block, who may load, and what becomes of it when a worker dies."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -177,6 +179,12 @@ def test_too_large_a_memory_is_refused_in_words(keeper: Keeper) -> None:
     start(keeper, PREFILL)
     (answer,) = sent(keeper.handle(PREFILL, Allocate("kv", 17, num_blocks=17)), PREFILL)
     assert answer == Allocated(None, "16 bytes are all there is")
+
+
+def test_the_process_imports_no_torch() -> None:
+    """It is there before the workers have finished importing theirs, and takes no memory for it."""
+    program = "import sys, baton.keeper.main, baton.keeper.cuda_memory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", program], check=False).returncode == 0
 
 
 def test_a_worker_without_a_part_gets_no_turn(keeper: Keeper) -> None:
