@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-HURRY_TOKENS = 3400
+HURRY_TOKENS = 3000
 """So many queued tokens add the target once more to a step's time."""
-MOST_HURRY = 2.5
+MOST_HURRY = 3.6
 QUEUE_STEPS = 8
 """The queued prompts may take so many steps at least."""
 LEAST_PREFILL = 0.25

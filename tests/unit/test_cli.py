@@ -24,6 +24,7 @@ from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 from baton.worker.backend import open_backend
 
+LOCAL_DECODE = "--role decode --scheduler ipc:///s --kv-transfer local --no-enable-prefix-caching"
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 64,
@@ -145,7 +146,7 @@ def test_a_machine_without_a_gpu_is_told_what_cuda_needs(model: Path) -> None:
         (["serve", "demo", "--kv-transfer", "pigeon"], "argument --kv-transfer: invalid choice: 'pigeon'"),
         (["serve", "demo", "--kv-transfer", "local"], "add --no-enable-prefix-caching"),
         (
-            ["worker", "demo", *["--role", "decode", "--scheduler", "ipc:///s", "--kv-transfer", "local"], NO_CACHE],
+            ["worker", "demo", *LOCAL_DECODE.split()],
             "one that joins has a pool of its own",
         ),
         (["serve", "demo", "--mps"], "--mps is for workers that share a GPU"),
