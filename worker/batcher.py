@@ -351,9 +351,9 @@ class Batcher:
         """The next step, or None when `depth` are in flight or nothing can run."""
         plan = self._steps.schedule(now)
         if plan is not None:
-            for item in self._steps.planned_last:
+            for item in [item for item in self._steps.planned_last if item.request.hands_over and item.samples]:
                 lease = item.request.lease
-                if item.samples and self._binds_early(item.request) and lease is not None and lease.holder is None:
+                if lease is not None and lease.holder is None and self._binds_early(item.request):
                     self._report_progress(item.request, now)  # its reader can make room while the last chunk runs
         return plan
 
