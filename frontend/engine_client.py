@@ -24,6 +24,7 @@ from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import LINGER_MS, Dealer, Router, identity
 from baton.proto.config import FrontendConfig
 from baton.proto.heartbeat import Heartbeat
+from baton.proto.keys import key_name
 from baton.proto.lifecycle import Outcome
 from baton.proto.messages import (
     Beat,
@@ -238,6 +239,7 @@ class EngineClient:
             timeout_s=timeout_s,
             priority=priority,
             received_s=received_s,
+            client=key_name.get(),
         )
         self._deliver[sid] = deliver
         self._carry_out(instructions)
