@@ -22,8 +22,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """The usage so far in every chunk."""
 
 
-class _Generation(msgspec.Struct, kw_only=True):
-    """What both generating endpoints take. None is the model's or the server's default."""
+class GenerationFields(msgspec.Struct, kw_only=True):
+    """What all generating endpoints take. None is the model's or the server's default."""
 
     model: str | None = None
     stream: bool = False
@@ -58,7 +58,7 @@ class _Generation(msgspec.Struct, kw_only=True):
     guided_whitespace_pattern: str | None = None
 
 
-class CompletionRequest(_Generation, kw_only=True):
+class CompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/completions"""
 
     prompt: str | list[str | int | Ids]
@@ -80,7 +80,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     content: str | list[ContentPart] | None = None
 
 
-class ChatCompletionRequest(_Generation, kw_only=True):
+class ChatCompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/chat/completions"""
 
     messages: list[ChatMessage]
