@@ -42,7 +42,7 @@ EVENTS: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(RawMessageStreamEvent)
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Deployment]:
-    with Deployment(*FLAGS, "--prefill", "1", "--decode", "1", "--max-model-len", "1024") as deployment:
+    with Deployment(*FLAGS, "--prefill", "1", "--decode", "1", "--max-model-len", "512") as deployment:
         deployment.client.headers["x-api-key"] = KEY
         yield deployment
 
@@ -148,7 +148,7 @@ def test_thinking_text_and_tools_come_in_the_order_in_which_they_were_written(cl
     "choice", [{"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "weather"}]
 )
 def test_a_tool_that_must_be_used_is_enforced(client: anthropic.Anthropic, choice: Any) -> None:
-    fields = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 300}
+    fields = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 300, "extra_body": GREEDY}
     for message in (create(client, **fields), streamed(client, **fields)[1]):
         (use,) = [block for block in message.content if block.type == "tool_use"]
         assert message.stop_reason == "tool_use"
@@ -165,7 +165,9 @@ def test_no_tool_is_used_with_none(client: anthropic.Anthropic) -> None:
 
 
 def test_tools_are_used_and_their_results_given_back(served: Deployment, client: anthropic.Anthropic) -> None:
-    first = create(client, tools=TOOLS, tool_choice={"type": "tool", "name": "weather"}, max_tokens=200)
+    first = create(
+        client, tools=TOOLS, tool_choice={"type": "tool", "name": "weather"}, max_tokens=200, extra_body=GREEDY
+    )
     (use,) = [block for block in first.content if block.type == "tool_use"]
     result: Any = {"type": "tool_result", "tool_use_id": use.id, "content": [{"type": "text", "text": "Rain."}]}
     turns = [*QUESTION, first.to_param(), {"role": "user", "content": [result, {"type": "text", "text": "And?"}]}]
@@ -200,9 +202,9 @@ def test_what_ends_a_message_is_told(client: anthropic.Anthropic) -> None:
     endless = {"extra_body": {"ignore_eos": True}}
     cut = create(client, max_tokens=5, **endless)
     assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 5)
-    full = create(client, max_tokens=100_000, **endless)
+    full = create(client, max_tokens=20_000, **endless)
     assert full.stop_reason == "model_context_window_exceeded"
-    assert full.usage.output_tokens + full.usage.input_tokens + (full.usage.cache_read_input_tokens or 0) == 1024
+    assert full.usage.output_tokens + full.usage.input_tokens + (full.usage.cache_read_input_tokens or 0) == 512
 
 
 def test_the_text_is_held_to_a_schema(client: anthropic.Anthropic) -> None:
@@ -221,7 +223,7 @@ def test_tokens_are_counted(client: anthropic.Anthropic) -> None:
 
 def test_a_client_that_leaves_frees_everything(served: Deployment, client: anthropic.Anthropic) -> None:
     before = served.total("baton_requests_total", 'outcome="aborted"')
-    fields: Any = {"model": "demo", "messages": QUESTION, "max_tokens": 900, "extra_body": {"ignore_eos": True}}
+    fields: Any = {"model": "demo", "messages": QUESTION, "max_tokens": 400, "extra_body": {"ignore_eos": True}}
     with client.messages.create(**fields, stream=True) as stream:
         next(iter(stream))
     served.wait_idle()

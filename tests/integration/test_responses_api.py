@@ -198,7 +198,13 @@ def test_reasoning_text_and_calls_come_in_the_order_in_which_they_were_written(c
     ],
 )
 def test_a_tool_that_must_be_called_is_enforced(client: openai.OpenAI, choice: Any) -> None:
-    fields = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False, "max_output_tokens": 300}
+    fields = {
+        "tools": TOOLS,
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "max_output_tokens": 300,
+        "temperature": 0,
+    }
     for response in (create(client, **fields), streamed(client, **fields)[-1].response):
         assert response.status == "completed"
         (call,) = [item for item in response.output if item.type == "function_call"]
@@ -210,7 +216,7 @@ def test_a_tool_that_must_be_called_is_enforced(client: openai.OpenAI, choice: A
 
 def test_the_clients_own_stream_helper_follows(client: openai.OpenAI) -> None:
     with client.responses.stream(
-        model="demo", input=QUESTION, tools=TOOLS, tool_choice="required", max_output_tokens=300
+        model="demo", input=QUESTION, tools=TOOLS, tool_choice="required", max_output_tokens=300, temperature=0
     ) as stream:
         snapshot = [event.snapshot for event in stream if event.type == "response.function_call_arguments.delta"][-1]
         final = stream.get_final_response()
@@ -234,7 +240,9 @@ def test_text_is_parsed_into_a_type(client: openai.OpenAI) -> None:
 
 
 def test_tools_are_called_and_their_outputs_given_back(client: openai.OpenAI) -> None:
-    first = create(client, tools=TOOLS, tool_choice={"type": "function", "name": "weather"}, max_output_tokens=200)
+    first = create(
+        client, tools=TOOLS, tool_choice={"type": "function", "name": "weather"}, max_output_tokens=200, temperature=0
+    )
     (call,) = [item for item in first.output if item.type == "function_call"]
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
     by_id = create(client, input=[output], previous_response_id=first.id, tools=TOOLS, temperature=0)
@@ -400,12 +408,26 @@ def test_a_wrong_request_is_told_what_is_wrong(
         assert re.search(words, error["message"])
 
 
+def test_the_document_describes_every_path_and_type(served: Deployment) -> None:
+    text = served.client.get("/openapi.json").text
+    document = json.loads(text)
+    wanted = {"/v1/responses": {"post"}, "/v1/responses/input_tokens": {"post"}}
+    wanted |= {"/v1/responses/{response_id}": {"get", "delete"}, "/v1/responses/{response_id}/cancel": {"post"}}
+    wanted |= {"/v1/responses/{response_id}/input_items": {"get"}}
+    wanted |= {"/v1/messages": {"post"}, "/v1/messages/count_tokens": {"post"}}
+    assert {path: set(document["paths"][path]) for path in wanted} == wanted
+    referred = set(re.findall(r'"#/components/schemas/([^"]+)"', text))
+    assert referred <= set(document["components"]["schemas"])
+    assert {"TextDone", "MessageStart", "MessagesError"} <= set(document["components"]["schemas"])
+
+
 def test_what_runs_when_the_server_must_stop_is_told_in_each_apis_way(tiny_model: Path) -> None:
     words = ("--load-format", "dummy", "--num-blocks", "600", "--unified", "1", "--shutdown-timeout", "0.2")
     with Deployment(*words, model=str(tiny_model)) as deployment:
         text, endless = "Say something.", {"ignore_eos": True, "temperature": 0}
         response = {"input": text, "max_output_tokens": 4000, **endless}
         message = {"messages": [{"role": "user", "content": text}], "max_tokens": 4000, **endless}
+        assert deployment.client.post("/v1/responses", json={**response, "background": True}).status_code == 200
         with (
             ThreadPoolExecutor() as pool,
             deployment.client.stream("POST", "/v1/responses", json={**response, "stream": True}) as responses,
@@ -419,7 +441,7 @@ def test_what_runs_when_the_server_must_stop_is_told_in_each_apis_way(tiny_model
                 (line[6:] for line in each.iter_lines() if line[:6] == "data: ") for each in (responses, messages)
             ]
             assert [json.loads(next(stream))["type"] for stream in streams] == ["response.created", "message_start"]
-            while deployment.total("baton_requests_running") < 4:
+            while deployment.total("baton_requests_running") < 5:
                 pass
             deployment.process.terminate()
             failed, error = (json.loads([*stream][-1]) for stream in streams)
@@ -429,3 +451,4 @@ def test_what_runs_when_the_server_must_stop_is_told_in_each_apis_way(tiny_model
         assert (error["type"], error["error"]["type"]) == ("error", "overloaded_error")
         assert [answer.status_code for answer in answers] == [503, 503]
         assert deployment.wait() == 0
+        assert not any("Traceback" in line for line in deployment.lines)

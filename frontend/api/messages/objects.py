@@ -61,6 +61,8 @@ class Message(Response, kw_only=True, tag_field="type", tag="message"):
     model: str
     stop_reason: StopReason | None = None
     stop_sequence: str | None = None
+    stop_details: None = None
+    """Of refusals, which there are none of."""
     usage: MessageUsage
     baton_ledger: Ledger | UnsetType = UNSET
     """With the header `x-baton-ledger: 1`: what was done for the request."""
@@ -121,6 +123,7 @@ class StopDelta(msgspec.Struct):
 
     stop_reason: StopReason
     stop_sequence: str | None
+    stop_details: None = None
 
 
 class MessageDelta(msgspec.Struct, tag_field="type", tag="message_delta"):

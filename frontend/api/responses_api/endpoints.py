@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from baton.frontend.api.errors import ApiError, bad_request
-from baton.frontend.api.formats import ChatFormat
-from baton.frontend.api.generation import Generator, Job
-from baton.frontend.api.params import check_model
+from baton.frontend.api.generation import Generator
 from baton.frontend.api.prompts import Prompts
-from baton.frontend.api.requests import ChatCompletionRequest, read
 from baton.frontend.api.responses import encode
-from baton.frontend.api.responses_api import objects, translate
+from baton.frontend.api.responses_api import objects
 from baton.frontend.api.responses_api.answer import ResponseAnswer
-from baton.frontend.api.responses_api.draft import new_response
-from baton.frontend.api.responses_api.items import read_input
-from baton.frontend.api.responses_api.requests import InputItem, ResponsesRequest
-from baton.frontend.api.responses_api.store import EventLog, Kept, Live, ResponseStore, new_response_id, owner_of
-from baton.frontend.api.responses_api.window import Messages, fitting
-from baton.frontend.api.run import Run, running, within_context
+from baton.frontend.api.responses_api.draft import Draft, Drafts
+from baton.frontend.api.responses_api.requests import ResponsesRequest
+from baton.frontend.api.responses_api.store import EventLog, Kept, Live, ResponseStore, owner_of
+from baton.frontend.api.run import Run, running
 from baton.frontend.api.sse import named_event
 from baton.frontend.eager import run_eagerly
 from baton.frontend.forward import Forward, peer_socket
@@ -45,17 +39,6 @@ MAX_PAGE = 100
 DEFAULT_PAGE = 20
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A response that is about to run."""
-
-    tenant: str
-    response: objects.ResponsesResponse
-    items: list[InputItem]
-    job: Job
-    answer: ResponseAnswer
-
-
 class ResponsesApi:
     """The endpoints, with this frontend's stored responses."""
 
@@ -66,9 +49,9 @@ class ResponsesApi:
         self._reader = reader
         self._generator = generator
         self._prompts = prompts
-        self._info = info
         self._store = ResponseStore(config.max_stored_responses, config.max_stored_response_bytes)
         self._index = config.peers.index(config.name) if config.peers else 0
+        self._drafts = Drafts(self._store, self._index, generator, prompts, info)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def add_routes(self, app: FastAPI) -> None:
@@ -91,7 +74,8 @@ class ResponsesApi:
         if (peer := self._elsewhere(wanted.previous_response_id)) is not None:
             answer = Forward(peer, encode(raw))
         else:
-            draft = await self._draft(wanted, raw, scope, received_s)
+            with_ledger = header(scope, b"x-baton-ledger") == b"1"
+            draft = await self._drafts.make(wanted, raw, _tenant(scope), with_ledger, received_s)
             if wanted.background:
                 answer = self._begin_background(draft, wanted.stream)
             elif wanted.stream:
@@ -109,7 +93,8 @@ class ResponsesApi:
         if (peer := self._elsewhere(wanted.previous_response_id)) is not None:
             answer = Forward(peer, encode(raw))
         else:
-            chat, request = await self._chat(wanted, raw, self._items(wanted, _tenant(scope)))
+            items = self._drafts.items(wanted, _tenant(scope))
+            chat, request = await self._drafts.chat(wanted, raw, items)
             prompt = await self._prompts.chat(request, chat)
             answer = _json(objects.InputTokens(input_tokens=len(prompt.ids)))
         await answer(scope, receive, send)
@@ -172,65 +157,6 @@ class ResponsesApi:
         if owner is None or owner == self._index or owner >= len(peers):
             return None
         return peer_socket(self._config.run_dir, peers[owner])
-
-    async def _draft(self, wanted: ResponsesRequest, raw: dict[str, Any], scope: Scope, received_s: float) -> Draft:
-        """Check, render and tokenise. Raises ApiError."""
-        tenant, with_ledger = _tenant(scope), header(scope, b"x-baton-ledger") == b"1"
-        translate.check(wanted, raw)
-        if wanted.background:
-            self._store.check_background()
-        items = self._items(wanted, tenant)
-        chat, request = await self._chat(wanted, raw, items)
-        try:
-            job = await self._generator.prepare(request, chat, with_ledger=with_ledger, received_s=received_s)
-        except ApiError as error:
-            raise translate.in_our_names(error) from error
-        job = within_context(job, self._info, "input")
-        response = new_response(new_response_id(self._index), wanted, job.wishes.sampling, self._info)
-        format = job.format
-        assert isinstance(format, ChatFormat)
-        return Draft(tenant, response, items, job, ResponseAnswer(response, with_ledger, format.spell))
-
-    def _items(self, wanted: ResponsesRequest, tenant: str) -> list[InputItem]:
-        """What is to be answered: the conversation before, and the input. Raises ApiError."""
-        given = read_input(wanted.input)
-        if wanted.previous_response_id is None:
-            return given
-        try:
-            before = self._store.get(wanted.previous_response_id, tenant)
-        except ApiError as error:
-            text = f"Previous response with id '{wanted.previous_response_id[:64]}' not found."
-            raise ApiError(
-                error.status, text, param="previous_response_id", code="previous_response_not_found"
-            ) from error
-        if isinstance(before, Live):
-            raise bad_request("the previous response has not ended yet.", "previous_response_id")
-        return before.conversation() + given
-
-    async def _chat(
-        self, wanted: ResponsesRequest, raw: dict[str, Any], items: list[InputItem]
-    ) -> tuple[dict[str, Any], ChatCompletionRequest]:
-        """As a chat request: its body and what was read from it. Raises ApiError."""
-        check_model(wanted.model, self._info)
-        chat = translate.to_chat(wanted, raw, items)
-        try:
-            request, _ = read(chat, ChatCompletionRequest)
-            if wanted.truncation == "auto":
-                chat["messages"] = await fitting(chat["messages"], lambda messages: self._fits(chat, messages))
-                request, _ = read(chat, ChatCompletionRequest)
-        except ApiError as error:
-            raise translate.in_our_names(error) from error
-        return chat, request
-
-    async def _fits(self, chat: dict[str, Any], messages: Messages) -> bool:
-        body = {**chat, "messages": messages}
-        try:
-            await self._prompts.chat(read(body, ChatCompletionRequest)[0], body)
-        except ApiError as error:
-            if error.body.error.code != "context_length_exceeded":
-                raise
-            return False
-        return True
 
     async def _whole(self, draft: Draft) -> bytes:
         with self._running(draft) as run:
