@@ -14,6 +14,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from baton.frontend.api import responses
 from baton.frontend.api.errors import ApiError, http_error, unavailable
@@ -43,7 +44,7 @@ from baton.frontend.cors import allow_origins
 from baton.frontend.engine_client import EngineClient
 from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_disconnect, header
 from baton.frontend.model_info import ModelInfo
-from baton.frontend.openapi import Operation, describe, document
+from baton.frontend.openapi import Operation, describe, describe_plain, document
 from baton.frontend.reading import RequestReader
 from baton.frontend.routing import Posts, RequireKey, error_response, internal_error
 from baton.proto.config import FrontendConfig
@@ -165,9 +166,11 @@ def build_app(
     app.add_exception_handler(Exception, _on_exception)
     app.add_api_route("/v1/models", api.models, openapi_extra=describe(None, responses.ModelList))
     app.add_api_route("/v1/models/{name:path}", api.model, openapi_extra=describe(None, responses.ModelCard))
-    for plain in (api.health, api.ready, api.version, api.metrics):
-        app.add_api_route(f"/{plain.__name__}", plain)
-        app.add_api_route(f"/{plain.__name__}", plain, methods=["HEAD"], include_in_schema=False)
+    plain = {api.health: None, api.ready: None, api.version: "application/json", api.metrics: "text/plain"}
+    for endpoint, media_type in plain.items():
+        path, extra = f"/{endpoint.__name__}", describe_plain(media_type)
+        app.add_api_route(path, endpoint, response_class=Response, openapi_extra=extra)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     stateful.add_routes(app)
     posts = {
         "/v1/completions": Operation(api.completions, CompletionRequest, responses.Completion, responses.Completion),
@@ -199,7 +202,17 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         404: f"there is nothing at {request.url.path}",
         405: f"{request.method} is not possible at {request.url.path}",
     }.get(error.status_code, "")
-    return error_response(http_error(error.status_code, detail, dict(error.headers or {})), request.url.path)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_methods_at(request))
+    return error_response(http_error(error.status_code, detail, headers), request.url.path)
+
+
+def _methods_at(request: Request) -> list[str]:
+    """What is possible at a path, by any of its routes."""
+    path = request.scope["path"].removeprefix(request.app.root_path)
+    routes = [route for route in request.app.routes if isinstance(route, Route) and route.path_regex.match(path)]
+    return sorted({method for route in routes for method in route.methods or ()})
 
 
 async def _on_exception(request: Request, _error: Exception) -> Response:

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import FastAPI
 
 from baton.frontend.api.errors import ErrorResponse
+from baton.frontend.api.requests import switches
 from baton.frontend.routing import Endpoint
 
 
@@ -43,7 +44,7 @@ def describe(request_type: type | None, response_type: type, error_type: type = 
         return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}}
 
     answers = {"200": {"description": "Success"} | content(response_type)}
-    answers |= {"4XX": {"description": "Error"} | content(error_type)}
+    answers |= {status: {"description": "Error"} | content(error_type) for status in ("4XX", "5XX")}
     described: dict[str, Any] = {"responses": answers}
     if request_type is not None:
         described["requestBody"] = {"required": True} | content(request_type)
@@ -55,6 +56,14 @@ def query(name: str, kind: str) -> dict[str, Any]:
     return {"name": name, "in": "query", "required": False, "schema": {"type": kind}}
 
 
+def describe_plain(media_type: str | None) -> dict[str, Any]:
+    """OpenAPI of an operation without a body: an answer of one type, or an empty one."""
+    described = describe(None, ErrorResponse)
+    content: dict[str, Any] = {"content": {media_type: {"schema": {}}}} if media_type else {}
+    described["responses"]["200"] = {"description": "Success"} | content
+    return described
+
+
 def document(app: FastAPI, posts: Mapping[str, Operation], others: list[Any]) -> None:
     """Add to what FastAPI generates: the paths that it does not see, and the types of all messages and `others`."""
     generate = app.openapi
@@ -62,6 +71,9 @@ def document(app: FastAPI, posts: Mapping[str, Operation], others: list[Any]) ->
     _, schemas = msgspec.json.schema_components(
         [*types, *others, ErrorResponse], ref_template="#/components/schemas/{name}"
     )
+    for operation in posts.values():
+        fields = schemas[operation.request.__name__]["properties"]
+        fields |= {name: {"anyOf": [fields[name], {"type": "null"}]} for name in switches(operation.request)}
 
     def openapi() -> dict[str, Any]:
         full = generate()
@@ -69,6 +81,16 @@ def document(app: FastAPI, posts: Mapping[str, Operation], others: list[Any]) ->
             about = {"summary": operation.endpoint.__doc__, "operationId": path.strip("/").replace("/", "_")}
             full["paths"][path] = {"post": about | operation.describe()}
         full.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
-        return full
+        return _without_validation(full)
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _without_validation(full: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI describes its own answer to parameters of the wrong type; ours are strings, and nothing else."""
+    for operations in full["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        full["components"]["schemas"].pop(name, None)
+    return full

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from baton.frontend.api.errors import ApiError, bad_request, http_error
 from baton.frontend.api.messages.errors import encode_error
 from baton.frontend.http_io import BrokenAnswerError, Receive, Scope, Send, header
+from baton.frontend.rates import Rate
 from baton.proto.keys import Keyring, bearer_key
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,10 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 MESSAGES = "/v1/messages"
 """Paths with this have Anthropic's errors."""
 IGNORED_FIELDS = b"x-baton-ignored-fields"
+REFUSALS_PER_S = 200
+REFUSALS_AT_ONCE = 100
+MAX_WAIT_S = 1.0
+"""Bad requests that come faster are answered with so much delay at most."""
 MAX_NAMES = 20
 MAX_NAME_CHARS = 64
 
@@ -32,6 +37,7 @@ class Posts:
         self._app = app
         self._endpoints = endpoints
         self._root_path = root_path
+        self._refusals = Rate(REFUSALS_PER_S, REFUSALS_AT_ONCE, MAX_WAIT_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(self._root_path).rstrip("/") if scope["type"] == "http" else ""
@@ -44,6 +50,8 @@ class Posts:
                 raise http_error(405, f"{scope['method']} is not possible at {path}", {"Allow": "POST"})
             await endpoint(scope, receive, send)
         except ApiError as error:
+            if error.status < 500 and error.status != 429:
+                await self._refusals.take()
             await error_response(error, scope["path"])(scope, receive, send)
         except ClientDisconnect:
             pass
@@ -66,6 +74,7 @@ class RequireKey:
         self._app = app
         self._keys = keys
         self._root_path = root_path
+        self._refusals = Rate(REFUSALS_PER_S, REFUSALS_AT_ONCE, MAX_WAIT_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].removeprefix(self._root_path) not in OPEN_PATHS:
@@ -73,6 +82,7 @@ class RequireKey:
             if name is None:
                 text = "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
                 error = ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+                await self._refusals.take()
                 await error_response(error, scope["path"])(scope, receive, send)
                 return
             scope["state"]["key_name"] = name

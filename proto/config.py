@@ -15,6 +15,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all configuration structs."""
 
 
+class NetworkConfig(Config):
+    """How a process is reached from other hosts."""
+
+    host: str = ""
+    """IP address of this host at which its sockets listen besides; empty: they are for this host alone."""
+    key_file: str = ""
+    """The cluster's key, which TCP connections need then; required beyond loopback."""
+
+
 class ModelConfig(Config):
     """What is served."""
 
@@ -109,9 +118,10 @@ class WorkerConfig(Config):
     threads: int = 0
     """Compute threads on CPU; 0: all cores that this process may use."""
     scheduler: str = ""
-    """ZeroMQ endpoint of the scheduler."""
+    """Address of the scheduler."""
     run_dir: str = ""
     """0700 directory for this worker's sockets."""
+    network: NetworkConfig = NetworkConfig()
     early_bind_tokens: int = 512
     """Prompts with at least this many tokens to compute are handed over chunk by chunk while they run."""
     log_interval_s: float = 10.0
@@ -148,8 +158,10 @@ class SchedulerConfig(Config):
     """The scheduler process."""
 
     endpoint: str
-    """ZeroMQ endpoint it binds."""
+    """The address it binds: an ipc endpoint, and a tcp one when workers on other hosts may join."""
     run_dir: str = ""
+    network: NetworkConfig = NetworkConfig()
+    """Its `host` is not used: `endpoint` says where."""
     max_waiting: int = 4096
     """Requests queued for a prefill worker; one more is rejected with 429."""
     placement: PlacementConfig = PlacementConfig()
@@ -232,6 +244,7 @@ class FrontendConfig(Config):
     """After SIGTERM running streams may finish for so long."""
     grpc: RpcConfig = RpcConfig()
     """The Inference service."""
+    network: NetworkConfig = NetworkConfig()
     enable_auto_tool_choice: bool = False
     """Whether the model may decide by itself to call tools; needs tool_call_parser."""
     tool_call_parser: str = ""

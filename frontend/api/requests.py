@@ -182,7 +182,7 @@ def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
 
 def _without_idle_nulls(raw: dict[str, Any], kind: type) -> dict[str, Any]:
     """Clients send null for switches and counts that they do not set."""
-    unset = _switches(kind)
+    unset = switches(kind)
     return {name: value for name, value in raw.items() if value is not None or name not in unset}
 
 
@@ -193,8 +193,8 @@ def _known_names(kind: type) -> frozenset[str]:
 
 
 @cache
-def _switches(kind: type) -> frozenset[str]:
-    """Fields whose default is False, True or 0."""
+def switches(kind: type) -> frozenset[str]:
+    """Fields whose default is False, True or 0; null means the same."""
     fields = msgspec.structs.fields(kind)
     return frozenset(field.name for field in fields if isinstance(field.default, bool) or field.default == 0)
 

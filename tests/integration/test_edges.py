@@ -1,6 +1,5 @@
 """Who may call the HTTP API and how, and what comes back for input that is wrong in every way."""
 
-import json
 import os
 import re
 import socket
@@ -12,13 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
+from support.bad_input import BODIES
 from support.deployment import DEADLINE_S, Deployment
 
 pytestmark = pytest.mark.slow
 
 PAGE = "https://page.example"
 MAX_RESPONSE = 16 * 1024
-MIB = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -201,61 +200,9 @@ def test_what_is_no_request_gets_the_envelope_and_the_end_of_its_connection(
 # Bodies
 
 
-def bodies() -> dict[str, tuple[str, bytes]]:
-    """What is wrong -> path, body."""
-
-    def completion(**fields: Any) -> tuple[str, bytes]:
-        return "/v1/completions", json.dumps({"prompt": "one", "max_tokens": 4} | fields).encode()
-
-    def chat(**fields: Any) -> tuple[str, bytes]:
-        messages = [{"role": "user", "content": "Hello"}]
-        return "/v1/chat/completions", json.dumps({"messages": messages, "max_tokens": 4} | fields).encode()
-
-    deep_schema = json.loads('{"items":' * 900 + "{}" + "}" * 900)
-    return {
-        "nothing": ("/v1/completions", b""),
-        "no JSON": ("/v1/completions", b"{" + b"a" * MIB),
-        "invalid UTF-8": ("/v1/completions", b'{"prompt":"\xff\xfe"}'),
-        "half a surrogate pair": completion(model="\ud800"),
-        "a list": ("/v1/completions", b"[1, 2]"),
-        "deep nesting": ("/v1/completions", b'{"prompt":' + b"[" * 10 * MIB),
-        "10 MiB of empty lists": ("/v1/completions", b'{"prompt":[' + b"[]," * (10 * MIB // 3) + b"[]]}"),
-        "10 MiB of ids": ("/v1/completions", b'{"prompt":[' + b"1," * (5 * MIB) + b"1]}"),
-        "10 MiB of text": completion(prompt="word " * (2 * MIB)),
-        "a huge name": completion(model="m" * (2 * MIB)),
-        "a huge number": ("/v1/completions", b'{"prompt":"a","max_tokens":' + b"9" * MIB + b"}"),
-        "an infinite number": ("/v1/completions", b'{"prompt":"a","temperature":1e999}'),
-        "many prompts": completion(prompt=["a"] * 5000),
-        "many lists of ids": completion(prompt=[[1]] * 5000),
-        "enormous n": completion(n=10**9),
-        "prompts times n": completion(prompt=["a"] * 100, n=100),
-        "a long stop list": completion(stop=["s"] * 100_000),
-        "a long stop string": completion(stop="s" * MIB),
-        "many stop ids": completion(stop_token_ids=list(range(40_000))),
-        "many biases": completion(logit_bias={str(id): 1 for id in range(40_000)}),
-        "a wrong id": completion(prompt=[10**12]),
-        "an id of the wrong type": completion(prompt=[1, "a", 2.5]),
-        "wrong types": completion(temperature="warm", n=[], stop={}),
-        "many unknown fields and a wrong one": completion(n=0, **{f"field{i}" * 20: i for i in range(10_000)}),
-        "a long regex": completion(structured_outputs={"regex": "(a|b)" * 100_000}),
-        "a deep regex": completion(structured_outputs={"regex": "(" * 5000 + ")" * 5000}),
-        "a long choice": completion(structured_outputs={"choice": ["c" * 100] * 10_000}),
-        "a large schema": completion(structured_outputs={"json": {"enum": ["e" * 100] * 10_000}}),
-        "a deep schema": completion(structured_outputs={"json": deep_schema, "disable_additional_properties": True}),
-        "a deep tool": chat(tools=[{"function": {"name": "f", "parameters": deep_schema}}]),
-        "many tools": chat(tools=[{"function": {"name": "f"}}] * 10_000),
-        "many messages": chat(messages=[{"role": "user", "content": ""}] * 20_000),
-        "long messages": chat(messages=[{"role": "user", "content": "word " * MIB}]),
-        "an image": chat(messages=[{"role": "user", "content": [{"type": "image_url", "text": "x" * MIB}]}]),
-        "a role of the wrong type": chat(messages=[{"role": 1}]),
-        "ids of no text": ("/detokenize", b'{"tokens":[-1]}'),
-        "too much": ("/v1/completions", b" " * (16 * MIB + 1)),
-    }
-
-
-@pytest.mark.parametrize("name", bodies())
+@pytest.mark.parametrize("name", BODIES)
 def test_bad_input_gets_a_short_answer_soon(locked: Deployment, name: str) -> None:
-    path, body = bodies()[name]
+    path, body = BODIES[name]()
     headers = {**bearer("first-secret"), "content-type": "application/json"}
     began = time.monotonic()
     response = locked.client.post(path, content=body, headers=headers)

@@ -408,6 +408,30 @@ def test_a_wrong_request_is_told_what_is_wrong(
         assert re.search(words, error["message"])
 
 
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("?stream=perhaps", "stream"),
+        ("?stream=true", "stream"),
+        ("/input_items?limit=0", "limit"),
+        ("/input_items?limit=101", "limit"),
+        ("/input_items?limit=x", "limit"),
+        ("/input_items?order=random", "order"),
+        ("/input_items?after=nobody", "after"),
+    ],
+)
+def test_a_wrong_parameter_in_the_url_is_named(
+    served: Deployment, client: openai.OpenAI, path: str, param: str
+) -> None:
+    answer = served.client.get(f"/v1/responses/{create(client, max_output_tokens=1).id}{path}")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_a_wrong_method_is_told_what_is_possible(served: Deployment) -> None:
+    answer = served.client.put("/v1/responses/resp_1")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET")
+
+
 def test_the_document_describes_every_path_and_type(served: Deployment) -> None:
     text = served.client.get("/openapi.json").text
     document = json.loads(text)

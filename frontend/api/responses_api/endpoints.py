@@ -104,7 +104,10 @@ class ResponsesApi:
         if (peer := self._elsewhere(response_id)) is not None:
             return Forward(peer)
         found = self._store.get(response_id, _tenant(request.scope))
-        if request.query_params.get("stream", "false").lower() == "true":
+        stream = request.query_params.get("stream", "false").lower()
+        if stream not in ("true", "false"):
+            raise bad_request("stream must be true or false.", "stream")
+        if stream == "true":
             if found.log is None:
                 raise bad_request("only a response made with background and stream can be streamed again.", "stream")
             after = _whole_number(request, "starting_after", -1, 0, 2**53)
