@@ -22,8 +22,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """The usage so far in every chunk."""
 
 
-class _Generation(msgspec.Struct, kw_only=True):
-    """What both generating endpoints take. None is the model's or the server's default."""
+class GenerationFields(msgspec.Struct, kw_only=True):
+    """What all generating endpoints take. None is the model's or the server's default."""
 
     model: str | None = None
     stream: bool = False
@@ -58,7 +58,7 @@ class _Generation(msgspec.Struct, kw_only=True):
     guided_whitespace_pattern: str | None = None
 
 
-class CompletionRequest(_Generation, kw_only=True):
+class CompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/completions"""
 
     prompt: str | list[str | int | Ids]
@@ -80,7 +80,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     content: str | list[ContentPart] | None = None
 
 
-class ChatCompletionRequest(_Generation, kw_only=True):
+class ChatCompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/chat/completions"""
 
     messages: list[ChatMessage]
@@ -182,7 +182,7 @@ def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
 
 def _without_idle_nulls(raw: dict[str, Any], kind: type) -> dict[str, Any]:
     """Clients send null for switches and counts that they do not set."""
-    unset = _switches(kind)
+    unset = switches(kind)
     return {name: value for name, value in raw.items() if value is not None or name not in unset}
 
 
@@ -193,8 +193,8 @@ def _known_names(kind: type) -> frozenset[str]:
 
 
 @cache
-def _switches(kind: type) -> frozenset[str]:
-    """Fields whose default is False, True or 0."""
+def switches(kind: type) -> frozenset[str]:
+    """Fields whose default is False, True or 0; null means the same."""
     fields = msgspec.structs.fields(kind)
     return frozenset(field.name for field in fields if isinstance(field.default, bool) or field.default == 0)
 
