@@ -184,9 +184,9 @@ def build_app(
         "/tokenize": Operation(api.tokenize, TokenizeRequest, responses.TokenizeResponse),
         "/detokenize": Operation(api.detokenize, DetokenizeRequest, responses.DetokenizeResponse),
     }
-    document(app, posts, [responses.ModelList, ItemList, DeletedResponse])
-    whole = Posts(app, {path: operation.endpoint for path, operation in posts.items()}, config.root_path)
     keys = Keyring(config.api_keys, config.api_key_file)
+    document(app, posts, [responses.ModelList, ItemList, DeletedResponse], locked=bool(keys))
+    whole = Posts(app, {path: operation.endpoint for path, operation in posts.items()}, config.root_path)
     locked = RequireKey(whole, keys, config.root_path) if keys else whole
     return allow_origins(locked, config.cors)
 
