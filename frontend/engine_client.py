@@ -26,6 +26,7 @@ from baton.proto.channels import Dealer, Router, identity
 from baton.proto.config import FrontendConfig
 from baton.proto.heartbeat import Heartbeat
 from baton.proto.lifecycle import Outcome
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import (
     Beat,
     ClusterStatus,
@@ -56,6 +57,8 @@ class Output(msgspec.Struct, gc=False):
     logprobs: list[TokenLogprobs] = []
     """One per token when asked for, else empty."""
     finished: Finished | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    """With the first tokens when asked for."""
 
 
 class OutputReader:
@@ -141,6 +144,7 @@ class OutputReader:
         if isinstance(instruction, Deliver):
             output.tokens += instruction.tokens
             output.logprobs += instruction.logprobs
+            output.prompt_logprobs = output.prompt_logprobs or instruction.prompt_logprobs
         else:
             output.finished = instruction
 
@@ -307,9 +311,9 @@ class EngineClient:
             self._carry_out(self._streams.on_message(message, now))
         if self._closed is not None and not self._closed.done() and not self._streams.closing:
             self._closed.set_result(None)
-        for sender, batch, _frames in self._tokens.drain():
+        for sender, batch, frames in self._tokens.drain():
             try:
-                self._carry_out(self._streams.on_token_batch(batch, now))
+                self._carry_out(self._streams.on_token_batch(batch, now, frames))
             except ValueError as error:
                 log.error("refused a batch from %s: %s", sender.decode(errors="replace"), error)
 

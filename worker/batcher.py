@@ -20,6 +20,7 @@ from baton.kv_transfer.leases import Lease, Leases
 from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig
 from baton.proto.hashing import unpack_hashes
 from baton.proto.lifecycle import FinishReason, Stage
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import (
     CancelCommand,
     CancelStream,
@@ -183,6 +184,7 @@ class Batcher:
     def _start_prefill(self, request: Request, command: StartPrefill, now: float) -> None:
         request.hands_over = not command.continue_decode
         request.ledger = Ledger(prefill_worker=self.me.worker, stages={Stage.STARTED: now})
+        request.prompt_logprobs = bytearray() if request.params.prompt_logprobs >= 0 else None
         if not request.hands_over:
             request.ledger.decode_worker, request.ledger.transport = self.me.worker, "local"
         self._requests[request.key] = request
@@ -341,6 +343,8 @@ class Batcher:
                 item.request.placeholders -= item.samples
                 continue
             self._settle(item, now)
+            if index in result.prompt_logprobs:
+                item.request.learn_prompt_logprobs(item.start, result.prompt_logprobs[index])
             if index in result.failed:
                 self._fail(item.request, result.failed[index])
             elif item.samples:
@@ -433,6 +437,10 @@ class Batcher:
             request.first_rows = None
         finish = Finish(reason, len(request.tokens) - request.prompt_len, message) if reason else None
         ledger, request.ledger = request.ledger, Ledger()
+        prompt_logprobs = None
+        if tokens and request.prompt_logprobs is not None:
+            prompt_logprobs = PromptLogprobs(request.params.prompt_logprobs, bytes(request.prompt_logprobs))
+            request.prompt_logprobs = None
         self.outbox.append(
             Emit(
                 reply_to=request.reply_to,
@@ -443,6 +451,7 @@ class Batcher:
                 logprobs=logprobs,
                 finish=finish,
                 ledger=ledger if ledger != Ledger() else None,
+                prompt_logprobs=prompt_logprobs,
             )
         )
         request.emitted += len(tokens)

@@ -7,8 +7,8 @@
 
 A step takes running streams first, so that none waits for a newcomer's prompt, then fills its token budget with chunks
 of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). At most `depth`
-steps are in flight; their results come back in order. A stream with a grammar is planned again only once its last token
-is known, so at depth 2 it enters every other step.
+steps are in flight; their results come back in order. A stream whose next token depends on its last one by more
+than the model (a grammar, bad words) is planned again once that one is known, so at depth 2 it enters every other step.
 """
 
 from collections import deque
@@ -157,6 +157,7 @@ class StepScheduler:
                 new_blocks=new_blocks,
                 samples=samples,
                 output_index=request.num_output,
+                targets=request.targets(start, end),
             )
         )
         planned.append(Planned(request, request.residency, start, end, samples))
@@ -230,8 +231,7 @@ class StepScheduler:
         if not self._free_slots or request.placeholders:
             return False
         blocks_needed = -(-len(request.tokens) // self._block_size)
-        # One token at least is computed, because its logits are what is wanted.
-        hits = self._pool.match(request.block_hashes(self._block_size, (len(request.tokens) - 1) // self._block_size))
+        hits = self._pool.match(request.block_hashes(self._block_size, request.reusable // self._block_size))
         fresh = blocks_needed - len(hits)
         # Each running stream may soon want a block; without the spare, admission and preemption would alternate.
         blocks = self._pool.allocate(fresh) if fresh + len(self.running) <= self._pool.num_free else None
