@@ -81,8 +81,10 @@ class OutputReader:
         prompt_hashes: bytes,
         priority: int = 0,
         timeout_s: float = 0.0,
+        sibling: int | None = None,
     ) -> None:
-        """Open one more stream, for `prompt` (int32 [prompt_len]); its index counts from 0. A timeout of 0 is none."""
+        """Open one more stream, for `prompt` (int32 [prompt_len]); its index counts from 0. A timeout of 0 is none.
+        `sibling` is the index of an earlier one with the same prompt."""
         index = len(self._sids)
         self._open.add(index)
         deliver = partial(self._put, index)
@@ -95,6 +97,7 @@ class OutputReader:
                 priority=priority,
                 timeout_s=timeout_s,
                 received_s=self._received_s,
+                sibling=None if sibling is None else self._sids[sibling],
             )
         )
 
@@ -231,6 +234,7 @@ class EngineClient:
         priority: int = 0,
         timeout_s: float = 0.0,
         received_s: float,
+        sibling: Sid | None = None,
     ) -> Sid:
         """Open a stream (see Streams.submit) whose tokens and end go to `deliver`."""
         sid, instructions = self._streams.submit(
@@ -241,6 +245,7 @@ class EngineClient:
             timeout_s=timeout_s,
             priority=priority,
             received_s=received_s,
+            sibling=sibling,
         )
         self._deliver[sid] = deliver
         self._carry_out(instructions)

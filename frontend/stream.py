@@ -40,6 +40,8 @@ class Stream:
     deadline: float
     priority: int
     ledger: Ledger
+    sibling: int = 0
+    """See Submit; while this is the first attempt."""
     attempt: int = 1
     output: list[int] = field(default_factory=list)
     """Every accepted token."""
@@ -127,6 +129,7 @@ class Stream:
             stages={stage: old.stages[stage] for stage in _KEPT_STAGES if stage in old.stages},
         )
         self.attempt += 1
+        self.sibling = 0
         self.answered = False
         self.held = []
         self.gap_until = self.suspect_until = math.inf
@@ -138,7 +141,7 @@ class Stream:
         params = self.params
         if self.prompt_logprobs is not None:
             params = msgspec.structs.replace(params, prompt_logprobs=-1)
-        message = Submit(self.sid, self.attempt, len(self.prompt), params, timeout_s, self.priority)
+        message = Submit(self.sid, self.attempt, len(self.prompt), params, timeout_s, self.priority, self.sibling)
         if not self.output:
             return message, (self.prompt.tobytes(), self.prompt_hashes)
         tokens = np.concatenate([self.prompt, np.asarray(self.output, dtype=np.int32)])

@@ -127,10 +127,12 @@ class Streams:
         timeout_s: float = 0.0,
         priority: int = 0,
         received_s: float | None = None,
+        sibling: Sid | None = None,
     ) -> tuple[Sid, list[Instruction]]:
         """Open a stream for `prompt` (int32 [prompt_len]).
 
-        prompt_hashes is the packed hash chain of its full units, computed here when None; timeout_s of 0 is none.
+        prompt_hashes is the packed hash chain of its full units, computed here when None; timeout_s of 0 is none;
+        `sibling` is an earlier stream with the same prompt.
         """
         prompt = np.ascontiguousarray(prompt, dtype=np.int32)
         if prompt_hashes is None:
@@ -140,6 +142,7 @@ class Streams:
         ledger = Ledger(stages={Stage.RECEIVED.value: now if received_s is None else received_s})
         deadline = now + timeout_s if timeout_s > 0 else math.inf
         stream = Stream(sid, prompt, prompt_hashes, params, deadline, priority, ledger, submit_at=now)
+        stream.sibling = sibling[1] if sibling is not None else 0
         self._streams[sid[1]] = stream
         out = [self._send_submit(stream, now)]
         self._arm(stream)

@@ -218,6 +218,9 @@ class Submit(Message):
     """Time left until the client's deadline; 0 is none."""
     priority: int = 0
     """Lower is served first, as in vLLM."""
+    sibling: int = 0
+    """Second half of the sid of an earlier stream with the same prompt: both go to one worker, where its blocks are
+    shared. 0: none."""
 
 
 class Close(Message):

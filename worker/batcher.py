@@ -53,6 +53,7 @@ from baton.worker.grammar_gate import GrammarGate
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.pulls import Pulls
 from baton.worker.request import RemoteKV, Request, State
+from baton.worker.shared_prompts import SharedPrompts
 from baton.worker.step_costs import StepCosts
 from baton.worker.step_scheduler import Planned, StepScheduler
 from baton.worker.tombstones import Tombstones
@@ -88,8 +89,11 @@ class Batcher:
         self._block_size = cache.block_size
         self._max_model_len = min(max_model_len, num_blocks * cache.block_size)
         self._early_bind_tokens = early_bind_tokens
-        self._steps = StepScheduler(self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs)
-        self._pulls = Pulls(self.pool, cache.block_size, lease, self.outbox, self._kv_ready, self._forget)
+        self._shared = SharedPrompts()
+        self._steps = StepScheduler(
+            self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs, self._shared
+        )
+        self._pulls = Pulls(self.pool, cache.block_size, lease, self._shared, self.outbox, self._kv_ready, self._forget)
         self._gate = GrammarGate(self.outbox)
         self._requests: dict[tuple[Sid, str], Request] = {}
         self._leased: dict[int, Request] = {}
@@ -294,6 +298,7 @@ class Batcher:
 
     def _forget(self, request: Request) -> None:
         self._gate.forget(request)
+        self._shared.release(request)
         del self._requests[request.key]
 
     def _lease_key(self, message: Settled | Ok | Gone) -> tuple[int, int]:

@@ -57,6 +57,8 @@ class ModelRunner:
             self._sampler.take_slot(init.slot, init.params, init.prompt_len, init.tokens)
             self._constraints.take_slot(init)
         building = self._constraints.begin(plan.rows)
+        for source, target in plan.copies:
+            self._pool[target] = self._pool[source]
         batch = self._slots.build_batch(plan.rows, self.block_size)
         hidden = self.model(batch, self._pool)
         masks = building.result() if building is not None else None

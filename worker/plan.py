@@ -56,6 +56,8 @@ class StepPlan(Plain):
     rows: list[Row]
     new_slots: list[SlotInit]
     """Taken before the step. A slot needs no message to be freed: it is simply taken again."""
+    copies: list[tuple[int, int]] = []
+    """(from, to): blocks to copy whole before the step computes anything; no block is in two pairs as a target."""
 
     @property
     def num_tokens(self) -> int:

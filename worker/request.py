@@ -101,6 +101,8 @@ class Request:
     """The prefill leg's sample, repeated in this leg's first row."""
     prompt_logprobs: bytearray | None = None
     """PromptLogprobs.data so far; None: nobody wants them, or they have been sent with the first token."""
+    shared_key: tuple[str, bytes, tuple[int, ...]] | None = None
+    """Under which others find what its blocks hold (shared_prompts.py)."""
 
     @property
     def key(self) -> tuple[Sid, str]:
@@ -144,6 +146,12 @@ class Request:
     def rank(self) -> tuple[int, int]:
         """Lower is served first and preempted last."""
         return self.priority, self.order
+
+    def prefix_name(self, length: int) -> tuple[bytes, tuple[int, ...]]:
+        """Names its first `length` tokens and what they depend on: the hash of the full units, and the rest."""
+        units = length // HASH_UNIT
+        self.block_hashes(HASH_UNIT, units)
+        return self.chain[units], tuple(self.tokens[units * HASH_UNIT : length])
 
     def block_hashes(self, block_size: int, num_blocks: int) -> list[bytes]:
         """Hash of each of the first `num_blocks` blocks, which must be full: that of its last unit."""

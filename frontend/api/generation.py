@@ -149,10 +149,12 @@ class Generator:
         choices: list[Choice] = []
         for prompt in job.prompts:
             base = job.wishes.for_prompt(len(prompt.ids), self._info, "prompt")
+            first = len(choices)
             for sample in range(job.wishes.n):
                 params = job.wishes.sample(base, sample)
+                sibling = first if sample else None
                 choices.append(Choice(len(choices), prompt, params, job.wishes, self._prompts.tokenizer, job.plan))
-                reader.submit(prompt.ids, params, prompt.hashes, job.wishes.priority, job.timeout_s)
+                reader.submit(prompt.ids, params, prompt.hashes, job.wishes.priority, job.timeout_s, sibling)
         return choices
 
 

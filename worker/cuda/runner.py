@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from baton.kernels.cuda import attention, work
+from baton.kernels.cuda.copy import copy_blocks
 from baton.kernels.cuda.fa3_attention import Sequences
 from baton.kernels.cuda.ops import AttentionWork, CudaOps, DeviceLists
 from baton.proto.config import WorkerConfig
@@ -147,6 +148,8 @@ class CudaRunner:
         lists = self._plan(rows)
         size, layout = self._fit(rows, lists)
         inputs = self._upload(plan, rows, lists, layout)
+        if plan.copies:
+            self._copy_blocks(plan.copies)
         hidden = self._graphs.replay(size) if size else self._forward(inputs, layout)
         if size is None or size.mixed:
             self._sample(inputs, len(rows.sampling), hidden)
@@ -162,6 +165,12 @@ class CudaRunner:
         """End its threads."""
         self._constraints.close()
         self.grammars.close()
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Enqueue (from, to) copies within the pool, by the kernel that takes blocks out of peers' pools."""
+        base, size = self._pool.data_ptr(), self._pool.stride(0) * self._pool.element_size()
+        jobs = torch.tensor([[base + source * size, base + target * size] for source, target in copies])
+        copy_blocks(jobs.pin_memory().to(self.device, non_blocking=True), size)
 
     def _plan(self, rows: Rows) -> tuple[work.Lists, ...]:
         """Attention's lists for each window of the model."""
