@@ -17,7 +17,12 @@ MAX_ID_DIGITS = 10
 MAX_STREAMS = 1024
 """Streams that one request may open: prompts times n."""
 MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 4096
+"""Of one stop string: text is held back while it may still become one."""
+MAX_STOP_IDS = 1024
+MAX_BIASED_IDS = 8192
 MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BEAMS = 64
 MAX_PROMPT_LOGPROBS = 2**20
@@ -304,8 +309,10 @@ def _length_penalty(request: GenerationRequest, n: int) -> float | None:
 
 def _bad_words(request: GenerationRequest) -> tuple[str, ...]:
     words = tuple(request.bad_words or ())
-    if len(words) > MAX_BAD_WORDS or not all(word.strip() for word in words):
-        raise bad_request(f"bad_words must be at most {MAX_BAD_WORDS} words, none of them empty.", "bad_words")
+    _at_most("bad_words", len(words), MAX_BAD_WORDS, "words")
+    _at_most("bad_words", max(map(len, words), default=0), MAX_BAD_WORD_CHARS, "characters in one word")
+    if not all(word.strip() for word in words):
+        raise bad_request("bad_words must not contain an empty word.", "bad_words")
     return words
 
 
@@ -321,12 +328,7 @@ def _check_ids(request: GenerationRequest, info: ModelInfo) -> None:
             _check_token(id, info.vocab_size, name)
     if request.allowed_token_ids == []:
         raise bad_request("allowed_token_ids must not be empty; leave it out to allow all tokens.", "allowed_token_ids")
-    if len(request.logprob_token_ids or ()) > MAX_LOGPROB_TOKEN_IDS:
-        raise bad_request(
-            f"logprob_token_ids has {len(request.logprob_token_ids or ())} ids; at most {MAX_LOGPROB_TOKEN_IDS} are "
-            "possible.",
-            "logprob_token_ids",
-        )
+    _at_most("logprob_token_ids", len(request.logprob_token_ids or ()), MAX_LOGPROB_TOKEN_IDS, "token ids")
 
 
 def _check_sampling(params: SamplingParams, max_tokens: int | None) -> None:
@@ -347,15 +349,17 @@ def _check_sampling(params: SamplingParams, max_tokens: int | None) -> None:
 
 
 def _check_stop(stop: tuple[str, ...], stop_ids: frozenset[int], info: ModelInfo) -> None:
+    _at_most("stop", len(stop), MAX_STOP_STRINGS, "strings")
+    _at_most("stop", max(map(len, stop), default=0), MAX_STOP_CHARS, "characters in one string")
+    _at_most("stop_token_ids", len(stop_ids), MAX_STOP_IDS, "token ids")
     if "" in stop:
         raise bad_request("stop must not contain an empty string.", "stop")
-    if len(stop) > MAX_STOP_STRINGS:
-        raise bad_request(f"stop has {len(stop)} strings; at most {MAX_STOP_STRINGS} are possible.", "stop")
     for id in stop_ids:
         _check_token(id, info.vocab_size, "stop_token_ids")
 
 
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
+    _at_most("logit_bias", len(bias), MAX_BIASED_IDS, "token ids")
     result = {}
     for key, value in bias.items():
         if not key.isascii() or not key.isdigit() or len(key) > MAX_ID_DIGITS:
@@ -368,6 +372,11 @@ def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
 def _check_token(id: int, vocab_size: int, param: str) -> None:
     if not 0 <= id < vocab_size:
         raise bad_request(f"{param} has the token id {id}; the vocabulary has ids from 0 to {vocab_size - 1}.", param)
+
+
+def _at_most(name: str, count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise bad_request(f"{name} has {count} {what}; at most {limit} are possible.", name)
 
 
 def _within(name: str, value: N, low: float, high: float) -> N:

@@ -23,6 +23,9 @@ T = TypeVar("T")
 SHORT_IDS = 4096
 """So many token ids are checked and hashed in half a millisecond, most of it with the interpreter's lock held."""
 
+_SLACK_TOKENS = 64
+"""How many tokens at the place of a cut may differ from those of the whole text."""
+
 _FINAL = "\ue000baton\ue001"
 """Stands at the end of the final message while it is rendered, to find where the template goes on behind it."""
 
@@ -140,8 +143,8 @@ class Prompts:
         return [read(item) for item in prompt]
 
     def _chat_ids(self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any]) -> list[int]:
-        text = self._render(request, raw)
         cut = self._cut(request) if isinstance(request, ChatCompletionRequest) else None
+        text = self._render(request, raw, cut)
         return self._encode(text, request.add_special_tokens is True, "messages", cut)
 
     def _cut(self, request: CompletionRequest | ChatCompletionRequest) -> Truncation | None:
@@ -162,11 +165,17 @@ class Prompts:
 
     def _encode(self, text: str, add_special_tokens: bool, param: str, cut: Truncation | None = None) -> list[int]:
         """Refuses text that can't fit before it costs the time to tokenise it."""
+        self._check_room(len(text.encode(errors="surrogatepass")), param, cut)
         text = text.encode(errors="replace").decode()
-        if cut is not None:
-            return self.tokenizer.encode_truncated(text, add_special_tokens, cut.count, cut.side)
-        context_room(len(text.encode()) // self.tokenizer.max_token_bytes, self._info, param)
-        return self.tokenizer.encode(text, add_special_tokens)
+        if cut is None:
+            return self.tokenizer.encode(text, add_special_tokens)
+        most = (cut.count + _SLACK_TOKENS) * self.tokenizer.max_token_bytes  # what is lost in any case costs no time
+        text = text[-most:] if cut.side == "left" else text[:most]
+        return self.tokenizer.encode_truncated(text, add_special_tokens, cut.count, cut.side)
+
+    def _check_room(self, num_bytes: int, param: str, cut: Truncation | None = None) -> None:
+        if cut is None:
+            context_room(num_bytes // self.tokenizer.max_token_bytes, self._info, param)
 
     def _check_ids(self, ids: Any, param: str) -> list[int]:
         limit = self._info.vocab_size
@@ -177,7 +186,9 @@ class Prompts:
                 raise bad_request(f"token id {id} is out of vocabulary; ids are from 0 to {limit - 1}.", param)
         return ids
 
-    def _render(self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any]) -> str:
+    def _render(
+        self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any], cut: Truncation | None
+    ) -> str:
         if self._template is None:
             raise bad_request(
                 "this model has no chat template: start the server with --chat-template, or use /v1/completions",
@@ -188,6 +199,9 @@ class Prompts:
                 "continue_final_message and add_generation_prompt exclude each other.", "continue_final_message"
             )
         messages = _messages(request, raw)
+        # What can't fit is refused before it costs the time to render it; templates write something for each message.
+        self._check_room(sum(map(_text_bytes, messages)), "messages", cut)
+        context_room(len(messages), self._info, "messages")
         variables = request.chat_template_kwargs or {}
         if isinstance(request, ChatCompletionRequest) and request.documents:
             variables = {"documents": request.documents, **variables}
@@ -255,6 +269,11 @@ def _with_object(call: Any) -> Any:
 def _text(message: dict[str, Any]) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _text_bytes(message: dict[str, Any]) -> int:
+    """UTF-8 bytes of its text at least; templates may strip blanks around it."""
+    return len(_text(message).strip().encode(errors="surrogatepass"))
 
 
 def unsupported_part(index: int, kind: str) -> ApiError:
