@@ -87,6 +87,8 @@ class Runner:
             self._tables[init.slot] = list(init.block_table)
             self._last_token[init.slot] = init.tokens[-1]
             self._attempt[init.slot] = init.attempt
+        for source, target in plan.copies:
+            self._memory.blocks[target][:] = self._memory.blocks[source]
         tokens = [self._execute(row) for row in plan.rows]
         return StepResult(plan.step, tokens, {}, started_s, sampled_s)
 
