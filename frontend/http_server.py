@@ -135,6 +135,8 @@ class Api:
     ) -> None:
         received_s = time.monotonic()
         wanted, raw = await self._reader.read(kind, scope, receive)
+        if wanted.request_id is None:
+            wanted.request_id = scope["state"]["request_id"]  # what the answer is called
         with_ledger = header(scope, b"x-baton-ledger") == b"1"
         job = await self._generator.prepare(wanted, raw, with_ledger=with_ledger, received_s=received_s)
         if wanted.stream:

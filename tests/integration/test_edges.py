@@ -163,6 +163,9 @@ def test_request_ids_come_back_as_far_as_they_are_harmless(locked: Deployment) -
     for given, told in (("abc-123", "abc-123"), ('a"\\b{c}', "abc"), ("x" * 500, "x" * 128)):
         for path in ("/health", "/nothing"):
             assert locked.client.get(path, headers={"X-Request-Id": given}).headers["x-request-id"] == told
+    headers = {**bearer("first-secret"), "X-Request-Id": "mine"}
+    answer = locked.client.post("/v1/completions", json={"prompt": "one", "max_tokens": 1}, headers=headers)
+    assert answer.json()["id"] == "cmpl-mine"
     first, second = (locked.client.get("/health").headers["x-request-id"] for _ in range(2))
     assert first != second
 
