@@ -116,7 +116,9 @@ class Scenario:
         rng = self.rng
         prompt = rng.choice(self._prefixes)[: rng.choice((0, 16, 33, 48))] + _draw_tokens(rng, rng.randint(1, 50))
         params = SamplingParams(
-            max_tokens=rng.choice((1, 2, 8, 24, 40)), stop_token_ids=STOP_TOKENS if rng.random() < 0.5 else ()
+            max_tokens=rng.choice((1, 2, 8, 24, 40)),
+            stop_token_ids=STOP_TOKENS if rng.random() < 0.5 else (),
+            prompt_logprobs=0 if rng.random() < 0.15 else -1,
         )
         return Call(
             prompt, params, Reference(prompt, params.max_tokens, BLOCK_SIZE), timeout_s=rng.choice((0.0, 0.0, 0.0, 3.0))
