@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from baton.frontend.cli import engine_args, network_args, rpc_args, sizing, tool_args
+from baton.frontend.cli import edge_args, engine_args, network_args, rpc_args, sizing, tool_args
 from baton.frontend.launcher import Launcher
 from baton.frontend.processes import specs
 from baton.frontend.run_dir import RunDir
@@ -82,7 +82,7 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--uds", default="", metavar="PATH", help="Unix socket instead of host and port")
     group.add_argument("--root-path", type=root_path, default="", help="prefix under which a proxy serves the API")
     text = engine_args.non_empty
-    group.add_argument("--api-key", type=text, nargs="+", default=[], metavar="KEY", help="accepted bearer keys")
+    edge_args.add_arguments(group)
     group.add_argument(
         "--served-model-name", type=text, nargs="+", metavar="NAME", help="names for clients; default: MODEL"
     )
@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     roles = worker_roles(args)
     engine_args.check_kv_transfer(args, roles)
     tool_args.check(args)
+    edge_args.check(args)
     args.port = claim_address(args)
     listening = network_args.listen(args)
     directory = engine_args.resolve_model(args)
@@ -230,6 +231,9 @@ def serve_config(
                 uds=args.uds,
                 root_path=args.root_path,
                 api_keys=tuple(args.api_key),
+                api_key_file=args.api_key_file,
+                tls=edge_args.tls(args),
+                cors=edge_args.cors(args),
                 max_logprobs=args.max_logprobs,
                 block_size=args.block_size,
                 shutdown_timeout_s=args.shutdown_timeout,
@@ -273,6 +277,10 @@ def _say_who_shares(workers: Sequence[WorkerConfig]) -> None:
 
 def _announce(args: argparse.Namespace, took_s: float) -> None:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
-    url = f"unix:{args.uds}" if args.uds else f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
+    url = (
+        f"unix:{args.uds}"
+        if args.uds
+        else f"{'https' if args.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{args.port}"
+    )
     sys.stdout.write(f"ready at {url} after {took_s:.1f} s\n")
     sys.stdout.flush()

@@ -414,17 +414,6 @@ def test_ctl_says_where_it_found_nothing() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that vouches for itself, and its key."""
-    directory = tmp_path_factory.mktemp("tls")
-    cert, key = directory / "cert.pem", directory / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=baton"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(cert), "-keyout", str(key)]
-    subprocess.run(command, check=True, capture_output=True)
-    return cert, key
-
-
 @pytest.fixture
 def locked(made: Generated, tiny_model: Path, certificate: tuple[Path, Path]) -> Iterator[Cluster]:
     """Two workers and two frontends behind TLS and a key."""

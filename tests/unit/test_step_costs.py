@@ -10,12 +10,12 @@ TABLE = [(64, 0.005), (128, 0.006), (256, 0.008), (512, 0.013), (1024, 0.025), (
 
 
 def costs(per_key: float = 0.0, per_pair: float = 0.0) -> StepCosts:
-    return StepCosts(TABLE, per_key, per_pair)
+    return StepCosts(TABLE, per_key, per_pair, padded_to=1024)
 
 
 @pytest.mark.parametrize(("target_ms", "expected"), [(7, 128), (15, 512), (30, 1024), (1000, 2048)])
 def test_a_step_is_the_largest_within_the_target(target_ms: int, expected: int) -> None:
-    assert costs().budget(rows=8, keys=0, start=0, backlog=1000, target_s=target_ms / 1000) == expected
+    assert costs().budget(rows=8, keys=0, start=0, backlog=0, target_s=target_ms / 1000) == expected
 
 
 def test_cached_keys_and_a_chunk_deep_in_its_prompt_make_steps_smaller() -> None:
@@ -29,8 +29,18 @@ def test_a_long_queue_makes_steps_larger() -> None:
     assert sizes == [512, 1024, 2048]
 
 
+def test_a_short_queue_lets_steps_take_a_little_longer() -> None:
+    backlogs = (0, 2000, 50_000)
+    sizes = [costs().budget(rows=200, keys=100_000, start=0, backlog=n, target_s=0.011) for n in backlogs]
+    assert sizes == [256, 512, 2048]
+
+
 def test_a_queue_beside_many_streams_is_cleared_too() -> None:
     assert costs().budget(rows=900, keys=0, start=0, backlog=10_000, target_s=0.015) == 2048
+
+
+def test_what_is_left_of_a_queue_beside_many_streams_needs_no_larger_size_of_the_table() -> None:
+    assert costs().budget(rows=1000, keys=0, start=0, backlog=3000, target_s=0.015) == 1375
 
 
 def test_prompts_go_on_when_decode_alone_takes_longer_than_the_target() -> None:
