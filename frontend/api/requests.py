@@ -1,5 +1,6 @@
 """The requests of the HTTP API. Names, types and defaults are OpenAI's and vLLM's."""
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -169,7 +170,7 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
 
 def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
     """The request in an object of plain values, and the names of fields that nobody knows. Raises ApiError."""
-    _refuse_unsupported(raw)
+    refuse(raw, _UNSUPPORTED)
     try:
         request = msgspec.convert(_without_idle_nulls(raw, kind), kind)
     except msgspec.ValidationError as error:
@@ -199,7 +200,8 @@ def switches(kind: type) -> frozenset[str]:
     return frozenset(field.name for field in fields if isinstance(field.default, bool) or field.default == 0)
 
 
-def _refuse_unsupported(raw: dict[str, Any]) -> None:
-    for name, harmless in _UNSUPPORTED.items():
+def refuse(raw: dict[str, Any], fields: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ApiError for a field that asks for something; `fields` has the values of each that do not."""
+    for name, harmless in fields.items():
         if name in raw and raw[name] not in harmless:
             raise bad_request(f"`{name}` is not supported by this server; leave it out", param=name, code="unsupported")

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.errors import ApiError
@@ -13,6 +13,15 @@ from baton.frontend.api.params import context_room
 from baton.frontend.api.sse import named_event
 from baton.frontend.engine_client import OutputReader
 from baton.frontend.model_info import ModelInfo
+
+NO_PLACE: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1),
+    "prompt_logprobs": (None,),
+    "response_format": (None,),
+    "return_token_ids": (None, False),
+    "use_beam_search": (None, False),
+}
+"""Fields of chat requests for which there is no place in these answers, with the values that ask for nothing."""
 
 
 class Answer(Protocol):

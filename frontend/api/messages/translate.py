@@ -16,12 +16,12 @@ from baton.frontend.api.messages.requests import (
     MessageToolChoice,
     Thinking,
 )
-from baton.frontend.api.requests import ChatCompletionRequest
+from baton.frontend.api.requests import ChatCompletionRequest, refuse
+from baton.frontend.api.run import NO_PLACE
 
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "container": (None,),
     "mcp_servers": (None, []),
-    "n": (None, 1),
 }
 """Fields that would change the answer and that are not implemented, with the values that ask for nothing."""
 
@@ -36,9 +36,7 @@ Messages = list[dict[str, Any]]
 
 def to_chat(request: MessagesRequest | CountTokensRequest, raw: dict[str, Any]) -> dict[str, Any]:
     """The body of a chat request. Raises ApiError naming the field."""
-    for name, harmless in _REFUSED.items():
-        if raw.get(name) not in harmless:
-            raise bad_request(f"`{name}` is not supported by this server; leave it out", name, "unsupported")
+    refuse(raw, NO_PLACE | _REFUSED)
     chat = {name: value for name, value in raw.items() if name in _SHARED}
     chat["messages"] = _messages(request)
     chat |= _continued(request.messages[-1])

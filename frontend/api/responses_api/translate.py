@@ -7,7 +7,7 @@ import msgspec
 from msgspec import UNSET
 
 from baton.frontend.api.errors import ApiError, bad_request, renamed
-from baton.frontend.api.requests import ChatCompletionRequest
+from baton.frontend.api.requests import ChatCompletionRequest, refuse
 from baton.frontend.api.responses_api.items import to_messages
 from baton.frontend.api.responses_api.requests import (
     FunctionTool,
@@ -17,6 +17,7 @@ from baton.frontend.api.responses_api.requests import (
     TextFormat,
     ToolChoiceObject,
 )
+from baton.frontend.api.run import NO_PLACE
 
 LOGPROBS = "message.output_text.logprobs"
 INCLUDABLE = frozenset(
@@ -38,7 +39,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "context_management": (None, []),
     "conversation": (None,),
     "moderation": (None,),
-    "n": (None, 1),
     "prompt": (None,),
 }
 """Fields that would change the answer and that are not implemented, with the values that ask for nothing."""
@@ -57,9 +57,7 @@ _NAMES = {
 
 def check(request: ResponsesRequest, raw: dict[str, Any]) -> None:
     """Refuse what has no chat request. Raises ApiError naming the field."""
-    for name, harmless in _REFUSED.items():
-        if raw.get(name) not in harmless:
-            raise bad_request(f"`{name}` is not supported by this server; leave it out", name, "unsupported")
+    refuse(raw, NO_PLACE | _REFUSED)
     for value in request.include or ():
         if value not in INCLUDABLE:
             raise bad_request(f"include has {value[:64]!r}; possible are {', '.join(sorted(INCLUDABLE))}.", "include")
