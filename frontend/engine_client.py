@@ -128,6 +128,10 @@ class OutputReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        """End what has not ended; nothing more is read."""
         self.on_output = lambda: None
         for index in self._open:
             self._client.abort(self._sids[index])

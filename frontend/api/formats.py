@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Protocol
 
 from msgspec import UNSET, UnsetType
@@ -168,17 +169,19 @@ class ChatFormat:
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
         if self._wishes.logprobs is None:
             return None
-        return ChatLogprobs(
-            [
-                TokenLogprob(
-                    self._tokenizer.token(id),
-                    _finite(entry.logprob),
-                    self._bytes(id),
-                    [self._alternative(*top) for top in entry.top],
-                )
-                for id, entry in zip(delta.token_ids, delta.logprobs, strict=True)
-            ]
-        )
+        return ChatLogprobs(self.spell(zip(delta.token_ids, delta.logprobs, strict=True)))
+
+    def spell(self, sampled: Iterable[tuple[int, TokenLogprobs]]) -> list[TokenLogprob]:
+        """Tokens with their log probabilities."""
+        return [
+            TokenLogprob(
+                self._tokenizer.token(id),
+                _finite(entry.logprob),
+                self._bytes(id),
+                [self._alternative(*top) for top in entry.top],
+            )
+            for id, entry in sampled
+        ]
 
     def _alternative(self, id: int, logprob: float) -> TopLogprob:
         return TopLogprob(self._tokenizer.token(id), _finite(logprob), self._bytes(id))

@@ -1,5 +1,6 @@
 """The requests of the HTTP API. Names, types and defaults are OpenAI's and vLLM's."""
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -22,8 +23,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """The usage so far in every chunk."""
 
 
-class _Generation(msgspec.Struct, kw_only=True):
-    """What both generating endpoints take. None is the model's or the server's default."""
+class GenerationFields(msgspec.Struct, kw_only=True):
+    """What all generating endpoints take. None is the model's or the server's default."""
 
     model: str | None = None
     stream: bool = False
@@ -58,7 +59,7 @@ class _Generation(msgspec.Struct, kw_only=True):
     guided_whitespace_pattern: str | None = None
 
 
-class CompletionRequest(_Generation, kw_only=True):
+class CompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/completions"""
 
     prompt: str | list[str | int | Ids]
@@ -80,7 +81,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     content: str | list[ContentPart] | None = None
 
 
-class ChatCompletionRequest(_Generation, kw_only=True):
+class ChatCompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/chat/completions"""
 
     messages: list[ChatMessage]
@@ -169,7 +170,7 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
 
 def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
     """The request in an object of plain values, and the names of fields that nobody knows. Raises ApiError."""
-    _refuse_unsupported(raw)
+    refuse(raw, _UNSUPPORTED)
     try:
         request = msgspec.convert(_without_idle_nulls(raw, kind), kind)
     except msgspec.ValidationError as error:
@@ -182,7 +183,7 @@ def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
 
 def _without_idle_nulls(raw: dict[str, Any], kind: type) -> dict[str, Any]:
     """Clients send null for switches and counts that they do not set."""
-    unset = _switches(kind)
+    unset = switches(kind)
     return {name: value for name, value in raw.items() if value is not None or name not in unset}
 
 
@@ -193,13 +194,14 @@ def _known_names(kind: type) -> frozenset[str]:
 
 
 @cache
-def _switches(kind: type) -> frozenset[str]:
-    """Fields whose default is False, True or 0."""
+def switches(kind: type) -> frozenset[str]:
+    """Fields whose default is False, True or 0; null means the same."""
     fields = msgspec.structs.fields(kind)
     return frozenset(field.name for field in fields if isinstance(field.default, bool) or field.default == 0)
 
 
-def _refuse_unsupported(raw: dict[str, Any]) -> None:
-    for name, harmless in _UNSUPPORTED.items():
+def refuse(raw: dict[str, Any], fields: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ApiError for a field that asks for something; `fields` has the values of each that do not."""
+    for name, harmless in fields.items():
         if name in raw and raw[name] not in harmless:
             raise bad_request(f"`{name}` is not supported by this server; leave it out", param=name, code="unsupported")
