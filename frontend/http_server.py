@@ -135,6 +135,8 @@ class Api:
     ) -> None:
         received_s = time.monotonic()
         wanted, raw = await self._reader.read(kind, scope, receive)
+        if wanted.request_id is None:
+            wanted.request_id = scope["state"]["request_id"]  # what the answer is called
         with_ledger = header(scope, b"x-baton-ledger") == b"1"
         job = await self._generator.prepare(wanted, raw, with_ledger=with_ledger, received_s=received_s)
         if wanted.stream:
@@ -184,9 +186,9 @@ def build_app(
         "/tokenize": Operation(api.tokenize, TokenizeRequest, responses.TokenizeResponse),
         "/detokenize": Operation(api.detokenize, DetokenizeRequest, responses.DetokenizeResponse),
     }
-    document(app, posts, [responses.ModelList, ItemList, DeletedResponse])
-    whole = Posts(app, {path: operation.endpoint for path, operation in posts.items()}, config.root_path)
     keys = Keyring(config.api_keys, config.api_key_file)
+    document(app, posts, [responses.ModelList, ItemList, DeletedResponse], locked=bool(keys))
+    whole = Posts(app, {path: operation.endpoint for path, operation in posts.items()}, config.root_path)
     locked = RequireKey(whole, keys, config.root_path) if keys else whole
     return allow_origins(locked, config.cors)
 

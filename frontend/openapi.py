@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from baton.frontend.api.errors import ErrorResponse
 from baton.frontend.api.requests import switches
-from baton.frontend.routing import Endpoint
+from baton.frontend.routing import OPEN_PATHS, Endpoint
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,11 @@ def describe_plain(media_type: str | None) -> dict[str, Any]:
     return described
 
 
-def document(app: FastAPI, posts: Mapping[str, Operation], others: list[Any]) -> None:
-    """Add to what FastAPI generates: the paths that it does not see, and the types of all messages and `others`."""
+def document(app: FastAPI, posts: Mapping[str, Operation], others: list[Any], *, locked: bool) -> None:
+    """Add to what FastAPI generates: the paths that it does not see, and the types of all messages and `others`.
+
+    `locked`: keys are asked for.
+    """
     generate = app.openapi
     types = [kind for operation in posts.values() for kind in operation.types]
     _, schemas = msgspec.json.schema_components(
@@ -81,9 +84,22 @@ def document(app: FastAPI, posts: Mapping[str, Operation], others: list[Any]) ->
             about = {"summary": operation.endpoint.__doc__, "operationId": path.strip("/").replace("/", "_")}
             full["paths"][path] = {"post": about | operation.describe()}
         full.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+        if locked:
+            _ask_for_keys(full)
         return _without_validation(full)
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _ask_for_keys(full: dict[str, Any]) -> None:
+    """A key in either header, everywhere but on the probes."""
+    full["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    for path, operations in full["paths"].items():
+        for operation in operations.values():
+            operation["security"] = [] if path in OPEN_PATHS else [{"bearer": []}, {"x-api-key": []}]
 
 
 def _without_validation(full: dict[str, Any]) -> dict[str, Any]:

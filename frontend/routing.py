@@ -11,7 +11,7 @@ from baton.frontend.api.errors import ApiError, bad_request, http_error
 from baton.frontend.api.messages.errors import encode_error
 from baton.frontend.http_io import BrokenAnswerError, Receive, Scope, Send, header
 from baton.frontend.rates import Rate
-from baton.proto.keys import Keyring, bearer_key
+from baton.proto.keys import Keyring, bearer_key, key_name
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Posts:
 class RequireKey:
     """ASGI middleware: a key on everything that is not open, as a bearer token or in Anthropic's header.
 
-    The key's name is in `scope["state"]["key_name"]` from here on.
+    Its name is in keys.key_name from here on.
     """
 
     def __init__(self, app: Any, keys: Keyring, root_path: str) -> None:
@@ -85,7 +85,7 @@ class RequireKey:
                 await self._refusals.take()
                 await error_response(error, scope["path"])(scope, receive, send)
                 return
-            scope["state"]["key_name"] = name
+            key_name.set(name)
         await self._app(scope, receive, send)
 
 
@@ -101,7 +101,7 @@ def note_ignored(names: list[str], scope: Scope) -> None:
     log.warning(
         "warnings: request %s of %s: unknown fields were ignored: %s",
         state["request_id"],
-        state.get("key_name", "a client"),
+        key_name.get() or "a client",
         shown,
     )
     state["headers"].append((IGNORED_FIELDS, shown.encode()))

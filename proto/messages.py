@@ -55,6 +55,19 @@ class SamplingParams(Record):
     grammar: str = ""
     """What the output must be, in llguidance's JSON form (proto/grammar.py). stop_token_ids are allowed only where it
     may end. Empty: anything."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """The only tokens that are drawn; empty: all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that the output does not have: the last token of one is not drawn behind the others."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """With logprobs: report these tokens in place of the k best."""
+    prompt_logprobs: int = -1
+    """-1 none, 0 those of the prompt's own tokens, k also the k best at each position."""
+
+    @property
+    def depends_on_output(self) -> bool:
+        """Whether which tokens may come next depends on the last one."""
+        return bool(self.grammar) or any(len(word) > 1 for word in self.bad_words)
 
 
 class TokenLogprobs(Record):
@@ -65,7 +78,7 @@ class TokenLogprobs(Record):
     rank: int
     """1 for the most likely token."""
     top: tuple[tuple[int, float], ...] = ()
-    """(token id, logprob), best first."""
+    """(token id, logprob): the best, best first, or those of logprob_token_ids in their order."""
 
 
 class FirstRows(Record):
@@ -110,6 +123,8 @@ class Ledger(msgspec.Struct, omit_defaults=True):
     """Why something fell back, one sentence each."""
     stages: dict[str, float] = {}
     """Stage -> seconds on the CLOCK_MONOTONIC of the scheduler's host."""
+    client: str = ""
+    """Name of the API key; empty without keys."""
 
     def merge(self, part: "Ledger") -> None:
         """Overlay the fields that `part` sets: a worker sends each field once per attempt."""
@@ -217,6 +232,9 @@ class Submit(Message):
     """Time left until the client's deadline; 0 is none."""
     priority: int = 0
     """Lower is served first, as in vLLM."""
+    sibling: int = 0
+    """Second half of the sid of an earlier stream with the same prompt: both go to one worker, where its blocks are
+    shared. 0: none."""
 
 
 class Close(Message):
@@ -532,7 +550,8 @@ class Beat(Message):
 
 
 class TokenBatch(Message):
-    """W→F, one per step and frontend; columnar. An empty one is the idle beat that makes a lost last batch visible."""
+    """W→F, one per step and frontend; columnar. An empty one is the idle beat that makes a lost last batch visible.
+    Frames: one for each entry of prompt_logprobs, in their order (PromptLogprobs.data)."""
 
     worker: str
     incarnation: int
@@ -553,6 +572,8 @@ class TokenBatch(Message):
     """Row -> one entry per token of the row."""
     ledgers: dict[int, Ledger] = {}
     """Row -> part of the request's ledger."""
+    prompt_logprobs: dict[int, int] = {}
+    """Row -> alternatives per token, for the row with a stream's first token: PromptLogprobs.top."""
 
 
 class CancelStream(Message):

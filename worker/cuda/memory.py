@@ -153,11 +153,12 @@ def _mixed_step(num_rows: int, num_blocks: int) -> StepPlan:
 
 
 def _largest_step(num_rows: int, per_row: int, blocks_per_row: int, num_blocks: int) -> StepPlan:
-    params = SamplingParams(max_tokens=1, temperature=0.0)
+    """Prompts whose log-probabilities are wanted too."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
     prompt = [0] * per_row
     rows, inits = [], []
     for slot in range(num_rows):
         blocks = [index % num_blocks for index in range(slot * blocks_per_row, (slot + 1) * blocks_per_row)]
         inits.append(SlotInit(slot, (0, slot), 0, params, per_row, prompt, blocks))
-        rows.append(Row(slot, 0, per_row, prompt, False, [], True, 0))
+        rows.append(Row(slot, 0, per_row, prompt, False, [], True, 0, targets=prompt))
     return StepPlan(0, rows, inits)

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from baton.kernels.cuda import attention, work
+from baton.kernels.cuda.copy import copy_blocks
 from baton.kernels.cuda.fa3_attention import Sequences
 from baton.kernels.cuda.ops import AttentionWork, CudaOps, DeviceLists
 from baton.proto.config import WorkerConfig
@@ -22,7 +23,7 @@ from baton.worker.batch import Batch
 from baton.worker.constraints import Constraints, Masks
 from baton.worker.cuda.graphs import Size, StepGraphs, decode_sizes, mixed_sizes
 from baton.worker.cuda.rows import Rows
-from baton.worker.cuda.sampler import CudaSampler, DeviceLogprobs
+from baton.worker.cuda.sampler import CudaSampler, DeviceLogprobs, DevicePromptLogprobs
 from baton.worker.cuda.slots import DeviceSlots
 from baton.worker.cuda.step_buffer import StepBuffer, StepInputs, StepLayout
 from baton.worker.grammar_compiler import GrammarCompiler
@@ -46,12 +47,13 @@ class Pending:
         plan: StepPlan,
         tokens: torch.Tensor,
         logprobs: list[DeviceLogprobs],
+        prompt_logprobs: list[DevicePromptLogprobs],
         failed: dict[int, str],
         started_s: float,
     ) -> None:
         self.plan = plan
         self.failed, self.started_s = failed, started_s
-        self._tokens, self._logprobs = tokens, logprobs
+        self._tokens, self._logprobs, self._prompt_logprobs = tokens, logprobs, prompt_logprobs
         self._event = torch.cuda.Event()
         self._event.record()
 
@@ -65,7 +67,8 @@ class Pending:
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {
             sampling[row]: (value,) for part in self._logprobs for row, value in part.read().items()
         }
-        return StepResult(self.plan.step, tokens, logprobs, self.started_s, now, self.failed)
+        told = {part.row: part.read() for part in self._prompt_logprobs}
+        return StepResult(self.plan.step, tokens, logprobs, self.started_s, now, self.failed, told)
 
 
 class CudaRunner:
@@ -92,7 +95,8 @@ class CudaRunner:
         self.grammars = GrammarCompiler(config.model, self.vocab_size)
         self._constraints = Constraints(self.grammars, self.vocab_size)
         tiles = self.max_tokens + _SPARE_TILES
-        largest = replace(self._layout(self.max_tokens, self.max_seqs, self.max_seqs, tiles), sequences=self.max_seqs)
+        most = self._layout(self.max_tokens, self.max_seqs, self.max_seqs, tiles)
+        largest = replace(most, sequences=self.max_seqs, prompt=self.max_tokens)
         table_words = 2 * (self._slots.tables.numel() + self.max_tokens)
         ring = config.batch.depth + 1
         self._buffer = StepBuffer(largest.words + table_words, ring, self.device)
@@ -147,20 +151,29 @@ class CudaRunner:
         lists = self._plan(rows)
         size, layout = self._fit(rows, lists)
         inputs = self._upload(plan, rows, lists, layout)
+        if plan.copies:
+            self._copy_blocks(plan.copies)
         hidden = self._graphs.replay(size) if size else self._forward(inputs, layout)
         if size is None or size.mixed:
             self._sample(inputs, len(rows.sampling), hidden)
         masks = building.result() if building is not None else None  # built while the device computes hidden
         logprobs = self._resample(rows, inputs, hidden, masks)
+        told = self._sampler.prompt_logprobs(plan.rows, hidden[len(rows.sampling) :], self.model.logits)
         host = self._host_tokens[plan.step % len(self._host_tokens)][: len(rows.sampling)]
         host.copy_(self._tokens[: len(host)], non_blocking=True)
         failed = masks.failed_rows(plan.rows) if masks is not None else {}
-        return Pending(plan, host, logprobs, failed, started)
+        return Pending(plan, host, logprobs, told, failed, started)
 
     def close(self) -> None:
         """End its threads."""
         self._constraints.close()
         self.grammars.close()
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Enqueue (from, to) copies within the pool, by the kernel that takes blocks out of peers' pools."""
+        base, size = self._pool.data_ptr(), self._pool.stride(0) * self._pool.element_size()
+        jobs = torch.tensor([[base + source * size, base + target * size] for source, target in copies])
+        copy_blocks(jobs.pin_memory().to(self.device, non_blocking=True), size)
 
     def _plan(self, rows: Rows) -> tuple[work.Lists, ...]:
         """Attention's lists for each window of the model."""
@@ -177,12 +190,13 @@ class CudaRunner:
     def _fit(self, rows: Rows, lists: tuple[work.Lists, ...]) -> tuple[Size | None, StepLayout]:
         """The graph that this step runs in, if any, and how its inputs lie."""
         size, tiles = self._graphs.fit(rows.num_tokens, not rows.all_decode), len(lists[0].prefill)
-        if size is not None:
+        wanted = len(rows.prompt_indices)
+        if size is not None and not wanted:
             layout = self._layout_of(size)
             if tiles <= layout.prefill:
                 return size, layout
         decode_rows = int((rows.lengths == 1).sum()) if self._ops.splits_decode else 0
-        layout = self._layout(rows.num_tokens, len(rows.sampling), decode_rows, tiles)
+        layout = replace(self._layout(rows.num_tokens, len(rows.sampling), decode_rows, tiles), prompt=wanted)
         if tiles and self._ops.takes_sequences:
             layout = replace(layout, sequences=len(rows.slots), longest=int(rows.lengths.max()))
         return None, layout
@@ -210,7 +224,7 @@ class CudaRunner:
         arrays["draws"][count:] = 0
         arrays["sample_slots"][:count], arrays["sample_slots"][count:] = slots, self._slots.padding
         arrays["logits_indices"][:count] = rows.query_start[1:][rows.sampling] - 1
-        arrays["logits_indices"][count:] = 0
+        arrays["logits_indices"][count:] = rows.prompt_indices if layout.prompt else 0
         arrays["token_ids"][:tokens], arrays["token_ids"][tokens:] = rows.token_ids(plan.rows), 0
         arrays["positions"][:tokens], arrays["positions"][tokens:] = rows.positions, 0
         arrays["token_slots"][:tokens], arrays["token_slots"][tokens:] = rows.slots[rows.sequence], -1
@@ -237,7 +251,8 @@ class CudaRunner:
         return hidden
 
     def _forward(self, inputs: StepInputs, layout: StepLayout) -> torch.Tensor:
-        """Hidden states [layout.samples, hidden] of the rows to sample."""
+        """Hidden states of the rows to sample, and behind them of the prompts' tokens whose logits are wanted:
+        [layout.samples + layout.prompt, hidden]."""
         token_ids, slot_mapping = self._slots.prepare(inputs["token_ids"], inputs["positions"], inputs["token_slots"])
         batch = Batch(
             token_ids=token_ids,
