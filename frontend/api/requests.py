@@ -1,5 +1,6 @@
 """The requests of the HTTP API. Names, types and defaults are OpenAI's and vLLM's."""
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -138,7 +139,10 @@ R = TypeVar("R", bound=msgspec.Struct)
 _IGNORED = frozenset({"store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Fields that ask for nothing of the answer."""
 
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Fields that would change the answer and are refused: values that ask for nothing, and why others are not served."""
+
+_UNSUPPORTED: Refusals = {
     "audio": ((None,), "the model writes text"),
     "chat_template": (
         (None,),
@@ -155,7 +159,6 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "suffix": ((None, ""), "the model continues a prompt and fills no gap"),
     "web_search_options": ((None,), "the server searches nothing"),
 }
-"""Fields that would change the answer and are refused: values that ask for nothing, and why others are not served."""
 
 
 def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
@@ -174,7 +177,7 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
 
 def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
     """The request in an object of plain values, and the names of fields that nobody knows. Raises ApiError."""
-    _refuse_unsupported(raw)
+    refuse(raw, _UNSUPPORTED)
     try:
         request = msgspec.convert(_without_idle_nulls(raw, kind), kind)
     except msgspec.ValidationError as error:
@@ -204,7 +207,8 @@ def switches(kind: type) -> frozenset[str]:
     return frozenset(field.name for field in fields if isinstance(field.default, bool | float) or field.default == 0)
 
 
-def _refuse_unsupported(raw: dict[str, Any]) -> None:
-    for name, (harmless, why) in _UNSUPPORTED.items():
+def refuse(raw: dict[str, Any], fields: Refusals) -> None:
+    """Raises ApiError for a field that asks for what is not served."""
+    for name, (harmless, why) in fields.items():
         if name in raw and raw[name] not in harmless:
             raise bad_request(f"`{name}` is not supported: {why}.", param=name, code="unsupported")

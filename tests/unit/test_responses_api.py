@@ -150,6 +150,13 @@ def test_an_item_that_says_nothing_to_the_model_is_refused(item: dict[str, Any],
     assert caught.value.body.error.param == param
 
 
+@pytest.mark.parametrize("field", ["n", "return_token_ids", "response_format", "conversation", "prompt"])
+def test_what_would_be_ignored_in_silence_is_refused(field: str) -> None:
+    wanted, raw = request()
+    with pytest.raises(ApiError, match=field):
+        translate.check(wanted, raw | {field: 7})
+
+
 def test_an_error_about_the_chat_request_is_told_in_this_apis_names() -> None:
     error = translate.in_our_names(bad_request("response_format can't be enforced: x", "response_format", "c"))
     told = error.body.error

@@ -16,14 +16,13 @@ from baton.frontend.api.messages.requests import (
     MessageToolChoice,
     Thinking,
 )
-from baton.frontend.api.requests import ChatCompletionRequest
+from baton.frontend.api.requests import ChatCompletionRequest, Refusals, refuse
+from baton.frontend.api.run import NO_PLACE
 
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "container": (None,),
-    "mcp_servers": (None, []),
-    "n": (None, 1),
+_REFUSED: Refusals = {
+    "container": ((None,), "the server runs no code"),
+    "mcp_servers": ((None, []), "the server calls no tools; name them in tools and answer their calls"),
 }
-"""Fields that would change the answer and that are not implemented, with the values that ask for nothing."""
 
 _OWN = frozenset({"messages", "stream", "stream_options", "n", "tools", "tool_choice", "max_tokens", "response_format"})
 _SHARED = frozenset(MessagesRequest.__struct_fields__) & frozenset(ChatCompletionRequest.__struct_fields__) - _OWN
@@ -36,9 +35,7 @@ Messages = list[dict[str, Any]]
 
 def to_chat(request: MessagesRequest | CountTokensRequest, raw: dict[str, Any]) -> dict[str, Any]:
     """The body of a chat request. Raises ApiError naming the field."""
-    for name, harmless in _REFUSED.items():
-        if raw.get(name) not in harmless:
-            raise bad_request(f"`{name}` is not supported by this server; leave it out", name, "unsupported")
+    refuse(raw, {**NO_PLACE, **_REFUSED})
     chat = {name: value for name, value in raw.items() if name in _SHARED}
     chat["messages"] = _messages(request)
     chat |= _continued(request.messages[-1])

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import UNSET
 
 from baton.frontend.api.errors import ApiError, bad_request, renamed
-from baton.frontend.api.requests import ChatCompletionRequest
+from baton.frontend.api.requests import ChatCompletionRequest, Refusals, refuse
 from baton.frontend.api.responses_api.items import to_messages
 from baton.frontend.api.responses_api.requests import (
     FunctionTool,
@@ -17,6 +17,7 @@ from baton.frontend.api.responses_api.requests import (
     TextFormat,
     ToolChoiceObject,
 )
+from baton.frontend.api.run import NO_PLACE
 
 LOGPROBS = "message.output_text.logprobs"
 INCLUDABLE = frozenset(
@@ -33,15 +34,13 @@ INCLUDABLE = frozenset(
 )
 """Of these the log probabilities alone add something: reasoning is given in plain text, built-in tools never run."""
 
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "background_options": (None, {}),
-    "context_management": (None, []),
-    "conversation": (None,),
-    "moderation": (None,),
-    "n": (None, 1),
-    "prompt": (None,),
+_REFUSED: Refusals = {
+    "background_options": ((None, {}), "background answers have no options"),
+    "context_management": ((None, []), "what does not fit is an error; send less"),
+    "conversation": ((None,), "use previous_response_id"),
+    "moderation": ((None,), "the server moderates nothing"),
+    "prompt": ((None,), "the server stores no prompts; send instructions and input"),
 }
-"""Fields that would change the answer and that are not implemented, with the values that ask for nothing."""
 
 _OWN = frozenset({"stream", "stream_options", "n", "tools", "tool_choice", "response_format", "top_logprobs"})
 _SHARED = frozenset(ResponsesRequest.__struct_fields__) & frozenset(ChatCompletionRequest.__struct_fields__) - _OWN
@@ -57,9 +56,7 @@ _NAMES = {
 
 def check(request: ResponsesRequest, raw: dict[str, Any]) -> None:
     """Refuse what has no chat request. Raises ApiError naming the field."""
-    for name, harmless in _REFUSED.items():
-        if raw.get(name) not in harmless:
-            raise bad_request(f"`{name}` is not supported by this server; leave it out", name, "unsupported")
+    refuse(raw, {**NO_PLACE, **_REFUSED})
     for value in request.include or ():
         if value not in INCLUDABLE:
             raise bad_request(f"include has {value[:64]!r}; possible are {', '.join(sorted(INCLUDABLE))}.", "include")
