@@ -107,10 +107,10 @@ class ResponsesApi:
         stream = request.query_params.get("stream", "false").lower()
         if stream not in ("true", "false"):
             raise bad_request("stream must be true or false.", "stream")
+        after = _whole_number(request, "starting_after", -1, 0, 2**53)
         if stream == "true":
             if found.log is None:
                 raise bad_request("only a response made with background and stream can be streamed again.", "stream")
-            after = _whole_number(request, "starting_after", -1, 0, 2**53)
             return _Followed(found.log, after, self._config.stalled_client_s)
         return _json(found.response if isinstance(found, Kept) else found.answer.snapshot())
 
