@@ -307,9 +307,9 @@ class EngineClient:
             self._carry_out(self._streams.on_message(message, now))
         if self._closed is not None and not self._closed.done() and not self._streams.closing:
             self._closed.set_result(None)
-        for sender, batch, _frames in self._tokens.drain():
+        for sender, batch, frames in self._tokens.drain():
             try:
-                self._carry_out(self._streams.on_token_batch(batch, now))
+                self._carry_out(self._streams.on_token_batch(batch, frames, now))
             except ValueError as error:
                 log.error("refused a batch from %s: %s", sender.decode(errors="replace"), error)
 

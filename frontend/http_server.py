@@ -6,6 +6,7 @@ that describes everything, is FastAPI's.
 
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from baton.frontend.api import responses
+from baton.frontend.api import embedding_responses, responses
+from baton.frontend.api.embedding_requests import EmbeddingRequest, RerankRequest, ScoreRequest
+from baton.frontend.api.embeddings import Embedder
 from baton.frontend.api.errors import ApiError, http_error, unavailable
 from baton.frontend.api.generation import Generator
 from baton.frontend.api.params import check_model
@@ -38,18 +41,29 @@ from baton.proto.config import FrontendConfig
 
 log = logging.getLogger(__name__)
 
+SCORE_PATHS = ("/v1/score", "/score")
+RERANK_PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
+"""vLLM's; /v1 is Jina's path and /v2 Cohere's."""
+
 
 class Api:
     """The endpoints."""
 
     def __init__(
-        self, config: FrontendConfig, client: EngineClient, prompts: Prompts, info: ModelInfo, generator: Generator
+        self,
+        config: FrontendConfig,
+        client: EngineClient,
+        prompts: Prompts,
+        info: ModelInfo,
+        generator: Generator,
+        embedder: Embedder,
     ) -> None:
         self._config = config
         self._client = client
         self._prompts = prompts
         self._info = info
         self._generator = generator
+        self._embedder = embedder
         self._turns = Turns()
         self._created = int(time.time())
 
@@ -60,6 +74,18 @@ class Api:
     async def chat_completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a conversation."""
         await self._generate(ChatCompletionRequest, scope, receive, send)
+
+    async def embeddings(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A vector for each input."""
+        await self._pool(EmbeddingRequest, self._embedder.embeddings, scope, receive, send)
+
+    async def score(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """How alike the texts of each pair are."""
+        await self._pool(ScoreRequest, self._embedder.score, scope, receive, send)
+
+    async def rerank(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Documents in the order of their likeness to a query."""
+        await self._pool(RerankRequest, self._embedder.rerank, scope, receive, send)
 
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Token ids of a prompt or of a rendered conversation."""
@@ -125,6 +151,17 @@ class Api:
             answer = await answer_or_disconnect(self._generator.whole(job), receive)
             await answer(scope, receive, send)
 
+    async def _pool(
+        self, kind: type[R], answers: Callable[..., Awaitable[bytes]], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        received_s = time.monotonic()
+        await self._turns.take()
+        wanted, _raw = await self._parse(kind, scope, receive)
+        with_ledger = header(scope, b"x-baton-ledger") == b"1"
+        work = answers(wanted, with_ledger=with_ledger, received_s=received_s)
+        answer = await answer_or_disconnect(work, receive)
+        await answer(scope, receive, send)
+
     def _card(self, name: str) -> responses.ModelCard:
         root, max_model_len = self._info.names[0], self._info.max_model_len
         return responses.ModelCard(id=name, created=self._created, root=root, max_model_len=max_model_len)
@@ -140,10 +177,15 @@ class Api:
 
 
 def build_app(
-    config: FrontendConfig, client: EngineClient, prompts: Prompts, info: ModelInfo, generator: Generator
+    config: FrontendConfig,
+    client: EngineClient,
+    prompts: Prompts,
+    info: ModelInfo,
+    generator: Generator,
+    embedder: Embedder,
 ) -> Any:
     """The ASGI application."""
-    api = Api(config, client, prompts, info, generator)
+    api = Api(config, client, prompts, info, generator, embedder)
     # The interactive pages would load scripts from a foreign host; the schema itself stays.
     app = FastAPI(
         title="Baton", version=version("baton-serve"), root_path=config.root_path, docs_url=None, redoc_url=None
@@ -160,6 +202,9 @@ def build_app(
         "/v1/chat/completions": (api.chat_completions, ChatCompletionRequest, responses.ChatCompletion),
         "/tokenize": (api.tokenize, TokenizeRequest, responses.TokenizeResponse),
         "/detokenize": (api.detokenize, DetokenizeRequest, responses.DetokenizeResponse),
+        "/v1/embeddings": (api.embeddings, EmbeddingRequest, embedding_responses.EmbeddingList),
+        **dict.fromkeys(SCORE_PATHS, (api.score, ScoreRequest, embedding_responses.ScoreList)),
+        **dict.fromkeys(RERANK_PATHS, (api.rerank, RerankRequest, embedding_responses.RerankList)),
     }
     document(app, posts)
     whole = Posts(app, {path: endpoint for path, (endpoint, *_) in posts.items()}, config.root_path)

@@ -16,12 +16,14 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from baton.frontend.api.embeddings import Embedder
 from baton.frontend.api.generation import Generator
 from baton.frontend.api.prompts import Prompts
 from baton.frontend.chat_template import load_chat_template
 from baton.frontend.engine_client import EngineClient
 from baton.frontend.http_server import build_app
 from baton.frontend.model_info import ModelInfo, load_model_info
+from baton.frontend.pooling import load_pooling_info
 from baton.frontend.structured.grammars import Grammars
 from baton.frontend.tokenizer import load_tokenizer
 from baton.frontend.tools.plan import ToolServing
@@ -68,14 +70,16 @@ def _remove_socket(path: str) -> None:
 async def _serve(config: FrontendConfig, supervised: Supervised, listener: socket.socket) -> None:
     tokenizer = load_tokenizer(config.model)
     info = load_model_info(config.model, tokenizer)
+    pooling = load_pooling_info(config.model.path, config.pooler)
     tools = ToolServing(config, tokenizer)
     prompts = Prompts(tokenizer, load_chat_template(config.model, tokenizer), info)
     client = EngineClient(config)
     grammars = Grammars(tokenizer, info)
     generator = Generator(client, prompts, grammars, tools, info, config.max_logprobs)
+    embedder = Embedder(client, prompts, info, pooling)
     server = _Server(
         uvicorn.Config(
-            build_app(config, client, prompts, info, generator),
+            build_app(config, client, prompts, info, generator, embedder),
             http="httptools",
             ws="none",
             lifespan="off",
@@ -87,10 +91,10 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
         )
     )
     try:
-        async with _inference(config, client, prompts, info, generator):
+        async with _inference(config, client, prompts, info, generator, embedder):
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await _until_stopped(client, supervised, serving)
-            generator.draining = True
+            generator.draining = embedder.draining = True
             await _drain(client, config.shutdown_timeout_s)
             server.should_exit = True
             await _stop(client, serving)
@@ -102,7 +106,12 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
 
 @contextlib.asynccontextmanager
 async def _inference(
-    config: FrontendConfig, client: EngineClient, prompts: Prompts, info: ModelInfo, generator: Generator
+    config: FrontendConfig,
+    client: EngineClient,
+    prompts: Prompts,
+    info: ModelInfo,
+    generator: Generator,
+    embedder: Embedder,
 ) -> AsyncIterator[None]:
     """The gRPC server, where one is wanted: the core installation has no gRPC."""
     if not config.grpc.port:
@@ -110,7 +119,7 @@ async def _inference(
         return
     from baton.frontend.rpc_server import InferenceServer
 
-    server = InferenceServer(config, client, prompts, info, generator)
+    server = InferenceServer(config, client, prompts, info, generator, embedder)
     await server.start()
     try:
         yield

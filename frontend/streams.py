@@ -17,18 +17,21 @@ token's worker is not the second's. At (attempt a, n accepted tokens) a row (a',
     p <= n            accept T[n - p:]
     p > n             hold until the gap closes, or until the gap timer ends the attempt
 
-A finish counts once n reaches its `final`. Every stream gets exactly one Finished, and no Deliver follows it.
+A finish counts once n reaches its `final`. Every stream gets exactly one Finished, and no Deliver follows it. A stream
+that wants a vector has no tokens: its one row is at position 0, and its end carries the vector.
 """
 
 import heapq
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
 from baton.frontend.instructions import Deliver, Finished, Instruction, SendToScheduler, SendToWorker, Worker
 from baton.frontend.stream import Stream
+from baton.proto.channels import Frame
 from baton.proto.hashing import hash_chain, pack_hashes
 from baton.proto.lifecycle import FinishReason, Outcome, RejectCode, Stage
 from baton.proto.messages import (
@@ -176,10 +179,11 @@ class Streams:
                 return []
         raise TypeError(f"not a message to a frontend: {type(message).__name__}")
 
-    def on_token_batch(self, batch: TokenBatch, now: float) -> list[Instruction]:
+    def on_token_batch(self, batch: TokenBatch, frames: Sequence[Frame], now: float) -> list[Instruction]:
         """One worker step's rows, or its idle beat. Raises ValueError when the columns do not fit together."""
         if sum(batch.count) != len(batch.tokens):
             raise ValueError(f"batch {batch.seq} of {batch.worker}: {len(batch.tokens)} tokens, counts say otherwise")
+        vectors = _vectors(batch, frames)
         worker = (batch.worker, batch.incarnation)
         self._note_seq(worker, batch, now)
         out: list[Instruction] = []
@@ -196,6 +200,8 @@ class Streams:
                 continue  # only a frontend raises attempts: not ours
             if (part := batch.ledgers.get(row)) is not None:
                 stream.ledger.merge(part)
+            if row in vectors:
+                stream.vector = vectors[row]
             new, logprobs = stream.apply(pos, tokens, batch.logprobs.get(row, ()), batch.finish.get(row))
             self._on_row(stream, new, logprobs, worker, now, out)
         return out
@@ -395,7 +401,9 @@ class Streams:
         self._closing[stream.sid[1]] = (now + self.limits.resend_interval_s, close)
         return [
             SendToScheduler(close),
-            Finished(stream.sid, outcome, stream.ledger, len(stream.output), message, code, retry_after_s),
+            Finished(
+                stream.sid, outcome, stream.ledger, len(stream.output), message, code, retry_after_s, stream.vector
+            ),
         ]
 
     def _cancel(self, stream: Stream) -> list[Instruction]:
@@ -412,3 +420,16 @@ class Streams:
         if due < stream.timer:
             stream.timer = due
             heapq.heappush(self._timers, (due, stream.sid[1]))
+
+
+def _vectors(batch: TokenBatch, frames: Sequence[Frame]) -> dict[int, bytes]:
+    """Row -> vector; copies, so that none keeps the others' memory. Raises ValueError."""
+    if not batch.vectors:
+        return {}
+    data = memoryview(frames[0]) if len(frames) == 1 else memoryview(b"")
+    size, rest = divmod(data.nbytes, len(batch.vectors))
+    if not size or rest or size % 4:
+        raise ValueError(
+            f"batch {batch.seq} of {batch.worker}: no frame with {len(batch.vectors)} vectors of one length"
+        )
+    return {row: bytes(data[index * size : (index + 1) * size]) for index, row in enumerate(batch.vectors)}

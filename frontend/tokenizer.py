@@ -36,6 +36,20 @@ class Tokenizer:
             return [self._bos_id, *ids]
         return ids
 
+    def encode_cut(self, text: str, add_special_tokens: bool, max_tokens: int, side: str) -> list[int]:
+        """As encode, cut to max_tokens at the `side`, left or right, of the text: special tokens stay in place."""
+        specials = 0
+        if add_special_tokens:
+            specials = self._backend.num_special_tokens_to_add(False) + (self._bos_id is not None)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding.truncate(max(max_tokens - specials, 0), direction=side)
+        if not add_special_tokens:
+            return list(encoding.ids)
+        ids: list[int] = self._backend.post_process(encoding, None, True).ids
+        if self._bos_id is not None and ids[:1] != [self._bos_id]:
+            ids = [self._bos_id, *ids]
+        return ids[:max_tokens]
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)

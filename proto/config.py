@@ -166,6 +166,17 @@ class SchedulerConfig(Config):
     """The Admin service."""
 
 
+class PoolerConfig(Config):
+    """How embeddings are made."""
+
+    pooling_type: str = ""
+    """A Pooling; empty: what the checkpoint says in 1_Pooling/config.json, else LAST."""
+    normalize: bool | None = None
+    """To length 1; None: what the checkpoint says in modules.json, else yes."""
+    matryoshka_dimensions: tuple[int, ...] | None = None
+    """What a request's `dimensions` may be; empty: anything; None: what config.json says of the model's training."""
+
+
 class FrontendConfig(Config):
     """One frontend process."""
 
@@ -204,6 +215,8 @@ class FrontendConfig(Config):
     """Tells reasoning from the answer."""
     tool_parser_plugin: str = ""
     """Python file with parsers of the user's own."""
+    pooler: PoolerConfig = PoolerConfig()
+    """Of /v1/embeddings and what is built on it."""
 
 
 class ServeConfig(Config):

@@ -54,6 +54,8 @@ class SamplingParams(Record):
     grammar: str = ""
     """What the output must be, in llguidance's JSON form (proto/grammar.py). stop_token_ids are allowed only where it
     may end. Empty: anything."""
+    pooling: str = ""
+    """A Pooling: the prompt's vector is wanted and no tokens (max_tokens is 0). Empty: tokens."""
 
 
 class TokenLogprobs(Record):
@@ -418,6 +420,8 @@ class Load(Message):
     """All streams this worker keeps, for reconciliation; None in the light reports between."""
     settings: Settings | None = None
     """As they are, beside the holdings."""
+    pooled_vectors: int = 0
+    """Counter: vectors made for requests that want one instead of tokens."""
 
 
 class Progress(Message):
@@ -493,7 +497,8 @@ class Beat(Message):
 
 
 class TokenBatch(Message):
-    """W→F, one per step and frontend; columnar. An empty one is the idle beat that makes a lost last batch visible."""
+    """W→F, one per step and frontend; columnar. An empty one is the idle beat that makes a lost last batch visible.
+    Frame, if there are vectors: float32, little-endian, one vector after the other, all of one length."""
 
     worker: str
     incarnation: int
@@ -514,6 +519,8 @@ class TokenBatch(Message):
     """Row -> one entry per token of the row."""
     ledgers: dict[int, Ledger] = {}
     """Row -> part of the request's ledger."""
+    vectors: tuple[int, ...] = ()
+    """Rows that end with a pooled vector instead of tokens, in the order of the vectors in the frame."""
 
 
 class CancelStream(Message):

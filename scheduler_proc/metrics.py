@@ -50,6 +50,7 @@ class Metrics:
             "Prompt tokens computed, found in a prefix cache or pulled from another worker; tokens generated",
             ("source", *WORKER_LABELS),
         )
+        self._vectors = self._counter("baton_embeddings", "Vectors made of prompts", WORKER_LABELS)
         self._preemptions = self._counter("baton_preemptions", "Streams preempted for lack of blocks", WORKER_LABELS)
         self._retries = self._counter("baton_retries", "Attempts that ended and were continued by another", ())
         spans = {**PREFILL_SPANS, **DECODE_SPANS}
@@ -108,6 +109,7 @@ class Metrics:
         for source in ("computed", "cached", "pulled", "generated"):
             self._tokens.labels(source, *labels)
         self._preemptions.labels(*labels)
+        self._vectors.labels(*labels)
         if event.role != Role.DECODE:
             for name in PREFILL_SPANS:
                 self._spans[name].labels(*labels)
@@ -134,6 +136,7 @@ class Metrics:
             name = f"{source}_tokens"
             self._tokens.labels(source, *labels).inc(getattr(load, name) - (getattr(before, name) if before else 0))
         self._preemptions.labels(*labels).inc(load.preemptions - (before.preemptions if before else 0))
+        self._vectors.labels(*labels).inc(load.pooled_vectors - (before.pooled_vectors if before else 0))
 
     def _closed(self, close: Close) -> None:
         ledger = close.ledger

@@ -56,6 +56,8 @@ class Emit:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: Finish | None = None
     ledger: Ledger | None = None
+    vector: bytes = b""
+    """The result of a stream without tokens: float32 [hidden_size]."""
 
 
 @dataclass(slots=True, frozen=True)

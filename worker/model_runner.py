@@ -17,6 +17,7 @@ from baton.worker.constraints import Constraints, Masks
 from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.loaded_model import LoadedModel
 from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
+from baton.worker.pooler import PooledRows, Pooler, to_rows
 from baton.worker.sampler import Sampler
 
 
@@ -37,6 +38,7 @@ class ModelRunner:
         self.block_size = config.cache.block_size
         self._slots = _Slots(config.batch.max_num_seqs, -(-self.max_model_len // self.block_size))
         self._sampler = Sampler(self.vocab_size, config.batch.max_num_seqs, loaded.ops)
+        self._pooler = Pooler(config.batch.max_num_seqs, loaded.hidden_size, torch.device("cpu"))
         self.grammars = GrammarCompiler(config.model, self.vocab_size)
         self._constraints = Constraints(self.grammars, self.vocab_size)
 
@@ -53,13 +55,16 @@ class ModelRunner:
             self._slots.take(init)
             self._sampler.take_slot(init.slot, init.params, init.prompt_len, init.tokens)
             self._constraints.take_slot(init)
+            self._pooler.take_slot(init)
         building = self._constraints.begin(plan.rows)
-        batch = self._slots.build_batch(plan.rows, self.block_size)
+        batch, pooled = self._slots.build_batch(plan.rows, self.block_size)
         hidden = self.model(batch, self._pool)
         masks = building.result() if building is not None else None
-        tokens, logprobs = self._sample(plan.rows, hidden, masks)
+        sampling = sum(row.samples for row in plan.rows)
+        tokens, logprobs = self._sample(plan.rows, hidden[:sampling], masks)
+        vectors = self._pooler.pool(pooled, self.model.normed(hidden[sampling:])) if pooled is not None else None
         failed = masks.failed_rows(plan.rows) if masks is not None else {}
-        return StepResult(plan.step, tokens, logprobs, started, time.monotonic(), failed)
+        return StepResult(plan.step, tokens, logprobs, started, time.monotonic(), failed, to_rows(pooled, vectors))
 
     def close(self) -> None:
         """End its threads."""
@@ -102,8 +107,8 @@ class _Slots:
         self.block_tables[slot, start : start + len(blocks)] = blocks
         self.num_blocks[slot] = start + len(blocks)
 
-    def build_batch(self, rows: list[Row], block_size: int) -> Batch:
-        """The step's tensors; see Batch for shapes."""
+    def build_batch(self, rows: list[Row], block_size: int) -> tuple[Batch, PooledRows | None]:
+        """The step's tensors; see Batch for shapes. logits_indices name the sampled rows' tokens, then the pooled."""
         for row in rows:
             if row.new_blocks:
                 self._append(row.slot, row.new_blocks)
@@ -119,17 +124,22 @@ class _Slots:
         positions = np.arange(query_start[-1], dtype=np.int32) + (starts - query_start[:-1])[sequence]
         blocks = tables[sequence, positions // block_size].astype(np.int64)
         samples = np.array([row.samples for row in rows])
-        return Batch(
+        pooled = PooledRows.of(rows, query_start)
+        wanted = (query_start[1:][samples] - 1).astype(np.int64)
+        if pooled is not None:
+            wanted = np.concatenate([wanted, pooled.tokens])
+        batch = Batch(
             token_ids=torch.from_numpy(self._token_ids(rows, slots, query_start)),
             positions=torch.from_numpy(positions),
             slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
             query_start=torch.from_numpy(query_start),
             seq_lens=torch.from_numpy(seq_lens),
             block_tables=torch.from_numpy(tables),
-            logits_indices=torch.from_numpy((query_start[1:][samples] - 1).astype(np.int64)),
+            logits_indices=torch.from_numpy(wanted),
             max_query_len=int(lengths.max()),
             max_seq_len=int(seq_lens.max()),
         )
+        return batch, pooled
 
     def _token_ids(self, rows: list[Row], slots: np.ndarray, query_start: np.ndarray) -> np.ndarray:
         flat: list[int] = []

@@ -44,6 +44,10 @@ class Row(Plain):
     """Whether the last position's logits are sampled. False for a chunk that is not the prompt's last."""
     output_index: int
     """Index of the sampled token among the stream's output: the generator's counter."""
+    pools: int = 0
+    """The hidden states, after the last norm, of so many last tokens of the row are added to the slot's sum."""
+    mean_of: int = 0
+    """The slot's sum, divided by this, is the stream's vector and comes back; 0: nothing comes back."""
 
 
 class StepPlan(Plain):
@@ -75,3 +79,5 @@ class StepResult(Plain):
     """CLOCK_MONOTONIC when the tokens were on the host."""
     failed: dict[int, str] = {}
     """Row -> why its stream can't go on; its token means nothing."""
+    vectors: dict[int, bytes] = {}
+    """Row -> float32 [hidden_size], little-endian, for rows with mean_of."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from baton.kv_transfer.leases import Lease
 from baton.proto.hashing import HASH_UNIT, extend_chain
+from baton.proto.lifecycle import Pooling
 from baton.proto.messages import FirstRows, Holder, Ledger, Peer, SamplingParams, Sid
 
 
@@ -113,6 +114,20 @@ class Request:
     def num_output(self) -> int:
         """Output tokens known or being sampled, earlier attempts' included."""
         return self.total - self.prompt_len
+
+    @property
+    def ends_with_prefill(self) -> bool:
+        """Whether this leg's first result is its last: it hands over, or a vector is all that is wanted."""
+        return self.hands_over or bool(self.params.pooling)
+
+    def pools(self, count: int, last: bool) -> tuple[int, int]:
+        """Row.pools and Row.mean_of of a row of so many tokens, which is or is not the prompt's last."""
+        match self.params.pooling:
+            case Pooling.MEAN:
+                return count, len(self.tokens) if last else 0
+            case Pooling.LAST if last:
+                return 1, 1
+        return 0, 0
 
     @property
     def waits_for_token(self) -> bool:

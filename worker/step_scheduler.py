@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from baton.kv_transfer.leases import Leases
 from baton.proto.config import BatchConfig
-from baton.proto.lifecycle import Stage
+from baton.proto.lifecycle import Pooling, Stage
 from baton.worker.block_pool import BlockPool
 from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
 from baton.worker.request import Request, State
@@ -32,6 +32,7 @@ class Planned:
     start: int
     end: int
     samples: bool
+    """Whether a result comes back: a token, or a vector."""
 
     @property
     def decodes(self) -> bool:
@@ -116,7 +117,8 @@ class StepScheduler:
 
     def _budget(self) -> int:
         """Tokens of the next step."""
-        decoding = [r for r in self.running if r.total - r.scheduled == 1] + list(self.kv_here)
+        decoding = [r for r in self.running if r.total - r.scheduled == 1 and not r.ends_with_prefill]
+        decoding += self.kv_here
         prompt = next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
         if self._costs is None or not decoding or prompt is None:
             return self._max_tokens
@@ -145,6 +147,7 @@ class StepScheduler:
         if new_blocks is None:
             return 0
         samples = end == request.total
+        pools, mean_of = request.pools(count, samples)
         from_device = end > len(request.tokens)
         start = request.scheduled
         rows.append(
@@ -155,8 +158,10 @@ class StepScheduler:
                 tokens=[] if from_device else request.tokens[start:end],
                 from_device=from_device,
                 new_blocks=new_blocks,
-                samples=samples,
+                samples=samples and not mean_of,
                 output_index=request.num_output,
+                pools=pools,
+                mean_of=mean_of,
             )
         )
         planned.append(Planned(request, request.residency, start, end, samples))
@@ -166,8 +171,8 @@ class StepScheduler:
 
     def _foreseen_end(self, request: Request) -> bool:
         """Whether the steps already planned bring the stream, or this leg of it, to its end."""
-        if request.hands_over and request.placeholders:
-            return True
+        if request.ends_with_prefill:
+            return bool(request.placeholders)
         return request.num_output >= request.params.max_tokens or request.total >= self._max_model_len
 
     def _grow(self, request: Request, end: int, planned: list[Planned]) -> list[int] | None:
@@ -184,10 +189,10 @@ class StepScheduler:
         return blocks
 
     def _victim(self, planned: list[Planned]) -> Request | None:
-        """The latest arrival that is neither in the step being planned nor about to be handed over."""
+        """The latest arrival that is neither in the step being planned nor about to leave."""
         in_step = {item.request.key for item in planned}
         for request in reversed(self.running):
-            if request.key not in in_step and not (request.hands_over and request.placeholders):
+            if request.key not in in_step and not (request.ends_with_prefill and request.placeholders):
                 return request
         return None
 
@@ -230,8 +235,7 @@ class StepScheduler:
         if not self._free_slots or request.placeholders:
             return False
         blocks_needed = -(-len(request.tokens) // self._block_size)
-        # One token at least is computed, because its logits are what is wanted.
-        hits = self._pool.match(request.block_hashes(self._block_size, (len(request.tokens) - 1) // self._block_size))
+        hits = self._cached_blocks(request)
         fresh = blocks_needed - len(hits)
         # Each running stream may soon want a block; without the spare, admission and preemption would alternate.
         blocks = self._pool.allocate(fresh) if fresh + len(self.running) <= self._pool.num_free else None
@@ -251,6 +255,14 @@ class StepScheduler:
             request.lease = self._leases.create(request.sid, request.attempt)
         self._enter_running(request)
         return True
+
+    def _cached_blocks(self, request: Request) -> list[int]:
+        """Blocks of the prefix cache that the request begins with, one reference taken on each."""
+        if request.params.pooling == Pooling.MEAN:
+            return []  # a block has the KV of its tokens, not their hidden states
+        # One token at least is computed, because its hidden state is what is wanted.
+        full = (len(request.tokens) - 1) // self._block_size
+        return self._pool.match(request.block_hashes(self._block_size, full))
 
     def _admit_decode(self, request: Request) -> bool:
         if not self._free_slots:

@@ -42,7 +42,8 @@ class TokenPlane:
             link = self._link(endpoint)
             self._seq[endpoint] += 1
             link.rows_at = link.sent_at = now
-            link.dealer.send(self._batch(self._seq[endpoint], group))
+            vectors = b"".join(row.vector for row in group)
+            link.dealer.send(self._batch(self._seq[endpoint], group), *([vectors] if vectors else ()))
 
     def beat(self, now: float) -> None:
         """Send the idle beats that are due, and close links that nobody needs."""
@@ -94,4 +95,5 @@ class TokenPlane:
             finish={i: row.finish for i, row in enumerate(rows) if row.finish},
             logprobs={i: row.logprobs for i, row in enumerate(rows) if row.logprobs},
             ledgers={i: row.ledger for i, row in enumerate(rows) if row.ledger},
+            vectors=tuple(i for i, row in enumerate(rows) if row.vector),
         )

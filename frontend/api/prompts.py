@@ -83,6 +83,10 @@ class Prompts:
         """End the threads; what they do now is abandoned."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Tokenising that somebody else describes."""
+        return await self._run(work)
+
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 

@@ -169,7 +169,7 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
 
 def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
     """The request in an object of plain values, and the names of fields that nobody knows. Raises ApiError."""
-    _refuse_unsupported(raw)
+    _refuse_unsupported(raw, kind)
     try:
         request = msgspec.convert(_without_idle_nulls(raw, kind), kind)
     except msgspec.ValidationError as error:
@@ -189,7 +189,12 @@ def _without_idle_nulls(raw: dict[str, Any], kind: type) -> dict[str, Any]:
 @cache
 def _known_names(kind: type) -> frozenset[str]:
     """Fields that a client may send."""
-    return frozenset({*(field.name for field in msgspec.structs.fields(kind)), *_UNSUPPORTED, *_IGNORED})
+    return frozenset({*_field_names(kind), *_UNSUPPORTED, *_IGNORED})
+
+
+@cache
+def _field_names(kind: type) -> frozenset[str]:
+    return frozenset(field.name for field in msgspec.structs.fields(kind))
 
 
 @cache
@@ -199,7 +204,7 @@ def _switches(kind: type) -> frozenset[str]:
     return frozenset(field.name for field in fields if isinstance(field.default, bool) or field.default == 0)
 
 
-def _refuse_unsupported(raw: dict[str, Any]) -> None:
+def _refuse_unsupported(raw: dict[str, Any], kind: type) -> None:
     for name, harmless in _UNSUPPORTED.items():
-        if name in raw and raw[name] not in harmless:
+        if name in raw and raw[name] not in harmless and name not in _field_names(kind):
             raise bad_request(f"`{name}` is not supported by this server; leave it out", param=name, code="unsupported")

@@ -90,10 +90,10 @@ class Frontend:
             ledgers={0: ledger} if ledger else {},
             logprobs={0: logprobs} if logprobs else {},
         )
-        return self.do(self.streams.on_token_batch(batch, self.now))
+        return self.do(self.streams.on_token_batch(batch, (), self.now))
 
     def beat(self, worker: tuple[str, int], seq: int) -> list[Instruction]:
-        return self.do(self.streams.on_token_batch(TokenBatch(*worker, seq), self.now))
+        return self.do(self.streams.on_token_batch(TokenBatch(*worker, seq), (), self.now))
 
     def sleep(self, seconds: float) -> list[Instruction]:
         """Let time pass, waking exactly when the machine asks to be woken."""
@@ -444,7 +444,7 @@ def test_the_ledger_merges_parts_and_times_every_stage(frontend: Frontend) -> No
 def test_a_batch_whose_columns_disagree_is_refused(frontend: Frontend) -> None:
     sid = frontend.submit()
     with pytest.raises(ValueError, match="decode-0"):
-        frontend.streams.on_token_batch(TokenBatch(*DECODE, 1, (sid[1],), (1,), (0,), (2,), (5,)), 0.0)
+        frontend.streams.on_token_batch(TokenBatch(*DECODE, 1, (sid[1],), (1,), (0,), (2,), (5,)), (), 0.0)
 
 
 AttemptRow = tuple[int, list[int], int]

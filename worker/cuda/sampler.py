@@ -38,7 +38,7 @@ class DeviceLogprobs:
         top: tuple[torch.Tensor, torch.Tensor],
     ):
         self._rows, self._wanted = rows, wanted
-        self._tensors = [_to_host(tensor) for tensor in (chosen, ranks, *top)]
+        self._tensors = [to_host(tensor) for tensor in (chosen, ranks, *top)]
 
     def read(self) -> dict[int, TokenLogprobs]:
         """By row of the sampled rows; only after the step's event."""
@@ -194,6 +194,7 @@ class CudaSampler(SlotParams):
         return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Pinned; holds the values once the work enqueued so far is done."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
