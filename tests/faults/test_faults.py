@@ -2,7 +2,8 @@
 
 Each seed draws workers, requests, aborts, faults (cut links, crashes, orderly exits, pauses, slow and repeating links)
 and an operator, who drains and resumes workers, changes roles and cancels requests. Every token is checked against the
-prefix it must follow from, through what the simulated KV blocks hold (see sim/model.py). When the faults stop, every
+prefix it must follow from, and every vector against its prompt, through what the simulated KV blocks hold (see
+sim/model.py). When the faults stop, every
 request has ended exactly once and everything is free again within bounded time.
 """
 
@@ -20,6 +21,7 @@ def check(tally: Tally) -> None:
     assert not tally.failures, f"{len(tally.failures)} of {tally.runs} histories went wrong:\n{shown}"
     assert tally.retries > tally.runs / 4
     assert tally.requests > 5 * tally.runs
+    assert tally.vectors > tally.runs / 2
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

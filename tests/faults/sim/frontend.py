@@ -26,6 +26,8 @@ class Call:
     params: SamplingParams
     reference: Reference
     timeout_s: float = 0.0
+    vector: bytes = b""
+    """What must come, where that is wanted instead of tokens."""
     received: list[int] = field(default_factory=list)
     outcome: Outcome | None = None
     message: str = ""
@@ -100,10 +102,10 @@ class Frontend(Process):
         if self.streams is not None:
             self._carry_out(self.streams.on_message(message, self.world.now))
 
-    def _on_tokens(self, _sender: bytes, message: Message, _frames: tuple[bytes, ...]) -> None:
+    def _on_tokens(self, _sender: bytes, message: Message, frames: tuple[bytes, ...]) -> None:
         assert isinstance(message, TokenBatch)
         if self.streams is not None:
-            self._carry_out(self.streams.on_token_batch(message, self.world.now))
+            self._carry_out(self.streams.on_token_batch(message, frames, self.world.now))
 
     def _carry_out(self, instructions: list[Instruction]) -> None:
         assert self.streams is not None
@@ -142,3 +144,4 @@ class Frontend(Process):
         call.outcome, call.message, call.attempts = event.outcome, event.message, event.ledger.attempts
         if event.outcome in (Outcome.STOP, Outcome.LENGTH):
             assert call.complete, f"{event.outcome} after {call.received}"
+            assert event.vector == call.vector, f"vector {event.vector.hex()} instead of {call.vector.hex()}"
