@@ -1,13 +1,12 @@
 """What the frontend knows of the model without its weights: limits, end tokens, sampling defaults."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from baton.frontend.tokenizer import Tokenizer
-from baton.proto.checkpoint import is_headless
+from baton.proto.checkpoint import is_headless, read_json_object
 from baton.proto.config import ModelConfig
 from baton.proto.errors import UserError
 
@@ -65,17 +64,6 @@ def load_model_info(config: ModelConfig, tokenizer: Tokenizer) -> ModelInfo:
 def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
     given = {name: generation.get(name) for name in SamplingDefaults.__struct_fields__}
     return msgspec.convert({name: value for name, value in given.items() if value is not None}, SamplingDefaults)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _ids(value: int | list[int] | None) -> set[int]:

@@ -1,21 +1,14 @@
-"""How this server makes embeddings: what the checkpoint and its flags say, and a pooled vector's last steps.
-
-Workers deliver the pooled hidden state as it is; cutting it to the dimensions asked for and normalising happen here.
-"""
+"""How this server makes embeddings: what the checkpoint and the flags say."""
 
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from baton.frontend.model_info import read_json_object
+from baton.proto.checkpoint import read_json_object
 from baton.proto.config import PoolerConfig
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Pooling
-
-TINY = 1e-12
-"""Norms are at least this, as in torch.nn.functional.normalize."""
 
 
 class PoolingInfo(msgspec.Struct, frozen=True):
@@ -89,20 +82,3 @@ def _checkpoint_pooling(directory: Path, modules: list[tuple[str, str]]) -> Pool
             "something else instead"
         )
     return names[chosen.pop()]
-
-
-def finish_vector(pooled: bytes, dimensions: int | None, normalize: bool) -> np.ndarray:
-    """float32 [hidden_size], little-endian, as a worker sent it -> float32 [dimensions or hidden_size].
-
-    A cut vector is normalised again (Kusupati et al., 2022): the norm is that of what is left.
-    """
-    vector = np.frombuffer(pooled, dtype="<f4")[:dimensions]
-    if not normalize:
-        return vector
-    return (vector / max(float(np.linalg.norm(vector.astype(np.float64))), TINY)).astype(np.float32)
-
-
-def cosine(one: np.ndarray, other: np.ndarray) -> float:
-    """Cosine similarity of two vectors float32 [n]."""
-    a, b = one.astype(np.float64), other.astype(np.float64)
-    return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), TINY))

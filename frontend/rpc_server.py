@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.embedding_requests import EmbeddingRequest
-from baton.frontend.api.embeddings import Embedder, Pooled, PoolingJob, keep
+from baton.frontend.api.embeddings import Embedder, Pooled, PoolingJob
 from baton.frontend.api.embeddings import usage_of as pooled_usage_of
 from baton.frontend.api.errors import ApiError
 from baton.frontend.api.generation import Generator, Job, usage_of
@@ -26,7 +26,7 @@ from baton.frontend.api.requests import CompletionRequest, DetokenizeRequest, To
 from baton.frontend.engine_client import EngineClient
 from baton.frontend.model_info import ModelInfo
 from baton.proto.config import FrontendConfig
-from baton.proto.messages import TokenLogprobs
+from baton.proto.messages import Ledger, TokenLogprobs
 from baton.proto.rpc.schema import schema
 from baton.proto.rpc.server import CallError, Context, RpcServer
 
@@ -118,10 +118,10 @@ class Inference:
             job = await self._embedder.prepare(
                 wanted, with_ledger=request.ledger, received_s=received_s, timeout_s=_timeout_s(context)
             )
-            done = await self._embedder.run(job, keep)
+            done = await self._embedder.run(job, self._messages.vector)
         except ApiError as error:
             raise _failure(error) from error
-        return self._messages.embeddings(job, done)
+        return self._messages.vectors(job, done)
 
     async def tokenize(self, request: Any, _context: Context) -> Any:
         raw = _present(request, ("model", "add_special_tokens")) | {"prompt": request.text}
@@ -265,13 +265,15 @@ class _Messages:
             message.ledgers.extend(msgspec.json.encode(choice.ledger).decode() for choice in choices)
         return message
 
-    def embeddings(self, job: PoolingJob, done: list[Pooled]) -> Any:
-        ledgers = [pooled.ledger for pooled in done]
+    def vector(self, _index: int, pooled: Pooled) -> tuple[Any, Ledger]:
+        return self.new("Embedding", values=pooled.vector.tolist()), pooled.ledger
+
+    def vectors(self, job: PoolingJob, done: list[tuple[Any, Ledger]]) -> Any:
+        ledgers = [ledger for _, ledger in done]
         usage = pooled_usage_of(job, ledgers)
         message = self.new("EmbedResponse", usage={"prompt_tokens": usage.prompt_tokens})
         message.usage.cached_tokens = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
-        for pooled in done:
-            message.embeddings.add().values.extend(pooled.vector.tolist())
+        message.embeddings.extend(vector for vector, _ in done)
         if job.with_ledger:
             message.ledgers.extend(msgspec.json.encode(ledger).decode() for ledger in ledgers)
         return message

@@ -126,6 +126,7 @@ class Stream:
         self.held = []
         self.gap_until = self.suspect_until = math.inf
         self.finish = self.source = self.suspect = None
+        self.vector = b""
 
     def submit_message(self, now: float) -> tuple[Submit, tuple[bytes, ...]]:
         """Submit of this attempt with its frames: int32 prompt ‖ accepted tokens; packed block hashes."""

@@ -57,7 +57,7 @@ class ModelRunner:
             self._constraints.take_slot(init)
             self._pooler.take_slot(init)
         building = self._constraints.begin(plan.rows)
-        batch, pooled = self._slots.build_batch(plan.rows, self.block_size)
+        batch, pooled = self._slots.build_batch(plan.rows, self.block_size, self._pooler)
         hidden = self.model(batch, self._pool)
         masks = building.result() if building is not None else None
         sampling = sum(row.samples for row in plan.rows)
@@ -107,7 +107,7 @@ class _Slots:
         self.block_tables[slot, start : start + len(blocks)] = blocks
         self.num_blocks[slot] = start + len(blocks)
 
-    def build_batch(self, rows: list[Row], block_size: int) -> tuple[Batch, PooledRows | None]:
+    def build_batch(self, rows: list[Row], block_size: int, pooler: Pooler) -> tuple[Batch, PooledRows | None]:
         """The step's tensors; see Batch for shapes. logits_indices name the sampled rows' tokens, then the pooled."""
         for row in rows:
             if row.new_blocks:
@@ -124,7 +124,7 @@ class _Slots:
         positions = np.arange(query_start[-1], dtype=np.int32) + (starts - query_start[:-1])[sequence]
         blocks = tables[sequence, positions // block_size].astype(np.int64)
         samples = np.array([row.samples for row in rows])
-        pooled = PooledRows.of(rows, query_start)
+        pooled = pooler.rows(rows, query_start)
         wanted = (query_start[1:][samples] - 1).astype(np.int64)
         if pooled is not None:
             wanted = np.concatenate([wanted, pooled.tokens])

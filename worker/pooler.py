@@ -56,11 +56,20 @@ class Pooler:
 
     def __init__(self, num_slots: int, hidden_size: int, device: torch.device) -> None:
         self._sums = torch.zeros(num_slots, hidden_size, dtype=torch.float64, device=device)
+        self._slots: set[int] = set()
+        """Whose last stream wanted a vector."""
 
     def take_slot(self, init: SlotInit) -> None:
         """A stream takes a slot, whoever had it before."""
         if init.params.pooling:
+            self._slots.add(init.slot)
             self._sums[init.slot].zero_()
+        elif self._slots:
+            self._slots.discard(init.slot)
+
+    def rows(self, rows: Sequence[Row], query_start: np.ndarray) -> "PooledRows | None":
+        """As PooledRows.of, without a look at the rows where nobody wants a vector."""
+        return PooledRows.of(rows, query_start) if self._slots else None
 
     def pool(self, rows: PooledRows, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [len(rows.tokens), hidden_size], after the last norm -> the vectors that are complete, float32

@@ -24,10 +24,11 @@ from baton.frontend.api.inputs import PoolingRequest, check_count, prompts_of, r
 from baton.frontend.api.params import check_model
 from baton.frontend.api.prompts import Prompt, Prompts
 from baton.frontend.api.responses import PromptTokensDetails, encode
+from baton.frontend.api.vectors import cosine, finish_vector
 from baton.frontend.engine_client import EngineClient, OutputReader
 from baton.frontend.instructions import Finished
 from baton.frontend.model_info import ModelInfo
-from baton.frontend.pooling import PoolingInfo, cosine, finish_vector
+from baton.frontend.pooling import PoolingInfo
 from baton.proto.messages import Ledger, SamplingParams
 
 IN_FLIGHT = 256
@@ -106,7 +107,7 @@ class Embedder:
         one, other, names = read_pairs(request)
         inputs = [(one, names[0]), (other, names[1])]
         job = await self._prepare(request, inputs, PoolingWishes(), with_ledger=with_ledger, received_s=received_s)
-        done = await self.run(job, keep)
+        done = await self.run(job, _keep)
         scores = pair_scores([pooled.vector for pooled in done], len(one))
         data = [responses.Score(index=index, score=score) for index, score in enumerate(scores)]
         head = _head(job, "score", [pooled.ledger for pooled in done])
@@ -119,7 +120,7 @@ class Embedder:
             raise bad_request(f"top_n must be 0 (all) or more, got {request.top_n}.", "top_n")
         inputs = [([request.query], "query"), (texts, "documents")]
         job = await self._prepare(request, inputs, PoolingWishes(), with_ledger=with_ledger, received_s=received_s)
-        done = await self.run(job, keep)
+        done = await self.run(job, _keep)
         scores = pair_scores([pooled.vector for pooled in done], 1)
         best = sorted(range(len(texts)), key=lambda index: (-scores[index], index))[: request.top_n or None]
         results = [
@@ -291,8 +292,7 @@ def usage_of(job: PoolingJob, ledgers: Sequence[Ledger]) -> responses.PooledUsag
     return responses.PooledUsage(tokens, tokens, prompt_tokens_details=PromptTokensDetails(cached_tokens=cached))
 
 
-def keep(_index: int, pooled: Pooled) -> Pooled:
-    """For Embedder.run: the result as it is."""
+def _keep(_index: int, pooled: Pooled) -> Pooled:
     return pooled
 
 

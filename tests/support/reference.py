@@ -34,6 +34,12 @@ class Reference:
         with torch.inference_mode():
             return self._model(ids, logits_to_keep=len(output) + 1).logits[0, :-1].float()
 
+    def hidden(self, prompt: list[int]) -> torch.Tensor:
+        """After the last norm: float32 [len(prompt), hidden_size]."""
+        ids = torch.tensor([prompt], device=self._device)
+        with torch.inference_mode():
+            return self._model.base_model(ids).last_hidden_state[0].float().cpu()
+
     def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[Greedy]:
         """`max_tokens` tokens of `generate` for prompts of one length; end-of-sequence tokens do not stop it."""
         self._model.generation_config.eos_token_id = None

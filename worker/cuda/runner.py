@@ -153,7 +153,7 @@ class CudaRunner:
         building = self._constraints.begin(plan.rows)
         rows = Rows(plan.rows)
         lists = self._plan(rows)
-        pooled = PooledRows.of(plan.rows, rows.query_start)
+        pooled = self._pooler.rows(plan.rows, rows.query_start)
         size, layout = self._fit(rows, lists, 0 if pooled is None else len(pooled.tokens))
         inputs = self._upload(plan, rows, lists, layout, pooled)
         hidden = self._graphs.replay(size) if size else self._forward(inputs, layout)
