@@ -26,6 +26,7 @@ from baton.proto.channels import Dealer, Router, identity
 from baton.proto.config import FrontendConfig
 from baton.proto.heartbeat import Heartbeat
 from baton.proto.lifecycle import Outcome
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import (
     Beat,
     ClusterStatus,
@@ -56,6 +57,8 @@ class Output(msgspec.Struct, gc=False):
     logprobs: list[TokenLogprobs] = []
     """One per token when asked for, else empty."""
     finished: Finished | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    """With the first tokens when asked for."""
 
 
 class OutputReader:
@@ -78,8 +81,10 @@ class OutputReader:
         prompt_hashes: bytes,
         priority: int = 0,
         timeout_s: float = 0.0,
+        sibling: int | None = None,
     ) -> None:
-        """Open one more stream, for `prompt` (int32 [prompt_len]); its index counts from 0. A timeout of 0 is none."""
+        """Open one more stream, for `prompt` (int32 [prompt_len]); its index counts from 0. A timeout of 0 is none.
+        `sibling` is the index of an earlier one with the same prompt."""
         index = len(self._sids)
         self._open.add(index)
         deliver = partial(self._put, index)
@@ -92,6 +97,7 @@ class OutputReader:
                 priority=priority,
                 timeout_s=timeout_s,
                 received_s=self._received_s,
+                sibling=None if sibling is None else self._sids[sibling],
             )
         )
 
@@ -141,6 +147,7 @@ class OutputReader:
         if isinstance(instruction, Deliver):
             output.tokens += instruction.tokens
             output.logprobs += instruction.logprobs
+            output.prompt_logprobs = output.prompt_logprobs or instruction.prompt_logprobs
         else:
             output.finished = instruction
 
@@ -227,6 +234,7 @@ class EngineClient:
         priority: int = 0,
         timeout_s: float = 0.0,
         received_s: float,
+        sibling: Sid | None = None,
     ) -> Sid:
         """Open a stream (see Streams.submit) whose tokens and end go to `deliver`."""
         sid, instructions = self._streams.submit(
@@ -237,6 +245,7 @@ class EngineClient:
             timeout_s=timeout_s,
             priority=priority,
             received_s=received_s,
+            sibling=sibling,
         )
         self._deliver[sid] = deliver
         self._carry_out(instructions)
@@ -309,7 +318,7 @@ class EngineClient:
             self._closed.set_result(None)
         for sender, batch, frames in self._tokens.drain():
             try:
-                self._carry_out(self._streams.on_token_batch(batch, frames, now))
+                self._carry_out(self._streams.on_token_batch(batch, now, frames))
             except ValueError as error:
                 log.error("refused a batch from %s: %s", sender.decode(errors="replace"), error)
 

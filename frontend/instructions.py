@@ -3,6 +3,7 @@
 import msgspec
 
 from baton.proto.lifecycle import Outcome
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import CancelStream, Close, FrontendHello, Ledger, Sid, Submit, TokenLogprobs
 
 Worker = tuple[str, int]
@@ -30,6 +31,8 @@ class Deliver(msgspec.Struct, frozen=True, gc=False):
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token when the request asked for them, else empty."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """With the first tokens when the request asked for them."""
 
 
 class Finished(msgspec.Struct, frozen=True, gc=False):

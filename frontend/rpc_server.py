@@ -160,15 +160,19 @@ class Inference:
 
     async def _stream(self, job: Job, context: Context) -> None:
         begun: set[int] = set()
+        if job.wishes.length_penalty is not None:
+            done = await self._generator.beams(job)
+            for choice, delta in done:
+                await self._write(self._messages.first_piece(choice, delta, job), context)
+            await self._write(self._messages.last(job, [choice for choice, _ in done]), context)
+            return
         with self._generator.open(job) as (reader, choices):
             while reader.num_open:
                 for index, output in (await reader.next()).items():
                     choice = choices[index]
-                    piece = self._messages.piece(choice, choice.take(output, reader))
-                    if index not in begun and job.wishes.return_token_ids:
-                        piece.prompt_token_ids.extend(choice.prompt.ids.tolist())
+                    new_piece = self._messages.piece if index in begun else self._messages.first_piece
                     begun.add(index)
-                    await self._write(piece, context)
+                    await self._write(new_piece(choice, choice.take(output, reader), job), context)
         await self._write(self._messages.last(job, choices), context)
 
     async def _write(self, message: Any, context: Context) -> None:
@@ -240,7 +244,16 @@ class _Messages:
     def new(self, message: str, /, **fields: Any) -> Any:
         return schema().message(message)(**fields)
 
-    def piece(self, choice: Choice, delta: Delta) -> Any:
+    def first_piece(self, choice: Choice, delta: Delta, job: Job) -> Any:
+        """With what is told once of each output stream."""
+        message = self.piece(choice, delta, job)
+        if job.wishes.return_token_ids:
+            message.prompt_token_ids.extend(choice.prompt.ids.tolist())
+        if job.wishes.prompt_logprobs is not None and choice.prompt_logprobs is not None:
+            message.prompt_logprobs.extend(map(self._logprob, choice.prompt_logprobs.entries()))
+        return message
+
+    def piece(self, choice: Choice, delta: Delta, _job: Job) -> Any:
         message = self._piece(index=choice.index, text=delta.text, token_ids=delta.token_ids)
         if delta.logprobs:
             message.logprobs.extend(map(self._logprob, delta.logprobs))

@@ -3,12 +3,14 @@
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
 from baton.proto.config import ModelConfig
 from baton.proto.errors import UserError
+
+Side = Literal["left", "right"]
 
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -36,19 +38,14 @@ class Tokenizer:
             return [self._bos_id, *ids]
         return ids
 
-    def encode_cut(self, text: str, add_special_tokens: bool, max_tokens: int, side: str) -> list[int]:
-        """As encode, cut to max_tokens at the `side`, left or right, of the text: special tokens stay in place."""
-        specials = 0
-        if add_special_tokens:
-            specials = self._backend.num_special_tokens_to_add(False) + (self._bos_id is not None)
+    def encode_truncated(self, text: str, add_special_tokens: bool, count: int, side: Side) -> list[int]:
+        """As encode, but at most `count` ids: text is lost on that side, special tokens around it are not."""
         encoding = self._backend.encode(text, add_special_tokens=False)
-        encoding.truncate(max(max_tokens - specials, 0), direction=side)
-        if not add_special_tokens:
-            return list(encoding.ids)
-        ids: list[int] = self._backend.post_process(encoding, None, True).ids
-        if self._bos_id is not None and ids[:1] != [self._bos_id]:
-            ids = [self._bos_id, *ids]
-        return ids[:max_tokens]
+        special = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        bos = [self._bos_id] if add_special_tokens and self._bos_id is not None else []
+        encoding.truncate(max(count - special - len(bos), 0), direction=side)
+        ids: list[int] = self._backend.post_process(encoding, add_special_tokens=add_special_tokens).ids
+        return [*bos, *ids]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, ids outside the vocabulary nothing."""

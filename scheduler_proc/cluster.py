@@ -186,6 +186,7 @@ class Cluster:
             priority=submit.priority,
             deadline=now + submit.timeout_s if submit.timeout_s > 0 else float("inf"),
             arrived=arrived,
+            sibling=(submit.sid[0], submit.sibling) if submit.sibling else None,
         )
         self.streams[submit.sid] = stream
         self.queue.push(stream)
@@ -338,11 +339,18 @@ class Cluster:
             elif able and not willing:
                 self._retry(stream, "; ".join(stream.refused_by.values()), now)
             else:
+                home = self._home(stream, willing)
                 candidates = [worker for worker in willing if worker.has_prefill_room(stream.num_tokens)]
-                if not candidates:
+                if home is None and not candidates:
                     return
                 self.queue.discard(stream)
-                self._legs.start_prefill(stream, self._policy.prefill(candidates, stream), now)
+                self._legs.start_prefill(stream, home or self._policy.prefill(candidates, stream), now, bool(home))
+
+    def _home(self, stream: Stream, willing: list[Worker]) -> Worker | None:
+        """The worker where a sibling has the stream's prompt, or will: next to nothing is left to compute there."""
+        sibling = self.streams.get(stream.sibling) if stream.sibling else None
+        where = sibling.prefilled_by if sibling else b""
+        return next((worker for worker in willing if worker.identity == where and worker.has_stream_room), None)
 
     def _bind(self, stream: Stream, now: float) -> None:
         """Choose the decode worker, as late as this. Without one the stream stays in HANDOFF: its lease bounds that."""
@@ -355,7 +363,10 @@ class Cluster:
         able = [w for w in self.registry.decode_workers(owner) if w.fits(room)]
         willing = [worker for worker in able if worker.identity not in stream.refused_by]
         if willing:
-            self._legs.start_decode(stream, owner, self._policy.decode(willing, stream), now)
+            sibling = self.streams.get(stream.sibling) if stream.sibling else None
+            where = sibling.decode.worker if sibling and sibling.decode else b""
+            home = next((worker for worker in willing if worker.identity == where), None)
+            self._legs.start_decode(stream, owner, home or self._policy.decode(willing, stream), now)
         elif stream.refused_by:
             self._retry(stream, "; ".join(stream.refused_by.values()), now)
 

@@ -135,9 +135,14 @@ class Worker:
         """Whether a stream that needs room for so many tokens can ever run here."""
         return needed <= self.hello.max_model_len and self.blocks_for(needed) <= self.hello.num_blocks
 
+    @property
+    def has_stream_room(self) -> bool:
+        """Whether one more stream would not wait here for others to end."""
+        return self.role != Role.UNIFIED or self.num_streams < self.hello.max_num_seqs
+
     def has_prefill_room(self, num_tokens: int) -> bool:
         """Whether to send a prompt now rather than keep it queued, where another worker may yet take it."""
-        if self.role == Role.UNIFIED and self.num_streams >= self.hello.max_num_seqs:
+        if not self.has_stream_room:
             return False
         backlog = self.outstanding_tokens
         return backlog == 0 or backlog + num_tokens <= PREFILL_BACKLOG_STEPS * self.hello.max_num_batched_tokens

@@ -84,6 +84,10 @@ class Stream:
     notice_at: float = 0.0
     arrived: float = 0.0
     """When its first attempt was submitted, or claimed."""
+    sibling: Sid | None = None
+    """An earlier stream with the same prompt."""
+    prefilled_by: bytes = b""
+    """The worker that was sent its prompt."""
 
     @property
     def id(self) -> str:

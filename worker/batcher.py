@@ -21,6 +21,7 @@ from baton.kv_transfer.leases import Lease, Leases
 from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig
 from baton.proto.hashing import unpack_hashes
 from baton.proto.lifecycle import FinishReason, Stage
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import (
     CancelCommand,
     CancelStream,
@@ -53,6 +54,7 @@ from baton.worker.grammar_gate import GrammarGate
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.pulls import Pulls
 from baton.worker.request import RemoteKV, Request, State
+from baton.worker.shared_prompts import SharedPrompts
 from baton.worker.step_costs import StepCosts
 from baton.worker.step_scheduler import Planned, StepScheduler
 from baton.worker.tombstones import Tombstones
@@ -88,8 +90,11 @@ class Batcher:
         self._block_size = cache.block_size
         self._max_model_len = min(max_model_len, num_blocks * cache.block_size)
         self._early_bind_tokens = early_bind_tokens
-        self._steps = StepScheduler(self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs)
-        self._pulls = Pulls(self.pool, cache.block_size, lease, self.outbox, self._kv_ready, self._forget)
+        self._shared = SharedPrompts()
+        self._steps = StepScheduler(
+            self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs, self._shared
+        )
+        self._pulls = Pulls(self.pool, cache.block_size, lease, self._shared, self.outbox, self._kv_ready, self._forget)
         self._gate = GrammarGate(self.outbox)
         self._requests: dict[tuple[Sid, str], Request] = {}
         self._leased: dict[int, Request] = {}
@@ -185,6 +190,7 @@ class Batcher:
     def _start_prefill(self, request: Request, command: StartPrefill, now: float) -> None:
         request.hands_over = not command.continue_decode and not command.params.pooling
         request.ledger = Ledger(prefill_worker=self.me.worker, stages={Stage.STARTED: now})
+        request.prompt_logprobs = bytearray() if request.params.prompt_logprobs >= 0 else None
         if not request.ends_with_prefill:
             request.ledger.decode_worker, request.ledger.transport = self.me.worker, "local"
         self._requests[request.key] = request
@@ -294,6 +300,7 @@ class Batcher:
 
     def _forget(self, request: Request) -> None:
         self._gate.forget(request)
+        self._shared.release(request)
         del self._requests[request.key]
 
     def _lease_key(self, message: Settled | Ok | Gone) -> tuple[int, int]:
@@ -343,6 +350,8 @@ class Batcher:
                 item.request.placeholders -= item.samples
                 continue
             self._settle(item, now)
+            if index in result.prompt_logprobs:
+                item.request.learn_prompt_logprobs(item.start, result.prompt_logprobs[index])
             if index in result.failed:
                 self._fail(item.request, result.failed[index])
             elif index in result.vectors:
@@ -449,6 +458,10 @@ class Batcher:
             request.first_rows = None
         finish = Finish(reason, len(request.tokens) - request.prompt_len, message) if reason else None
         ledger, request.ledger = request.ledger, Ledger()
+        prompt_logprobs = None
+        if tokens and request.prompt_logprobs is not None:
+            prompt_logprobs = PromptLogprobs(request.params.prompt_logprobs, bytes(request.prompt_logprobs))
+            request.prompt_logprobs = None
         self.outbox.append(
             Emit(
                 reply_to=request.reply_to,
@@ -459,6 +472,7 @@ class Batcher:
                 logprobs=logprobs,
                 finish=finish,
                 ledger=ledger if ledger != Ledger() else None,
+                prompt_logprobs=prompt_logprobs,
                 vector=vector,
             )
         )

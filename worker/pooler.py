@@ -88,8 +88,6 @@ class Pooler:
         return tensor.pin_memory().to(self._sums.device, non_blocking=True)
 
 
-def to_rows(rows: PooledRows | None, vectors: torch.Tensor | None) -> dict[int, bytes]:
+def to_rows(rows: PooledRows, vectors: torch.Tensor) -> dict[int, bytes]:
     """Vectors float32 [len(rows.done), hidden_size] on the host, for a StepResult."""
-    if rows is None or vectors is None:
-        return {}
     return {row: vector.tobytes() for row, vector in zip(rows.done.tolist(), vectors.numpy(), strict=True)}

@@ -14,6 +14,7 @@ from baton.frontend.tokenizer import Tokenizer
 from baton.frontend.tools.output import CallPart, OutputParser
 from baton.frontend.tools.plan import OutputPlan
 from baton.proto.lifecycle import Outcome
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import Ledger, SamplingParams, TokenLogprobs
 
 TOOL_CALLS = "tool_calls"
@@ -74,6 +75,8 @@ class Choice:
         """Output tokens so far, up to and with the one that completed a stop string."""
         self.ledger = Ledger()
         """Complete once the stream has finished."""
+        self.prompt_logprobs: PromptLogprobs | None = None
+        """There with the first tokens, when asked for."""
         self._plan = plan
         self._parser = None if plan is None else plan.new_parser()
         self._wishes = wishes
@@ -81,6 +84,7 @@ class Choice:
         self._detokenizer = Detokenizer(
             tokenizer,
             skip_special_tokens=wishes.skip_special_tokens,
+            spaces_between_special_tokens=wishes.spaces_between_special_tokens,
             stop=wishes.stop,
             include_stop=wishes.include_stop,
             min_tokens=params.min_tokens,
@@ -112,6 +116,9 @@ class Choice:
     def _detokenise(self, output: Output, reader: Stopper) -> Delta:
         """What `output` adds, before its text is read."""
         tokens, finished = output.tokens, output.finished
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
+        if self._wishes.prompt_only:
+            return self._nothing(finished)
         by_token = bool(tokens) and tokens[-1] in self._stop_ids
         before = self._detokenizer.num_tokens
         hidden = by_token and not self._wishes.include_stop
@@ -135,3 +142,12 @@ class Choice:
         delta.finish_reason = finished.outcome.value
         delta.text += self._detokenizer.flush()
         return delta
+
+    def _nothing(self, finished: Finished | None) -> Delta:
+        """Of a stream whose one token nobody asked for."""
+        if finished is None:
+            return Delta()
+        if (error := outcome_error(finished)) is not None:
+            raise error
+        self.ledger = finished.ledger
+        return Delta(finish_reason=Outcome.LENGTH.value)

@@ -9,7 +9,7 @@ from baton.frontend.api.embedding_requests import EmbeddingRequest, RerankReques
 from baton.frontend.api.errors import bad_request
 from baton.frontend.api.prompts import Prompt
 from baton.frontend.model_info import ModelInfo
-from baton.frontend.tokenizer import Tokenizer
+from baton.frontend.tokenizer import Side, Tokenizer
 from baton.proto.hashing import hash_chain, pack_hashes
 
 PoolingRequest = EmbeddingRequest | ScoreRequest | RerankRequest
@@ -25,8 +25,8 @@ class Cut:
     add_special_tokens: bool
     max_tokens: int | None
     """Longer inputs are cut to so many; None: what the model can't take is an error."""
-    side: str
-    """left or right: which end is cut off."""
+    side: Side
+    """Which end is cut off."""
 
 
 def read_cut(request: PoolingRequest, info: ModelInfo) -> Cut:
@@ -74,7 +74,7 @@ def _encode(text: str, cut: Cut, tokenizer: Tokenizer, info: ModelInfo, param: s
         return tokenizer.encode(text, cut.add_special_tokens)
     enough = 2 * cut.max_tokens * tokenizer.max_token_bytes  # characters; twice, so that the end does not matter
     text = text[:enough] if cut.side == "right" else text[-enough:]
-    return tokenizer.encode_cut(text, cut.add_special_tokens, cut.max_tokens, cut.side)
+    return tokenizer.encode_truncated(text, cut.add_special_tokens, cut.max_tokens, cut.side)
 
 
 def _check(ids: Sequence[int], cut: Cut, info: ModelInfo, param: str) -> Sequence[int]:

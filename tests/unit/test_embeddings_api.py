@@ -87,12 +87,12 @@ def test_a_text_is_cut_between_its_special_tokens(tokenizer: Tokenizer) -> None:
     text = "one two three four five six seven eight"
     plain = tokenizer.encode(text)
     for side, kept in (("right", plain[:4]), ("left", plain[-4:])):
-        assert tokenizer.encode_cut(text, True, 4, side) == kept
-        first, *inner, last = with_ends(tokenizer).encode_cut(text, True, 6, side)
+        assert tokenizer.encode_truncated(text, True, 4, side) == kept
+        first, *inner, last = with_ends(tokenizer).encode_truncated(text, True, 6, side)
         assert inner == kept
         assert [first, last] == [tokenizer.id_of("<|im_start|>"), tokenizer.id_of("<|im_end|>")]
-        assert with_ends(tokenizer).encode_cut(text, False, 4, side) == kept
-    assert tokenizer.encode_cut("one", True, 99, "right") == tokenizer.encode("one")
+        assert with_ends(tokenizer).encode_truncated(text, False, 4, side) == kept
+    assert tokenizer.encode_truncated("one", True, 99, "right") == tokenizer.encode("one")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -27,7 +27,7 @@ def test_chunks_of_mixed_steps_become_the_right_means() -> None:
             end = done[slot] + count
             ends = end == len(prompts[slot])
             pools, mean_of = (int(ends), int(ends)) if last[slot] else (count, ends * end)
-            rows.append(Row(slot, done[slot], count, [], False, [], False, 0, pools, mean_of))
+            rows.append(Row(slot, done[slot], count, [], False, [], False, 0, pools=pools, mean_of=mean_of))
             states.append(prompts[slot][done[slot] : end])
             done[slot] = end
         starts = np.concatenate([[0], np.cumsum([row.num_tokens for row in rows])])
@@ -46,7 +46,7 @@ def test_a_new_stream_in_a_slot_starts_from_zero() -> None:
     init = SlotInit(0, (0, 0), 1, SamplingParams(0, pooling="MEAN"), 1, [], [])
     for value in (3.0, 5.0):
         pooler.take_slot(init)
-        pooled = PooledRows.of([Row(0, 0, 2, [], False, [], False, 0, 2, 2)], np.array([0, 2]))
+        pooled = PooledRows.of([Row(0, 0, 2, [], False, [], False, 0, pools=2, mean_of=2)], np.array([0, 2]))
         assert pooled is not None
         assert pooler.pool(pooled, torch.full((2, HIDDEN), value)).unique().tolist() == [value]
 

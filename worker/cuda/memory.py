@@ -160,5 +160,5 @@ def _largest_step(num_rows: int, per_row: int, blocks_per_row: int, num_blocks: 
     for slot in range(num_rows):
         blocks = [index % num_blocks for index in range(slot * blocks_per_row, (slot + 1) * blocks_per_row)]
         inits.append(SlotInit(slot, (0, slot), 0, params, per_row, prompt, blocks))
-        rows.append(Row(slot, 0, per_row, prompt, False, [], not pooled, 0, pool, pool))
+        rows.append(Row(slot, 0, per_row, prompt, False, [], not pooled, 0, pools=pool, mean_of=pool))
     return StepPlan(0, rows, inits)

@@ -4,6 +4,7 @@ from collections import Counter
 
 from baton.scheduler_proc.cluster import Cluster
 from baton.worker.batcher import Batcher
+from baton.worker.request import Request
 
 
 def audit_blocks(batcher: Batcher) -> None:
@@ -23,8 +24,15 @@ def audit_blocks(batcher: Batcher) -> None:
     assert set(idle).isdisjoint(owners), f"blocks are free and owned: {set(idle) & set(owners)}"
     lost = set(range(pool.num_blocks)) - set(idle) - set(owners)
     assert not lost, f"blocks are neither free nor owned: {lost}"
-    for block, count in owners.items():
-        assert count == 1 or pool._hash[block] is not None, f"block {block} is shared but may still be written"
+    for request in batcher._requests.values():
+        for block in request.blocks[_num_known(request, batcher._block_size) :]:
+            assert owners[block] == 1, f"block {block} is shared but may still be written"
+
+
+def _num_known(request: Request, block_size: int) -> int:
+    """Leading blocks that nobody writes any more: full and settled, or found here by a leg that pulls the rest."""
+    pulls = request.remote is not None and not request.settled
+    return request.remote.hit_blocks if pulls else request.settled // block_size
 
 
 def leftovers(batcher: Batcher) -> str:

@@ -76,13 +76,13 @@ class Frontend(Process):
         self._calls.clear()
         self.streams = None
 
-    def submit(self, call: Call) -> Sid | None:
-        """A client asks; None when nobody listens."""
+    def submit(self, call: Call, sibling: Sid | None = None) -> Sid | None:
+        """A client asks, for one more sample of `sibling`'s prompt when given; None when nobody listens."""
         if self.streams is None:
             return None
         self.calls.append(call)
         prompt = np.asarray(call.prompt, dtype=np.int32)
-        sid, out = self.streams.submit(prompt, call.params, self.world.now, timeout_s=call.timeout_s)
+        sid, out = self.streams.submit(prompt, call.params, self.world.now, timeout_s=call.timeout_s, sibling=sibling)
         self._calls[sid] = call
         self._carry_out(out)
         return sid
@@ -105,7 +105,7 @@ class Frontend(Process):
     def _on_tokens(self, _sender: bytes, message: Message, frames: tuple[bytes, ...]) -> None:
         assert isinstance(message, TokenBatch)
         if self.streams is not None:
-            self._carry_out(self.streams.on_token_batch(message, frames, self.world.now))
+            self._carry_out(self.streams.on_token_batch(message, self.world.now, frames))
 
     def _carry_out(self, instructions: list[Instruction]) -> None:
         assert self.streams is not None

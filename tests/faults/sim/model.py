@@ -114,6 +114,8 @@ class Runner:
             self._last_token[init.slot] = init.tokens[-1]
             self._attempt[init.slot] = init.attempt
             self._sums[init.slot] = 0
+        for source, target in plan.copies:
+            self._memory.blocks[target][:] = self._memory.blocks[source]
         vectors: dict[int, bytes] = {}
         tokens = [self._execute(index, row, vectors) for index, row in enumerate(plan.rows)]
         return StepResult(plan.step, tokens, {}, started_s, sampled_s, vectors=vectors)

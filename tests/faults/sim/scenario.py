@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig, PlacementConfig, SchedulerConfig
 from baton.proto.lifecycle import Outcome, Pooling
-from baton.proto.messages import SamplingParams
+from baton.proto.messages import SamplingParams, Sid
 from baton.scheduler_proc.operations import Operator
 
 from .audit import audit_blocks, leftovers, scheduler_leftovers
@@ -128,6 +129,11 @@ class Scenario:
         )
         return Call(prompt, params, Reference(prompt, params.max_tokens, BLOCK_SIZE), timeout_s)
 
+    def _sample_of(self, call: Call) -> Call:
+        """One of several samples; without noise they are equal."""
+        reference = Reference(call.prompt, call.params.max_tokens, BLOCK_SIZE)
+        return Call(call.prompt, call.params, reference, call.timeout_s)
+
     def _plan_requests(self) -> None:
         aborts = self.rng.choice((0.0, 0.0, 0.3))
         burst = self.rng.random() < 0.3
@@ -136,10 +142,13 @@ class Scenario:
             self.world.at(at, lambda: self._ask(self.rng.random() < aborts))
 
     def _ask(self, will_abort: bool) -> None:
-        frontend = self.rng.choice(self.frontends)
-        sid = frontend.submit(self._draw_call())
-        if sid is not None and will_abort:
-            frontend.later(self.rng.expovariate(1 / 0.2), lambda: frontend.abort(sid))
+        frontend, call = self.rng.choice(self.frontends), self._draw_call()
+        first: Sid | None = None
+        for _ in range(self.rng.choice((1, 1, 1, 2, 4))):
+            sid = frontend.submit(self._sample_of(call), first)
+            first = first or sid
+            if sid is not None and will_abort:
+                frontend.later(self.rng.expovariate(1 / 0.2), partial(frontend.abort, sid))
 
     def _plan_faults(self) -> None:
         rng, conditions = self.rng, self.network.conditions
