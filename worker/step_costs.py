@@ -5,16 +5,22 @@ read of the cache: `per_key` for each cached token of a decode row, `per_pair` f
 and a cached key. How hot the GPU runs and what the host adds is a factor learned from finished steps.
 
     streams running   the largest step within the target between two tokens
-    prompts queue     as many tokens as would clear the queue in a few steps: a pause is a share of what others wait
-                      for. One long prompt is no queue: it goes on at the target's pace
+    prompts queue     the target grows with the queue, up to MOST_HURRY times: larger steps compute more a second, and
+                      a pause is a share of what others wait for. A long queue is cleared in QUEUE_STEPS steps, however
+                      long those become. One long prompt is no queue: it goes on at the target's pace
     nothing running   the whole token budget: there is nobody to hold up
+
+`scripts/simulate_steps.py` plays the batcher against such a table, which is how the constants were chosen.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
-QUEUE_STEPS = 6
-"""The queued prompts may take so many steps at least, however long those become."""
+HURRY_TOKENS = 3400
+"""So many queued tokens add the target once more to a step's time."""
+MOST_HURRY = 2.5
+QUEUE_STEPS = 8
+"""The queued prompts may take so many steps at least."""
 LEAST_PREFILL = 0.25
 """Prompts get at least this much time of a step, as a part of what its decode rows take, whatever the target."""
 _LEARNING = 0.1
@@ -45,6 +51,7 @@ class StepCosts:
 
         The next prompt is computed from position `start`; `backlog` prompt tokens are queued behind it.
         """
+        target_s *= min(1 + backlog / HURRY_TOKENS, MOST_HURRY)
         allowed_s = max(target_s, self.seconds(rows, keys) * (1 + LEAST_PREFILL))
         share = backlog // QUEUE_STEPS
         best = self._sizes[min(bisect_left(self._sizes, rows + 1), len(self._sizes) - 1)]

@@ -10,8 +10,8 @@ Several that begin alike compute it once: the others stay waiting until it has s
 A step takes running streams first, so that none waits for a newcomer's prompt, then fills its token budget with chunks
 of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). With `prompts_first`
 it is the other way round. At most `depth` steps are in flight; their results come back in order. A stream whose next
-token depends on its last one by more than the model (a grammar, bad words) is planned again once that one is known, so
-at depth 2 it enters every other step.
+token depends on its last one by more than the model (a grammar, bad words) is planned again only once that one is
+known, so at depth 2 it enters every other step.
 """
 
 from collections import deque

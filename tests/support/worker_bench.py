@@ -78,6 +78,7 @@ class Bench:
         hand_over: bool = False,
         attempt: int = 1,
         prompt_len: int = 0,
+        salt: str = "",
         **params: object,
     ) -> list[effects.Effect]:
         self.cmd_seq += 1
@@ -92,7 +93,7 @@ class Bench:
             reply_to="ipc://frontend",
             continue_decode=not hand_over,
         )
-        self.frames[sid(n)] = (tokens.tobytes(), pack_hashes(hash_chain(tokens)))
+        self.frames[sid(n)] = (tokens.tobytes(), pack_hashes(hash_chain(tokens, *([salt] if salt else []))))
         return self.handle(command, self.frames[sid(n)])
 
     def decode(

@@ -15,7 +15,7 @@ def costs(per_key: float = 0.0, per_pair: float = 0.0) -> StepCosts:
 
 @pytest.mark.parametrize(("target_ms", "expected"), [(7, 128), (15, 512), (30, 1024), (1000, 2048)])
 def test_a_step_is_the_largest_within_the_target(target_ms: int, expected: int) -> None:
-    assert costs().budget(rows=8, keys=0, start=0, backlog=1000, target_s=target_ms / 1000) == expected
+    assert costs().budget(rows=8, keys=0, start=0, backlog=0, target_s=target_ms / 1000) == expected
 
 
 def test_cached_keys_and_a_chunk_deep_in_its_prompt_make_steps_smaller() -> None:
@@ -26,7 +26,13 @@ def test_cached_keys_and_a_chunk_deep_in_its_prompt_make_steps_smaller() -> None
 
 def test_a_long_queue_makes_steps_larger() -> None:
     sizes = [costs().budget(rows=8, keys=0, start=0, backlog=n, target_s=0.015) for n in (1000, 8000, 50_000)]
-    assert sizes == [512, 8 + 8000 // 6, 2048]
+    assert sizes == [512, 1024, 2048]
+
+
+def test_a_short_queue_lets_steps_take_a_little_longer() -> None:
+    backlogs = (0, 2000, 50_000)
+    sizes = [costs().budget(rows=200, keys=100_000, start=0, backlog=n, target_s=0.011) for n in backlogs]
+    assert sizes == [256, 512, 2048]
 
 
 def test_a_queue_beside_many_streams_is_cleared_too() -> None:
@@ -34,7 +40,7 @@ def test_a_queue_beside_many_streams_is_cleared_too() -> None:
 
 
 def test_what_is_left_of_a_queue_beside_many_streams_needs_no_larger_size_of_the_table() -> None:
-    assert costs().budget(rows=1000, keys=0, start=0, backlog=3000, target_s=0.015) == 1500
+    assert costs().budget(rows=1000, keys=0, start=0, backlog=3000, target_s=0.015) == 1375
 
 
 def test_prompts_go_on_when_decode_alone_takes_longer_than_the_target() -> None:
@@ -82,4 +88,4 @@ def test_one_long_prompt_keeps_to_the_target() -> None:
     bench.finish()
     plan = bench.launch()
     assert plan is not None
-    assert [row.num_tokens for row in plan.rows] == [1, 8000 // 6]
+    assert [row.num_tokens for row in plan.rows] == [1, 1023]
