@@ -53,7 +53,7 @@ class CudaIpcTransport(Transport):
             return f"GPU {self._pool.gpu} can't reach the memory of GPU {index}"
         return ""
 
-    def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> "CudaIpcLink":
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> "CudaIpcLink":
         try:
             return CudaIpcLink(self._pool, msgspec.msgpack.decode(offer, type=CudaIpcOffer).handle)
         except CudaError as error:

@@ -31,6 +31,7 @@ from baton.kv_transfer.fetch import (
     Receiver,
     Sender,
     attach,
+    encode_fetch,
     serve_fetches,
 )
 from baton.kv_transfer.staging import Staging
@@ -71,9 +72,10 @@ class DistributedTransport(Transport):
             return "nccl does not work between two processes on one GPU"
         return ""
 
-    def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> FetchLink:
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> FetchLink:
+        assert connection is not None  # it works within one host
         (meeting,) = attach(connection, self.name).channel
-        return FetchLink(self._pool, connection, DistributedReceiver(self.name, self._pool, meeting, connection))
+        return FetchLink(self._pool, DistributedReceiver(self.name, self._pool, meeting, connection))
 
     def serve(self, connection: socket.socket) -> None:
         meeting = self._folder / f"kv-{os.getpid()}-{id(self):x}-{next(self._numbers)}.store"
@@ -140,6 +142,9 @@ class DistributedReceiver(_Pair, Receiver):
 
     def __init__(self, backend: str, pool: Pool, meeting: str, connection: socket.socket) -> None:
         super().__init__(backend, pool, meeting, READER, connection)
+
+    def ask(self, index: int, blocks: Sequence[int]) -> None:
+        self._connection.send(encode_fetch(blocks))
 
     def receive(self, index: int, targets: np.ndarray) -> None:
         buffer = self._staging.buffer(index, len(targets))

@@ -5,6 +5,8 @@
     reader ── Fetch(blocks) ──► owner              at most WINDOW of them unanswered
     reader ◄══ the blocks' bytes, over the transport's own channel, in the order of the fetches
 
+`tcp` has only the last two, over sockets of its own.
+
 The window bounds memory on both sides: a staging buffer is used again WINDOW fetches later, when the reader is known to
 have what was in it. Bytes of a pair flow one way only, so that no order of two sides' transfers can deadlock.
 """
@@ -58,6 +60,10 @@ class Receiver(ABC):
     """The reader's end."""
 
     @abstractmethod
+    def ask(self, index: int, blocks: Sequence[int]) -> None:
+        """Ask for these blocks as fetch `index`; at most WINDOW fetches have not been received."""
+
+    @abstractmethod
     def receive(self, index: int, targets: np.ndarray) -> None:
         """Wait for fetch `index` and put its blocks at these addresses, int64 [n].
 
@@ -74,6 +80,19 @@ def blocks_per_fetch(pool: Pool) -> int:
     return min(max(1, FETCH_BYTES // pool.block_bytes), MAX_FETCH_BLOCKS)
 
 
+def encode_fetch(blocks: Sequence[int]) -> bytes:
+    """The reader's question."""
+    return msgspec.msgpack.encode(Fetch(tuple(blocks)))
+
+
+def decode_fetch(data: bytes | memoryview, pool: Pool) -> tuple[int, ...]:
+    """The blocks that a reader asks for. Raises TransferError or msgspec.DecodeError when it must not."""
+    blocks = msgspec.msgpack.decode(data, type=Fetch).blocks
+    if not 0 < len(blocks) <= blocks_per_fetch(pool) or not 0 <= min(blocks) <= max(blocks) < pool.num_blocks:
+        raise TransferError(f"a reader asks for {len(blocks)} blocks up to {max(blocks, default=-1)}")
+    return blocks
+
+
 def attach(connection: socket.socket, transport: str) -> Attached:
     """Ask the owner to serve this connection."""
     connection.send(msgspec.msgpack.encode(Attach(transport)))
@@ -88,10 +107,7 @@ def serve_fetches(connection: socket.socket, pool: Pool, sender: Sender) -> None
     connection.settimeout(None)
     index = 0
     while data := connection.recv(PACKET_BYTES):
-        blocks = msgspec.msgpack.decode(data, type=Fetch).blocks
-        if not 0 < len(blocks) <= blocks_per_fetch(pool) or not 0 <= min(blocks) <= max(blocks) < pool.num_blocks:
-            raise TransferError(f"a reader asks for {len(blocks)} blocks up to {max(blocks, default=-1)}")
-        sender.send(index, blocks)
+        sender.send(index, decode_fetch(data, pool))
         index += 1
 
 
@@ -100,29 +116,29 @@ class FetchLink(Link):
 
     batch_bytes = WINDOW * FETCH_BYTES
 
-    def __init__(self, pool: Pool, connection: socket.socket, receiver: Receiver) -> None:
+    def __init__(self, pool: Pool, receiver: Receiver) -> None:
         self._pool = pool
-        self._connection = connection
         self._receiver = receiver
-        self._index = 0
+        self._asked = self._received = 0
 
     def copy(self, pulls: Sequence[Pull]) -> None:
         source = [block for pull in pulls for block in pull.source]
         targets = self._pool.addresses([block for pull in pulls for block in pull.target])
         step = blocks_per_fetch(self._pool)
-        asked: collections.deque[slice] = collections.deque()
+        awaited: collections.deque[slice] = collections.deque()
         for start in range(0, len(source), step):
-            if len(asked) == WINDOW:
-                self._receive(targets[asked.popleft()])
+            if len(awaited) == WINDOW:
+                self._receive(targets[awaited.popleft()])
             piece = slice(start, start + step)
-            self._connection.send(msgspec.msgpack.encode(Fetch(tuple(source[piece]))))
-            asked.append(piece)
-        for piece in asked:
+            self._receiver.ask(self._asked, source[piece])
+            self._asked += 1
+            awaited.append(piece)
+        for piece in awaited:
             self._receive(targets[piece])
 
     def _receive(self, targets: np.ndarray) -> None:
-        self._receiver.receive(self._index, targets)
-        self._index += 1
+        self._receiver.receive(self._received, targets)
+        self._received += 1
 
     def close(self) -> None:
         self._receiver.close()

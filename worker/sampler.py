@@ -210,7 +210,7 @@ class Sampler(SlotParams):
     ) -> dict[int, TokenLogprobs]:
         """logits [len(rows), vocab], as the model gave them."""
         given = [self.of(slot) for slot in slots[rows]]
-        normaliser = logits.logsumexp(dim=-1, keepdim=True)
+        normaliser = self._ops.logsumexp(logits)[:, None]
         chosen = logits.gather(1, torch.from_numpy(tokens[rows])[:, None])
         ranks = ((logits > chosen).sum(dim=-1) + 1).tolist()
         values, ids = logits.topk(max(params.logprobs for params in given), dim=-1)

@@ -166,11 +166,15 @@ class Prompts:
 
     def _encode(self, text: str, add_special_tokens: bool, param: str, cut: Truncation | None = None) -> list[int]:
         """Refuses text that can't fit before it costs the time to tokenise it."""
+        if cut is None:
+            self._check_room(len(text.encode(errors="surrogatepass")), param)
         text = text.encode(errors="replace").decode()
         if cut is not None:
             return self.tokenizer.encode_truncated(text, add_special_tokens, cut.count, cut.side)
-        context_room(len(text.encode()) // self.tokenizer.max_token_bytes, self._info, param)
         return self.tokenizer.encode(text, add_special_tokens)
+
+    def _check_room(self, num_bytes: int, param: str) -> None:
+        context_room(num_bytes // self.tokenizer.max_token_bytes, self._info, param)
 
     def _check_ids(self, ids: Any, param: str) -> list[int]:
         limit = self._info.vocab_size
@@ -192,6 +196,9 @@ class Prompts:
                 "continue_final_message and add_generation_prompt exclude each other.", "continue_final_message"
             )
         messages = _messages(request, raw)
+        # What can't fit is refused before it costs the time to render it; templates write something for each message.
+        self._check_room(sum(map(_text_bytes, messages)), "messages")
+        context_room(len(messages), self._info, "messages")
         variables = request.chat_template_kwargs or {}
         if isinstance(request, ChatCompletionRequest) and request.documents:
             variables = {"documents": request.documents, **variables}
@@ -259,6 +266,11 @@ def _with_object(call: Any) -> Any:
 def _text(message: dict[str, Any]) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _text_bytes(message: dict[str, Any]) -> int:
+    """UTF-8 bytes of its text at least; templates may strip blanks around it."""
+    return len(_text(message).strip().encode(errors="surrogatepass"))
 
 
 def unsupported_part(index: int, kind: str) -> ApiError:
