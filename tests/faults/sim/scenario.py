@@ -132,7 +132,7 @@ class Scenario:
     def _sample_of(self, call: Call) -> Call:
         """One of several samples; without noise they are equal."""
         reference = Reference(call.prompt, call.params.max_tokens, BLOCK_SIZE)
-        return Call(call.prompt, call.params, reference, call.timeout_s)
+        return Call(call.prompt, call.params, reference, call.timeout_s, call.vector)
 
     def _plan_requests(self) -> None:
         aborts = self.rng.choice((0.0, 0.0, 0.3))
