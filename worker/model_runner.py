@@ -109,7 +109,7 @@ class ModelRunner:
                 targets = torch.tensor(row.targets[first : first + TARGETS])
                 logits = self.model.logits(hidden[start : start + len(targets)]).float()
                 top = self._sampler.of(row.slot).prompt_logprobs
-                data += prompt_logprobs(logits, targets, logits.logsumexp(dim=-1), top).numpy().tobytes()
+                data += prompt_logprobs(logits, targets, self._loaded.ops.logsumexp(logits), top).numpy().tobytes()
                 start += len(targets)
             if data:
                 told[index] = data

@@ -67,13 +67,11 @@ def _prompt(
 
 
 def _encode(text: str, cut: Cut, tokenizer: Tokenizer, info: ModelInfo, param: str, index: int) -> Sequence[int]:
-    """Text that can't fit, or is going to be cut, is not tokenised as a whole: that would take its time."""
+    """Text that can't fit is not tokenised: that would take its time."""
     text = text.encode(errors="replace").decode()
     if cut.max_tokens is None:
         _check_length(len(text.encode()) // tokenizer.max_token_bytes, info, param, index)
         return tokenizer.encode(text, cut.add_special_tokens)
-    enough = 2 * cut.max_tokens * tokenizer.max_token_bytes  # characters; twice, so that the end does not matter
-    text = text[:enough] if cut.side == "right" else text[-enough:]
     return tokenizer.encode_truncated(text, cut.add_special_tokens, cut.max_tokens, cut.side)
 
 

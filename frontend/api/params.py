@@ -22,6 +22,7 @@ MAX_STOP_CHARS = 4096
 MAX_STOP_IDS = 1024
 MAX_BIASED_IDS = 8192
 MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BEAMS = 64
 MAX_PROMPT_LOGPROBS = 2**20
@@ -310,8 +311,10 @@ def _length_penalty(request: GenerationRequest, n: int) -> float | None:
 
 def _bad_words(request: GenerationRequest) -> tuple[str, ...]:
     words = tuple(request.bad_words or ())
-    if len(words) > MAX_BAD_WORDS or not all(word.strip() for word in words):
-        raise bad_request(f"bad_words must be at most {MAX_BAD_WORDS} words, none of them empty.", "bad_words")
+    _at_most("bad_words", len(words), MAX_BAD_WORDS, "words")
+    _at_most("bad_words", max(map(len, words), default=0), MAX_BAD_WORD_CHARS, "characters in one word")
+    if not all(word.strip() for word in words):
+        raise bad_request("bad_words must not contain an empty word.", "bad_words")
     return words
 
 
@@ -327,12 +330,7 @@ def _check_ids(request: GenerationRequest, info: ModelInfo) -> None:
             _check_token(id, info.vocab_size, name)
     if request.allowed_token_ids == []:
         raise bad_request("allowed_token_ids must not be empty; leave it out to allow all tokens.", "allowed_token_ids")
-    if len(request.logprob_token_ids or ()) > MAX_LOGPROB_TOKEN_IDS:
-        raise bad_request(
-            f"logprob_token_ids has {len(request.logprob_token_ids or ())} ids; at most {MAX_LOGPROB_TOKEN_IDS} are "
-            "possible.",
-            "logprob_token_ids",
-        )
+    _at_most("logprob_token_ids", len(request.logprob_token_ids or ()), MAX_LOGPROB_TOKEN_IDS, "token ids")
 
 
 def _check_sampling(params: SamplingParams, max_tokens: int | None) -> None:

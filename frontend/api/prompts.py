@@ -144,8 +144,8 @@ class Prompts:
         return [read(item) for item in prompt]
 
     def _chat_ids(self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any]) -> list[int]:
-        text = self._render(request, raw)
         cut = self._cut(request) if isinstance(request, ChatCompletionRequest) else None
+        text = self._render(request, raw, cut)
         return self._encode(text, request.add_special_tokens is True, "messages", cut)
 
     def _cut(self, request: CompletionRequest | ChatCompletionRequest) -> Truncation | None:
@@ -166,15 +166,15 @@ class Prompts:
 
     def _encode(self, text: str, add_special_tokens: bool, param: str, cut: Truncation | None = None) -> list[int]:
         """Refuses text that can't fit before it costs the time to tokenise it."""
-        if cut is None:
-            self._check_room(len(text.encode(errors="surrogatepass")), param)
+        self._check_room(len(text.encode(errors="surrogatepass")), param, cut)
         text = text.encode(errors="replace").decode()
-        if cut is not None:
-            return self.tokenizer.encode_truncated(text, add_special_tokens, cut.count, cut.side)
-        return self.tokenizer.encode(text, add_special_tokens)
+        if cut is None:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return self.tokenizer.encode_truncated(text, add_special_tokens, cut.count, cut.side)
 
-    def _check_room(self, num_bytes: int, param: str) -> None:
-        context_room(num_bytes // self.tokenizer.max_token_bytes, self._info, param)
+    def _check_room(self, num_bytes: int, param: str, cut: Truncation | None = None) -> None:
+        if cut is None:
+            context_room(num_bytes // self.tokenizer.max_token_bytes, self._info, param)
 
     def _check_ids(self, ids: Any, param: str) -> list[int]:
         limit = self._info.vocab_size
@@ -185,7 +185,9 @@ class Prompts:
                 raise bad_request(f"token id {id} is out of vocabulary; ids are from 0 to {limit - 1}.", param)
         return ids
 
-    def _render(self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any]) -> str:
+    def _render(
+        self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any], cut: Truncation | None
+    ) -> str:
         if self._template is None:
             raise bad_request(
                 "this model has no chat template: start the server with --chat-template, or use /v1/completions",
@@ -197,7 +199,7 @@ class Prompts:
             )
         messages = _messages(request, raw)
         # What can't fit is refused before it costs the time to render it; templates write something for each message.
-        self._check_room(sum(map(_text_bytes, messages)), "messages")
+        self._check_room(sum(map(_text_bytes, messages)), "messages", cut)
         context_room(len(messages), self._info, "messages")
         variables = request.chat_template_kwargs or {}
         if isinstance(request, ChatCompletionRequest) and request.documents:
