@@ -70,7 +70,7 @@ def test_completions(options: dict[str, Any]) -> None:
 
 
 def test_embeddings(url: str, key: str) -> None:
-    """It sends token ids of its own tokeniser unless it is told not to, which for other models than OpenAI's it must."""
+    """By default it would send the token ids of OpenAI's own models."""
     texts = ["The sky is blue.", "The capital of France is Paris."]
     options = {"base_url": f"{url}/v1", "api_key": key, "model": "demo", "max_retries": 0}
     embeddings = OpenAIEmbeddings(**options, check_embedding_ctx_length=False)
