@@ -63,7 +63,6 @@ class SamplingParams(Record):
     """With logprobs: report these tokens in place of the k best."""
     prompt_logprobs: int = -1
     """-1 none, 0 those of the prompt's own tokens, k also the k best at each position."""
-
     pooling: str = ""
     """A Pooling: the prompt's vector is wanted and no tokens (max_tokens is 0). Empty: tokens."""
 

@@ -338,7 +338,7 @@ class Cluster:
             if stream.deadline <= now:
                 text = "the deadline passed in the queue"
                 self._notify(stream, Rejected(stream.sid, stream.attempt, RejectCode.DEADLINE, text), now)
-            elif too_long := self._too_long(stream.num_tokens, stream.params):
+            elif not able and (too_long := self._too_long(stream.num_tokens, stream.params)):
                 self._retry(stream, too_long, now)  # the next Submit is rejected
             elif able and not willing:
                 self._retry(stream, "; ".join(stream.refused_by.values()), now)
