@@ -58,12 +58,14 @@ class Pooler:
         self._sums = torch.zeros(num_slots, hidden_size, dtype=torch.float64, device=device)
         self._slots: set[int] = set()
         """Whose last stream wanted a vector."""
+        self._fresh: list[int] = []
+        """Taken since something was pooled: their sums are still those of others."""
 
     def take_slot(self, init: SlotInit) -> None:
         """A stream takes a slot, whoever had it before."""
         if init.params.pooling:
             self._slots.add(init.slot)
-            self._sums[init.slot].zero_()
+            self._fresh.append(init.slot)
         elif self._slots:
             self._slots.discard(init.slot)
 
@@ -74,6 +76,9 @@ class Pooler:
     def pool(self, rows: PooledRows, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [len(rows.tokens), hidden_size], after the last norm -> the vectors that are complete, float32
         [len(rows.done), hidden_size], on the device."""
+        if self._fresh:
+            self._sums.index_fill_(0, self._upload(np.array(self._fresh, dtype=np.int64)), 0.0)
+            self._fresh.clear()
         parts = zip(self._upload(rows.slots).split(_TOKENS_AT_ONCE), hidden.split(_TOKENS_AT_ONCE), strict=True)
         for slots, part in parts:
             self._sums.index_add_(0, slots, part.double())
