@@ -7,10 +7,10 @@ import asyncio
 import base64
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, cast
 
 import msgspec
@@ -29,6 +29,7 @@ from baton.frontend.engine_client import EngineClient, OutputReader
 from baton.frontend.instructions import Finished
 from baton.frontend.model_info import ModelInfo
 from baton.frontend.pooling import PoolingInfo
+from baton.proto.lifecycle import RejectCode
 from baton.proto.messages import Ledger, SamplingParams
 
 IN_FLIGHT = 256
@@ -186,19 +187,26 @@ class Embedder:
         """`use` of each input's index and result, as they come; in the order of the inputs. Raises ApiError."""
         results: list[Any] = [None] * len(job.prompts)
         params = pooling_params(self.pooling)
-        rest = iter(job.prompts)
+        waiting = deque(range(len(job.prompts)))
+        sent: list[int] = []  # stream -> input
 
         async def submit(count: int) -> None:
-            for prompt in islice(rest, count):
+            for _ in range(min(count, len(waiting))):
+                sent.append(waiting.popleft())
+                prompt = job.prompts[sent[-1]]
                 reader.submit(prompt.ids, params, prompt.hashes, job.priority, job.timeout_s)
                 await asyncio.sleep(0)  # in between others have their turns
 
         with OutputReader(self._client, job.received_s) as reader:
             await submit(IN_FLIGHT)
             while reader.num_open:
-                for index, output in (await reader.next()).items():
-                    assert output.finished is not None  # a stream without tokens has nothing but an end
-                    results[index] = use(index, take_vector(output.finished, job.wishes))
+                for stream, output in (await reader.next()).items():
+                    finished, index = output.finished, sent[stream]
+                    assert finished is not None  # a stream without tokens has nothing but an end
+                    if finished.reject_code == RejectCode.QUEUE_FULL and reader.num_open:
+                        waiting.appendleft(index)  # behind streams of its own request: it goes again when one has ended
+                        continue
+                    results[index] = use(index, take_vector(finished, job.wishes))
                     await submit(1)
         return results
 

@@ -68,7 +68,8 @@ def expect(model_dir: Path) -> Expect:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Deployment]:
-    with Deployment("--prefill", "1", "--decode", "1", "--matryoshka-dimensions", "64", "256", *SIZES) as deployment:
+    flags = ("--prefill", "1", "--decode", "1", "--matryoshka-dimensions", "64", "256", "--max-waiting", "20")
+    with Deployment(*flags, *SIZES) as deployment:
         yield deployment
 
 
@@ -285,6 +286,7 @@ def test_wrong_pairs_and_documents_are_told_apart(
 
 
 def test_two_thousand_inputs_come_back_in_their_order(served: Deployment) -> None:
+    """Although no more than 20 may wait at a time."""
     inputs = [[100 + index % 50] for index in range(2048)]
     data = embed(served, input=inputs, encoding_format="base64")["data"]
     assert [item["index"] for item in data] == list(range(2048))
