@@ -286,13 +286,22 @@ def test_wrong_pairs_and_documents_are_told_apart(
 
 
 def test_two_thousand_inputs_come_back_in_their_order(served: Deployment) -> None:
-    """Although no more than 20 may wait at a time."""
     inputs = [[100 + index % 50] for index in range(2048)]
     data = embed(served, input=inputs, encoding_format="base64")["data"]
     assert [item["index"] for item in data] == list(range(2048))
     assert [item["embedding"] for item in data[:50]] == [item["embedding"] for item in data[50:100]]
     assert len({item["embedding"] for item in data}) == 50
     served.wait_idle()
+
+
+def test_a_request_does_not_fail_because_its_own_inputs_fill_the_queue(served: Deployment) -> None:
+    """No more than 20 may wait at a time."""
+    rejected = served.total("baton_requests_total", 'outcome="rejected"')
+    inputs = [[1000 + index] * 100 for index in range(100)]
+    data = embed(served, input=inputs)["data"]
+    assert served.total("baton_requests_total", 'outcome="rejected"') > rejected
+    [alone] = embed(served, input=inputs[77])["data"]
+    np.testing.assert_allclose(data[77]["embedding"], alone["embedding"], atol=1e-6)
 
 
 def test_a_client_that_leaves_frees_everything(served: Deployment, prompts: list[list[int]]) -> None:
