@@ -54,7 +54,9 @@ class Stream:
     busy_since: float = math.inf
     """Since when the next attempt of an admitted stream has been rejected as busy."""
     prompt_logprobs: PromptLogprobs | None = None
-    """Come with the row of the first token; until then no row counts when they are wanted."""
+    """Come with the row of the first token."""
+    lacks_prompt_logprobs: bool = field(init=False)
+    """They are wanted and not here: only the prefill leg's row has them, and that may be overtaken. No row counts."""
     held: list[Row] = field(default_factory=list)
     """Heap of rows that arrived before their predecessors."""
     gap_until: float = math.inf
@@ -82,10 +84,12 @@ class Stream:
         self.answered = self.admitted = True
         self.busy_since = math.inf
 
-    @property
-    def lacks_prompt_logprobs(self) -> bool:
-        """The row that brings them is yet to come. Only the prefill leg's has them, and that may be overtaken."""
-        return self.params.prompt_logprobs >= 0 and self.prompt_logprobs is None
+    def __post_init__(self) -> None:
+        self.lacks_prompt_logprobs = self.params.prompt_logprobs >= 0
+
+    def learn_prompt_logprobs(self, told: PromptLogprobs) -> None:
+        """They have come, under this attempt or an older one."""
+        self.prompt_logprobs, self.lacks_prompt_logprobs = told, False
 
     def apply(
         self, pos: int, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], finish: Finish | None

@@ -211,8 +211,8 @@ class Streams:
                 continue  # only a frontend raises attempts: not ours
             if (part := batch.ledgers.get(row)) is not None:
                 stream.ledger.merge(part)
-            if stream.lacks_prompt_logprobs:
-                stream.prompt_logprobs = prompts.get(row)
+            if stream.lacks_prompt_logprobs and row in prompts:
+                stream.learn_prompt_logprobs(prompts[row])
             if row in vectors:
                 stream.vector = vectors[row]
             new, logprobs = stream.apply(pos, tokens, batch.logprobs.get(row, ()), batch.finish.get(row))

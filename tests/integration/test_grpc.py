@@ -124,6 +124,20 @@ def test_deltas_add_up_to_what_http_answers(cluster: Cluster) -> None:
     assert pieces[-1].usage.completion_tokens == 24
 
 
+def test_prompt_logprobs_and_beams_are_those_of_http(cluster: Cluster) -> None:
+    first, *_ = cluster.generate(sampling={"max_tokens": 2, "prompt_logprobs": 1})
+    over_http = cluster.complete(PROMPT, model="tiny", max_tokens=2, temperature=0, prompt_logprobs=1)
+    found = over_http["choices"][0]["prompt_logprobs"]
+    assert len(first.prompt_logprobs) == len(found) - 1 == len(PROMPT) - 1
+    for entry, told, id in zip(first.prompt_logprobs, found[1:], PROMPT[1:], strict=True):
+        assert (entry.logprob, entry.rank) == (told[str(id)]["logprob"], told[str(id)]["rank"])
+    beams = {"n": 3, "use_beam_search": True, "max_tokens": 5}
+    pieces = list(cluster.generate(sampling=beams))
+    choices = cluster.complete(PROMPT, model="tiny", ignore_eos=True, return_token_ids=True, **beams)["choices"]
+    assert [list(piece.token_ids) for piece in pieces[:-1]] == [choice["token_ids"] for choice in choices]
+    assert pieces[-1].usage.completion_tokens == 15
+
+
 def test_text_in_and_every_sampling_parameter(cluster: Cluster) -> None:
     sampling = {
         "max_tokens": 6,

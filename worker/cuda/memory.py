@@ -155,13 +155,19 @@ def _mixed_step(num_rows: int, num_blocks: int) -> StepPlan:
 
 
 def _largest_step(num_rows: int, per_row: int, blocks_per_row: int, num_blocks: int, pooled: bool) -> StepPlan:
-    """Prompts whose tokens are sampled, or whose hidden states are all pooled."""
-    params = SamplingParams(max_tokens=int(not pooled), temperature=0.0, pooling=Pooling.MEAN if pooled else "")
-    pool = per_row if pooled else 0
+    """Prompts whose log-probabilities are wanted too, or whose hidden states are all pooled instead."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+    if pooled:
+        params = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling.MEAN)
     prompt = [0] * per_row
     rows, inits = [], []
     for slot in range(num_rows):
         blocks = [index % num_blocks for index in range(slot * blocks_per_row, (slot + 1) * blocks_per_row)]
         inits.append(SlotInit(slot, (0, slot), 0, params, per_row, prompt, blocks))
-        rows.append(Row(slot, 0, per_row, prompt, False, [], not pooled, 0, pools=pool, mean_of=pool))
+        row = Row(slot, 0, per_row, prompt, False, [], not pooled, 0)
+        if pooled:
+            row.pools = row.mean_of = per_row
+        else:
+            row.targets = prompt
+        rows.append(row)
     return StepPlan(0, rows, inits)
