@@ -84,24 +84,14 @@ class Embedder:
     async def embeddings(self, request: EmbeddingRequest, *, with_ledger: bool, received_s: float) -> bytes:
         """Answer to /v1/embeddings. Raises ApiError."""
         job = await self.prepare(request, with_ledger=with_ledger, received_s=received_s)
-        self._check_size(job, request.encoding_format)
+        numbers = len(job.prompts) * (job.wishes.dimensions or self.pooling.hidden_size)
+        check_answer_size(numbers, request.encoding_format == "base64")
         render = partial(_render, in_base64=request.encoding_format == "base64")
         rendered = await self.run(job, lambda index, pooled: (render(index, pooled.vector), pooled.ledger))
         head = _head(job, "embd", [ledger for _, ledger in rendered])
         # Rendered as they came: a thousand vectors at once would hold everybody up.
         data = cast(list[responses.Embedding], [part for part, _ in rendered])
         return encode(responses.EmbeddingList(**head, data=data))
-
-    def _check_size(self, job: PoolingJob, encoding_format: str | None) -> None:
-        """Before the work is done for an answer that nobody could hold."""
-        numbers = len(job.prompts) * (job.wishes.dimensions or self.pooling.hidden_size)
-        size = numbers * (6 if encoding_format == "base64" else 22)
-        if size > MAX_ANSWER_BYTES:
-            raise bad_request(
-                f"the answer would have {size / 2**20:.0f} MiB, at most {MAX_ANSWER_BYTES >> 20} are possible: send "
-                "fewer inputs, or ask for encoding_format base64, which takes a quarter.",
-                "input",
-            )
 
     async def score(self, request: ScoreRequest, *, with_ledger: bool, received_s: float) -> bytes:
         """Answer to /v1/score. Raises ApiError."""
@@ -243,6 +233,17 @@ def check_dimensions(dimensions: int | None, pooling: PoolingInfo) -> int | None
         possible = ", ".join(map(str, pooling.matryoshka)) or f"from 1 to {pooling.hidden_size}"
         raise bad_request(f"dimensions must be {possible}, got {dimensions}.", "dimensions")
     return dimensions
+
+
+def check_answer_size(numbers: int, in_base64: bool) -> None:
+    """Before the work is done for an answer that nobody could hold. Raises ApiError."""
+    size = numbers * (6 if in_base64 else 22)
+    if size > MAX_ANSWER_BYTES:
+        raise bad_request(
+            f"the answer would have {size / 2**20:.0f} MiB, at most {MAX_ANSWER_BYTES >> 20} are possible: send fewer "
+            "inputs, or ask for encoding_format base64, which takes a quarter.",
+            "input",
+        )
 
 
 def check_priority(priority: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 from baton.frontend.api.embedding_requests import EmbeddingRequest, RerankRequest, ScoreRequest
 from baton.frontend.api.embeddings import (
     PoolingWishes,
+    check_answer_size,
     pair_scores,
     read_inputs,
     read_pairs,
@@ -146,6 +147,12 @@ def test_scores_go_pair_by_pair_or_from_one_to_all() -> None:
     assert pair_scores(vectors, 2) == pytest.approx([1, 0.5**0.5])
     assert pair_scores(vectors, 1) == pytest.approx([0, 1, 0.5**0.5])
     assert cosine(np.zeros(2, np.float32), vectors[0]) == 0
+
+
+def test_an_answer_is_bounded_before_it_is_made() -> None:
+    check_answer_size(2048 * 4096, in_base64=True)
+    check_answer_size(700 * 4096, in_base64=False)
+    assert "base64" in str(refused(check_answer_size, 2048 * 4096, False))
 
 
 def test_a_vector_is_cut_then_normalised() -> None:
