@@ -24,6 +24,7 @@ from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import LINGER_MS, Dealer, Router, identity
 from baton.proto.config import FrontendConfig
 from baton.proto.heartbeat import Heartbeat
+from baton.proto.keys import key_name
 from baton.proto.lifecycle import Outcome
 from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import (
@@ -134,6 +135,10 @@ class OutputReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        """End what has not ended; nothing more is read."""
         self.on_output = lambda: None
         for index in self._open:
             self._client.abort(self._sids[index])
@@ -246,6 +251,7 @@ class EngineClient:
             timeout_s=timeout_s,
             priority=priority,
             received_s=received_s,
+            client=key_name.get(),
             sibling=sibling,
         )
         self._deliver[sid] = deliver

@@ -128,11 +128,13 @@ class Streams:
         timeout_s: float = 0.0,
         priority: int = 0,
         received_s: float | None = None,
+        client: str = "",
         sibling: Sid | None = None,
     ) -> tuple[Sid, list[Instruction]]:
         """Open a stream for `prompt` (int32 [prompt_len]).
 
         prompt_hashes is the packed hash chain of its full units, computed here when None; timeout_s of 0 is none;
+        client names who asks, for the ledger.
         `sibling` is an earlier stream with the same prompt.
         """
         prompt = np.ascontiguousarray(prompt, dtype=np.int32)
@@ -140,7 +142,7 @@ class Streams:
             prompt_hashes = pack_hashes(hash_chain(prompt))
         sid = (self._hello.frontend, self._next_n)
         self._next_n += 1
-        ledger = Ledger(stages={Stage.RECEIVED.value: now if received_s is None else received_s})
+        ledger = Ledger(stages={Stage.RECEIVED.value: now if received_s is None else received_s}, client=client)
         deadline = now + timeout_s if timeout_s > 0 else math.inf
         stream = Stream(sid, prompt, prompt_hashes, params, deadline, priority, ledger, submit_at=now)
         stream.sibling = sibling[1] if sibling is not None else 0

@@ -268,6 +268,12 @@ class FrontendConfig(Config):
     """More keys, with names: proto/keys.py has the format."""
     tls: TlsConfig = TlsConfig()
     cors: CorsConfig = CorsConfig()
+    peers: tuple[str, ...] = ()
+    """Names of the deployment's frontends, this one included; empty: it is the only one."""
+    max_stored_responses: int = 1024
+    """Of /v1/responses: so many that have ended are kept, and the oldest leaves first."""
+    max_stored_response_bytes: int = 64 * 2**20
+    """Which those may take together, as JSON."""
     pooler: PoolerConfig = PoolerConfig()
     """Of /v1/embeddings and what is built on it."""
 

@@ -125,6 +125,8 @@ class Ledger(msgspec.Struct, omit_defaults=True):
     """Why something fell back, one sentence each."""
     stages: dict[str, float] = {}
     """Stage -> seconds on the CLOCK_MONOTONIC of the scheduler's host."""
+    client: str = ""
+    """Name of the API key; empty without keys."""
 
     def merge(self, part: "Ledger") -> None:
         """Overlay the fields that `part` sets: a worker sends each field once per attempt."""

@@ -48,6 +48,9 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._gauges = {name: self._gauge(name, text) for name, text in GAUGES.items()}
         self._requests = self._counter("baton_requests", "Requests by how they ended", ("outcome",))
+        self._client_tokens = self._counter(
+            "baton_client_tokens", "Tokens of requests that have ended, by the name of the API key", ("client", "kind")
+        )
         self._tokens = self._counter(
             "baton_tokens",
             "Prompt tokens computed, found in a prefix cache or pulled from another worker; tokens generated",
@@ -162,6 +165,9 @@ class Metrics:
     def _closed(self, close: Close) -> None:
         ledger = close.ledger
         self._requests.labels(close.outcome).inc()
+        if ledger.client:
+            for kind, count in (("prompt", close.prompt_tokens), ("output", close.output_tokens)):
+                self._client_tokens.labels(ledger.client, kind).inc(count)
         for spans, worker in ((PREFILL_SPANS, ledger.prefill_worker), (DECODE_SPANS, ledger.decode_worker)):
             for name, (_, start, end) in spans.items():
                 seconds = _between(ledger.stages, start, end)

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Protocol
 
 from msgspec import UNSET, UnsetType
@@ -22,12 +23,13 @@ from baton.frontend.api.responses import (
     CompletionChoice,
     CompletionLogprobs,
     PromptLogprobsField,
+    TokenLogprob,
     ToolCall,
     Usage,
 )
 from baton.frontend.tokenizer import Tokenizer
 from baton.frontend.tools.output import CallPart
-from baton.proto.messages import Ledger
+from baton.proto.messages import Ledger, TokenLogprobs
 
 UsageField = Usage | UnsetType | None
 LedgerField = Ledger | list[Ledger] | UnsetType
@@ -167,6 +169,10 @@ class ChatFormat:
         if self._wishes.logprobs is None:
             return None
         return self._logprob_writer.chat(zip(delta.token_ids, delta.logprobs, strict=True))
+
+    def spell(self, sampled: Iterable[tuple[int, TokenLogprobs]]) -> list[TokenLogprob]:
+        """Tokens with their log probabilities."""
+        return self._logprob_writer.chat(sampled).content
 
 
 def _prompt_logprobs(writer: LogprobWriter, choice: Choice, wishes: Wishes) -> PromptLogprobsField:

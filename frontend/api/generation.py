@@ -97,6 +97,12 @@ class Generator:
         constraint = constraint or read_constraint(request)
         if constraint is None:
             return wishes
+        if wishes.length_penalty is not None:
+            raise bad_request(
+                "a beam search follows the model's own probabilities and can't hold the output to a form: leave out "
+                "use_beam_search, or the form and the tools that must be called.",
+                "use_beam_search",
+            )
         before = self._tools.before_answer(plan) if plan is not None else ""
         return wishes.constrained(await self._grammars.get(constraint, before), self._info)
 

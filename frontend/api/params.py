@@ -36,9 +36,8 @@ _NOT_WITH_BEAMS = (
     "logprob_token_ids",
     "prompt_logprobs",
     "echo",
-    "response_format",
-    "structured_outputs",
 )
+"""What would change the model's probabilities, or has no place in the answer."""
 _UINT64 = 2**64 - 1
 
 N = TypeVar("N", int, float)

@@ -1,5 +1,6 @@
 """The requests of the HTTP API. Names, types and defaults are OpenAI's and vLLM's."""
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,8 +23,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """The usage so far in every chunk."""
 
 
-class _Generation(msgspec.Struct, kw_only=True):
-    """What both generating endpoints take. None is the model's or the server's default."""
+class GenerationFields(msgspec.Struct, kw_only=True):
+    """What all generating endpoints take. None is the model's or the server's default."""
 
     model: str | None = None
     stream: bool = False
@@ -71,7 +72,7 @@ class _Generation(msgspec.Struct, kw_only=True):
     guided_whitespace_pattern: str | None = None
 
 
-class CompletionRequest(_Generation, kw_only=True):
+class CompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/completions"""
 
     prompt: str | list[str | int | Ids]
@@ -93,7 +94,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     content: str | list[ContentPart] | None = None
 
 
-class ChatCompletionRequest(_Generation, kw_only=True):
+class ChatCompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/chat/completions"""
 
     messages: list[ChatMessage]
@@ -138,7 +139,10 @@ R = TypeVar("R", bound=msgspec.Struct)
 _IGNORED = frozenset({"store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Fields that ask for nothing of the answer."""
 
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Fields that would change the answer and are refused: values that ask for nothing, and why others are not served."""
+
+_UNSUPPORTED: Refusals = {
     "audio": ((None,), "the model writes text"),
     "chat_template": (
         (None,),
@@ -155,7 +159,6 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "suffix": ((None, ""), "the model continues a prompt and fills no gap"),
     "web_search_options": ((None,), "the server searches nothing"),
 }
-"""Fields that would change the answer and are refused: values that ask for nothing, and why others are not served."""
 
 
 def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
@@ -174,7 +177,7 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
 
 def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
     """The request in an object of plain values, and the names of fields that nobody knows. Raises ApiError."""
-    _refuse_unsupported(raw, kind)
+    refuse(raw, _refused_of(kind))
     try:
         request = msgspec.convert(_without_idle_nulls(raw, kind), kind)
     except msgspec.ValidationError as error:
@@ -187,7 +190,7 @@ def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
 
 def _without_idle_nulls(raw: dict[str, Any], kind: type) -> dict[str, Any]:
     """Clients send null for switches and counts that they do not set."""
-    unset = _switches(kind)
+    unset = switches(kind)
     return {name: value for name, value in raw.items() if value is not None or name not in unset}
 
 
@@ -203,13 +206,20 @@ def _field_names(kind: type) -> frozenset[str]:
 
 
 @cache
-def _switches(kind: type) -> frozenset[str]:
-    """Fields whose default is False, True or a number."""
+def switches(kind: type) -> frozenset[str]:
+    """Fields whose default is False, True or a number; null means the same."""
     fields = msgspec.structs.fields(kind)
     return frozenset(field.name for field in fields if isinstance(field.default, bool | float) or field.default == 0)
 
 
-def _refuse_unsupported(raw: dict[str, Any], kind: type) -> None:
-    for name, (harmless, why) in _UNSUPPORTED.items():
-        if name in raw and raw[name] not in harmless and name not in _field_names(kind):
+@cache
+def _refused_of(kind: type) -> Refusals:
+    """What of _UNSUPPORTED is no field of this request."""
+    return {name: why for name, why in _UNSUPPORTED.items() if name not in _field_names(kind)}
+
+
+def refuse(raw: dict[str, Any], fields: Refusals) -> None:
+    """Raises ApiError for a field that asks for what is not served."""
+    for name, (harmless, why) in fields.items():
+        if name in raw and raw[name] not in harmless:
             raise bad_request(f"`{name}` is not supported: {why}.", param=name, code="unsupported")

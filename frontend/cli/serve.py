@@ -87,6 +87,20 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--served-model-name", type=text, nargs="+", metavar="NAME", help="names for clients; default: MODEL"
     )
+    group.add_argument(
+        "--max-stored-responses",
+        type=engine_args.count,
+        default=1024,
+        metavar="N",
+        help="of /v1/responses, that can be retrieved and continued; the oldest leaves first, 0 keeps none",
+    )
+    group.add_argument(
+        "--max-stored-response-mib",
+        type=engine_args.count,
+        default=64,
+        metavar="MIB",
+        help="what they may take together",
+    )
     group.add_argument("--chat-template", default="", metavar="FILE", help="jinja2 file; default: the tokenizer's")
     group.add_argument("--max-logprobs", type=engine_args.count, default=20, help="most logprobs a client may ask for")
 
@@ -236,6 +250,9 @@ def serve_config(
                 api_key_file=args.api_key_file,
                 tls=edge_args.tls(args),
                 cors=edge_args.cors(args),
+                peers=tuple(f"frontend-{each}" for each in range(args.frontends)) if args.frontends > 1 else (),
+                max_stored_responses=args.max_stored_responses,
+                max_stored_response_bytes=args.max_stored_response_mib * 2**20,
                 max_logprobs=args.max_logprobs,
                 block_size=args.block_size,
                 shutdown_timeout_s=args.shutdown_timeout,

@@ -133,6 +133,14 @@ def test_beams_over_http_are_those_of_transformers(
     served.wait_idle()
 
 
+def test_beams_can_not_be_held_to_a_form(served: Deployment) -> None:
+    body = {"messages": CHAT, "use_beam_search": True, "n": 2, "max_tokens": 4}
+    refused = served.client.post("/v1/chat/completions", json={**body, "response_format": {"type": "json_object"}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "use_beam_search")
+    free = served.client.post("/v1/chat/completions", json={**body, "response_format": {"type": "text"}})
+    assert free.status_code == 200
+
+
 def test_streamed_beams_say_the_same_with_the_openai_package(served: Deployment) -> None:
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
         options: dict[str, Any] = {"model": client.models.list().data[0].id, "messages": CHAT, "max_tokens": 8, "n": 2}

@@ -119,7 +119,7 @@ class Frontend(Process):
                     sender = f"frontend:{self._identity.decode()}".encode()
                     self._network.send(self, f"tokens:{worker}", sender, instruction.message)
                 case Deliver():
-                    self._deliver(self._calls[instruction.sid], instruction.tokens)
+                    self._deliver(self._calls[instruction.sid], instruction)
                 case Finished():
                     self._finished(instruction)
         now = self.world.now
@@ -129,9 +129,12 @@ class Frontend(Process):
             self._network.send(self, "scheduler", self._identity + b":beat", beat, dealer=True)
         self.wake(min(self.streams.next_deadline(), self._beat_at + BEAT_INTERVAL_S))
 
-    def _deliver(self, call: Call, tokens: tuple[int, ...]) -> None:
+    def _deliver(self, call: Call, instruction: Deliver) -> None:
         assert call.outcome is None, f"tokens after {call.outcome}"
-        for token in tokens:
+        told = instruction.prompt_logprobs
+        wanted = call.params.prompt_logprobs >= 0 and not call.received
+        assert (told.data if told else None) == (call.reference.prompt_logprobs if wanted else None)
+        for token in instruction.tokens:
             assert not call.complete, f"token {token} after the end: {call.received}"
             outcome = token // NOISE
             assert outcome == call.reference.next, f"{outcome} instead of {call.reference.next} after {call.received}"

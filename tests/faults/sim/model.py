@@ -13,6 +13,8 @@ A hidden state is what a position sees, all of it; the vector of a request that 
 import struct
 from collections.abc import Sequence
 
+import numpy as np
+
 from baton.proto.lifecycle import Pooling
 from baton.worker.plan import Row, StepPlan, StepResult
 
@@ -65,6 +67,15 @@ class Memory:
         return _mix(seen ^ partial, 0xBA70) % OUTCOMES
 
 
+def prompt_outcomes(
+    memory: Memory, block_table: Sequence[int], start: int, tokens: Sequence[int], targets: Sequence[int]
+) -> bytes:
+    """Append tokens one by one. PromptLogprobs.data without alternatives, of the targets that follow the first of them:
+    an outcome stands for the log-probability, and the token itself for its rank."""
+    outcomes = [memory.append(block_table, start + i, [token]) for i, token in enumerate(tokens)]
+    return np.array(list(zip(outcomes, targets, strict=False)), dtype=np.int32).tobytes()
+
+
 class Reference:
     """An undisturbed stream over a pool of its own, one token at a time."""
 
@@ -72,7 +83,9 @@ class Reference:
         num_blocks = -(-(len(prompt) + max_tokens) // block_size)
         self._memory = Memory(num_blocks, block_size)
         self._length = len(prompt)
-        self.next = self._memory.append(range(num_blocks), 0, prompt)
+        self.prompt_logprobs = prompt_outcomes(self._memory, range(num_blocks), 0, prompt[:-1], prompt[1:])
+        """What must be told of the prompt to those who ask."""
+        self.next = self._memory.append(range(num_blocks), len(prompt) - 1, prompt[-1:])
         """The outcome that must follow what was appended."""
 
     def append(self, token: int) -> None:
@@ -116,9 +129,15 @@ class Runner:
             self._sums[init.slot] = 0
         for source, target in plan.copies:
             self._memory.blocks[target][:] = self._memory.blocks[source]
+        told: dict[int, bytes] = {}
         vectors: dict[int, bytes] = {}
-        tokens = [self._execute(index, row, vectors) for index, row in enumerate(plan.rows)]
-        return StepResult(plan.step, tokens, {}, started_s, sampled_s, vectors=vectors)
+        tokens = []
+        for index, row in enumerate(plan.rows):
+            if row.targets:
+                table = [*self._tables[row.slot], *row.new_blocks]
+                told[index] = prompt_outcomes(self._memory, table, row.start, row.tokens, row.targets)
+            tokens.append(self._execute(index, row, vectors))
+        return StepResult(plan.step, tokens, {}, started_s, sampled_s, prompt_logprobs=told, vectors=vectors)
 
     def _execute(self, index: int, row: Row, vectors: dict[int, bytes]) -> list[int]:
         table = self._tables[row.slot]

@@ -125,7 +125,9 @@ class Scenario:
             vector = reference_vector(prompt, params.pooling, BLOCK_SIZE)
             return Call(prompt, params, Reference(prompt, 0, BLOCK_SIZE), timeout_s, vector)
         params = SamplingParams(
-            max_tokens=rng.choice((1, 2, 8, 24, 40)), stop_token_ids=STOP_TOKENS if rng.random() < 0.5 else ()
+            max_tokens=rng.choice((1, 2, 8, 24, 40)),
+            stop_token_ids=STOP_TOKENS if rng.random() < 0.5 else (),
+            prompt_logprobs=0 if rng.random() < 0.15 else -1,
         )
         return Call(prompt, params, Reference(prompt, params.max_tokens, BLOCK_SIZE), timeout_s)
 
