@@ -58,8 +58,8 @@ class Bodies:
             if len(body) <= SHORT_BYTES:
                 yield bytes(body)
                 return
-            await asyncio.to_thread(check_values, body)
             async with self._paced():
+                await asyncio.to_thread(check_values, body)
                 yield bytes(body)
         finally:
             self._pending -= len(body)

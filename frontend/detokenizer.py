@@ -22,7 +22,7 @@ class Decoder(Protocol):
 
 
 class ByteLevelDecoder:
-    """For tokenizers whose tokens are fixed bytes: constant work per token."""
+    """For tokenizers whose tokens are fixed bytes: constant work per token. They put no spaces between tokens."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._spelling = tokenizer.spelling
@@ -51,16 +51,25 @@ class WindowDecoder:
     """For all others, whose tokens may look different in company: decodes a window of the latest tokens twice, with and
     without the new ones, and emits the difference once it does not end inside a character."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, spaces_between_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._spaces = spaces_between_special_tokens
+        self._last = -1
         self._window: list[int] = []
         self._emitted = 0
         """Tokens of the window whose text is out."""
 
     def feed(self, token: int) -> str:
-        if self._skip and token in self._tokenizer.special_ids:
+        special = token in self._tokenizer.special_ids
+        if self._skip and special:
             return ""
+        close = special and not self._spaces and self._last in self._tokenizer.special_ids
+        self._last = token
+        if close:
+            text = self.flush() + (self._tokenizer.piece(token) or "")
+            self._window, self._emitted = [], 0
+            return text
         self._window.append(token)
         before, text = self._texts()
         pending = len(self._window) - self._emitted
@@ -88,15 +97,18 @@ class Detokenizer:
         tokenizer: Tokenizer,
         *,
         skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
     ) -> None:
         """A stop string ends the text before itself, or after it with include_stop. The text of the first `min_tokens`
         tokens is not searched."""
-        self._decoder: Decoder = (ByteLevelDecoder if tokenizer.byte_level else WindowDecoder)(
-            tokenizer, skip_special_tokens
-        )
+        self._decoder: Decoder
+        if tokenizer.byte_level:
+            self._decoder = ByteLevelDecoder(tokenizer, skip_special_tokens)
+        else:
+            self._decoder = WindowDecoder(tokenizer, skip_special_tokens, spaces_between_special_tokens)
         self._stop = StopStrings(stop, include_stop) if stop else None
         self._min_tokens = min_tokens
         self.num_tokens = 0

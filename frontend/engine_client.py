@@ -24,7 +24,9 @@ from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import LINGER_MS, Dealer, Router, identity
 from baton.proto.config import FrontendConfig
 from baton.proto.heartbeat import Heartbeat
+from baton.proto.keys import key_name
 from baton.proto.lifecycle import Outcome
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import (
     Beat,
     ClusterStatus,
@@ -56,6 +58,8 @@ class Output(msgspec.Struct, gc=False):
     logprobs: list[TokenLogprobs] = []
     """One per token when asked for, else empty."""
     finished: Finished | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    """With the first tokens when asked for."""
 
 
 class OutputReader:
@@ -78,8 +82,10 @@ class OutputReader:
         prompt_hashes: bytes,
         priority: int = 0,
         timeout_s: float = 0.0,
+        sibling: int | None = None,
     ) -> None:
-        """Open one more stream, for `prompt` (int32 [prompt_len]); its index counts from 0. A timeout of 0 is none."""
+        """Open one more stream, for `prompt` (int32 [prompt_len]); its index counts from 0. A timeout of 0 is none.
+        `sibling` is the index of an earlier one with the same prompt."""
         index = len(self._sids)
         self._open.add(index)
         deliver = partial(self._put, index)
@@ -92,6 +98,7 @@ class OutputReader:
                 priority=priority,
                 timeout_s=timeout_s,
                 received_s=self._received_s,
+                sibling=None if sibling is None else self._sids[sibling],
             )
         )
 
@@ -128,6 +135,10 @@ class OutputReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        """End what has not ended; nothing more is read."""
         self.on_output = lambda: None
         for index in self._open:
             self._client.abort(self._sids[index])
@@ -141,6 +152,7 @@ class OutputReader:
         if isinstance(instruction, Deliver):
             output.tokens += instruction.tokens
             output.logprobs += instruction.logprobs
+            output.prompt_logprobs = output.prompt_logprobs or instruction.prompt_logprobs
         else:
             output.finished = instruction
 
@@ -228,6 +240,7 @@ class EngineClient:
         priority: int = 0,
         timeout_s: float = 0.0,
         received_s: float,
+        sibling: Sid | None = None,
     ) -> Sid:
         """Open a stream (see Streams.submit) whose tokens and end go to `deliver`."""
         sid, instructions = self._streams.submit(
@@ -238,6 +251,8 @@ class EngineClient:
             timeout_s=timeout_s,
             priority=priority,
             received_s=received_s,
+            client=key_name.get(),
+            sibling=sibling,
         )
         self._deliver[sid] = deliver
         self._carry_out(instructions)
@@ -308,9 +323,9 @@ class EngineClient:
             self._carry_out(self._streams.on_message(message, now))
         if self._closed is not None and not self._closed.done() and not self._streams.closing:
             self._closed.set_result(None)
-        for sender, batch, _frames in self._tokens.drain():
+        for sender, batch, frames in self._tokens.drain():
             try:
-                self._carry_out(self._streams.on_token_batch(batch, now))
+                self._carry_out(self._streams.on_token_batch(batch, now, frames))
             except ValueError as error:
                 log.error("refused a batch from %s: %s", sender.decode(errors="replace"), error)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -11,7 +11,7 @@ from baton.frontend.eager import run_eagerly
 
 log = logging.getLogger(__name__)
 
-Scope = dict[str, Any]
+Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
@@ -31,8 +31,9 @@ class BrokenAnswerError(Exception):
 class Events(Protocol):
     """An answer that comes bit by bit."""
 
-    ended: bool
-    """The last event has been taken."""
+    @property
+    def ended(self) -> bool:
+        """The last event has been taken."""
 
     def take(self) -> bytes:
         """What has come since the last time; empty when nothing has. Raises ApiError, only before the first event."""
@@ -62,7 +63,7 @@ class EventStream:
 
         Raises what went wrong when nothing has been sent yet, and BrokenAnswerError later.
         """
-        watcher = asyncio.create_task(_disconnected(receive))
+        watcher = asyncio.create_task(disconnected(receive))
         watcher.add_done_callback(lambda _: self._end())
         self._events.on_output(self._flush)
         try:
@@ -129,7 +130,7 @@ class EventStream:
 async def answer_or_disconnect(work: Awaitable[bytes], receive: Receive) -> Response:
     """The JSON that `work` produces; cancels it when the client goes away meanwhile."""
     task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(receive))
+    watcher = asyncio.ensure_future(disconnected(receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -152,6 +153,7 @@ async def _cancel(task: "asyncio.Future[Any]") -> None:
         await asyncio.wait({task})
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -14,28 +14,41 @@ from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from baton.frontend.api import responses
+from baton.frontend.api.embedding_endpoints import EmbeddingsApi
+from baton.frontend.api.embeddings import Embedder
 from baton.frontend.api.errors import ApiError, http_error, unavailable
 from baton.frontend.api.generation import Generator
+from baton.frontend.api.messages.endpoints import MessagesApi
+from baton.frontend.api.messages.errors import MessagesError
+from baton.frontend.api.messages.objects import Message, MessageEvent, TokenCount
+from baton.frontend.api.messages.requests import CountTokensRequest, MessagesRequest
 from baton.frontend.api.params import check_model
 from baton.frontend.api.prompts import Prompts
 from baton.frontend.api.requests import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    R,
     TokenizeRequest,
-    parse,
 )
-from baton.frontend.bodies import Bodies
+from baton.frontend.api.responses_api.endpoints import ResponsesApi
+from baton.frontend.api.responses_api.objects import (
+    DeletedResponse,
+    InputTokens,
+    ItemList,
+    ResponsesResponse,
+    StreamEvent,
+)
+from baton.frontend.api.responses_api.requests import ResponsesRequest
 from baton.frontend.cors import allow_origins
 from baton.frontend.engine_client import EngineClient
 from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_disconnect, header
 from baton.frontend.model_info import ModelInfo
-from baton.frontend.openapi import describe, describe_plain, document
-from baton.frontend.routing import Endpoint, Posts, RequireKey, error_response, internal_error, note_ignored
-from baton.frontend.turns import Turns
+from baton.frontend.openapi import Operation, describe, describe_plain, document
+from baton.frontend.reading import RequestReader
+from baton.frontend.routing import Posts, RequireKey, error_response, internal_error
 from baton.proto.config import FrontendConfig
 from baton.proto.keys import Keyring
 
@@ -46,15 +59,20 @@ class Api:
     """The endpoints."""
 
     def __init__(
-        self, config: FrontendConfig, client: EngineClient, prompts: Prompts, info: ModelInfo, generator: Generator
+        self,
+        config: FrontendConfig,
+        reader: RequestReader,
+        client: EngineClient,
+        prompts: Prompts,
+        info: ModelInfo,
+        generator: Generator,
     ) -> None:
         self._config = config
         self._client = client
         self._prompts = prompts
         self._info = info
         self._generator = generator
-        self._bodies = Bodies(config)
-        self._turns = Turns()
+        self._reader = reader
         self._created = int(time.time())
 
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +85,7 @@ class Api:
 
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Token ids of a prompt or of a rendered conversation."""
-        wanted, raw = await self._parse(TokenizeRequest, scope, receive)
+        wanted, raw = await self._reader.read(TokenizeRequest, scope, receive)
         check_model(wanted.model, self._info)
         ids = await self._prompts.tokenize(wanted, raw)
         pieces = [self._prompts.tokenizer.piece(id) or "" for id in ids] if wanted.return_token_strs else None
@@ -76,7 +94,7 @@ class Api:
 
     async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Text of token ids."""
-        wanted, _raw = await self._parse(DetokenizeRequest, scope, receive)
+        wanted, _raw = await self._reader.read(DetokenizeRequest, scope, receive)
         check_model(wanted.model, self._info)
         answer = _json(responses.DetokenizeResponse(await self._prompts.detokenize(wanted.tokens)))
         await answer(scope, receive, send)
@@ -118,8 +136,9 @@ class Api:
         self, kind: type[CompletionRequest] | type[ChatCompletionRequest], scope: Scope, receive: Receive, send: Send
     ) -> None:
         received_s = time.monotonic()
-        await self._turns.take()
-        wanted, raw = await self._parse(kind, scope, receive)
+        wanted, raw = await self._reader.read(kind, scope, receive)
+        if wanted.request_id is None:
+            wanted.request_id = scope["state"]["request_id"]  # what the answer is called
         with_ledger = header(scope, b"x-baton-ledger") == b"1"
         job = await self._generator.prepare(wanted, raw, with_ledger=with_ledger, received_s=received_s)
         if wanted.stream:
@@ -133,19 +152,20 @@ class Api:
         root, max_model_len = self._info.names[0], self._info.max_model_len
         return responses.ModelCard(id=name, created=self._created, root=root, max_model_len=max_model_len)
 
-    async def _parse(self, kind: type[R], scope: Scope, receive: Receive) -> tuple[R, dict[str, Any]]:
-        async with self._bodies.of(scope, receive) as body:
-            wanted, raw, unknown = parse(body, kind)
-        if unknown:
-            note_ignored(unknown, scope)
-        return wanted, raw
-
 
 def build_app(
-    config: FrontendConfig, client: EngineClient, prompts: Prompts, info: ModelInfo, generator: Generator
+    config: FrontendConfig,
+    client: EngineClient,
+    prompts: Prompts,
+    info: ModelInfo,
+    generator: Generator,
+    embedder: Embedder,
 ) -> Any:
     """The ASGI application."""
-    api = Api(config, client, prompts, info, generator)
+    reader = RequestReader(config)
+    api = Api(config, reader, client, prompts, info, generator)
+    stateful = ResponsesApi(config, reader, generator, prompts, info)
+    messages = MessagesApi(config, reader, generator, prompts, info)
     # The interactive pages would load scripts from a foreign host; the schema itself stays.
     app = FastAPI(
         title="Baton", version=version("baton-serve"), root_path=config.root_path, docs_url=None, redoc_url=None
@@ -160,22 +180,30 @@ def build_app(
         path, extra = f"/{endpoint.__name__}", describe_plain(media_type)
         app.add_api_route(path, endpoint, response_class=Response, openapi_extra=extra)
         app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
-    posts: dict[str, tuple[Endpoint, type, type]] = {
-        "/v1/completions": (api.completions, CompletionRequest, responses.Completion),
-        "/v1/chat/completions": (api.chat_completions, ChatCompletionRequest, responses.ChatCompletion),
-        "/tokenize": (api.tokenize, TokenizeRequest, responses.TokenizeResponse),
-        "/detokenize": (api.detokenize, DetokenizeRequest, responses.DetokenizeResponse),
+    stateful.add_routes(app)
+    posts = {
+        "/v1/completions": Operation(api.completions, CompletionRequest, responses.Completion, responses.Completion),
+        "/v1/chat/completions": Operation(
+            api.chat_completions, ChatCompletionRequest, responses.ChatCompletion, responses.ChatChunk
+        ),
+        "/v1/responses": Operation(stateful.create, ResponsesRequest, ResponsesResponse, StreamEvent),
+        "/v1/responses/input_tokens": Operation(stateful.count, ResponsesRequest, InputTokens),
+        "/v1/messages": Operation(messages.create, MessagesRequest, Message, MessageEvent, MessagesError),
+        "/v1/messages/count_tokens": Operation(messages.count, CountTokensRequest, TokenCount, error=MessagesError),
+        "/tokenize": Operation(api.tokenize, TokenizeRequest, responses.TokenizeResponse),
+        "/detokenize": Operation(api.detokenize, DetokenizeRequest, responses.DetokenizeResponse),
+        **EmbeddingsApi(reader, embedder).operations(),
     }
-    document(app, posts)
-    whole = Posts(app, {path: endpoint for path, (endpoint, *_) in posts.items()}, config.root_path)
     keys = Keyring(config.api_keys, config.api_key_file)
+    document(app, posts, [responses.ModelList, ItemList, DeletedResponse], locked=bool(keys))
+    whole = Posts(app, {path: operation.endpoint for path, operation in posts.items()}, config.root_path)
     locked = RequireKey(whole, keys, config.root_path) if keys else whole
     return allow_origins(locked, config.cors)
 
 
-async def _on_api_error(_request: Request, error: Exception) -> Response:
+async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -184,11 +212,21 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         404: f"there is nothing at {request.url.path}",
         405: f"{request.method} is not possible at {request.url.path}",
     }.get(error.status_code, "")
-    return error_response(http_error(error.status_code, detail, dict(error.headers or {})))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_methods_at(request))
+    return error_response(http_error(error.status_code, detail, headers), request.url.path)
 
 
-async def _on_exception(_request: Request, _error: Exception) -> Response:
-    return error_response(internal_error())
+def _methods_at(request: Request) -> list[str]:
+    """What is possible at a path, by any of its routes."""
+    path = request.scope["path"].removeprefix(request.app.root_path)
+    routes = [route for route in request.app.routes if isinstance(route, Route) and route.path_regex.match(path)]
+    return sorted({method for route in routes for method in route.methods or ()})
+
+
+async def _on_exception(request: Request, _error: Exception) -> Response:
+    return error_response(internal_error(), request.url.path)
 
 
 def _json(body: object) -> Response:

@@ -3,6 +3,7 @@
 import msgspec
 
 from baton.proto.lifecycle import Outcome
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import CancelStream, Close, FrontendHello, Ledger, Sid, Submit, TokenLogprobs
 
 Worker = tuple[str, int]
@@ -30,6 +31,8 @@ class Deliver(msgspec.Struct, frozen=True, gc=False):
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token when the request asked for them, else empty."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """With the first tokens when the request asked for them."""
 
 
 class Finished(msgspec.Struct, frozen=True, gc=False):
@@ -44,6 +47,8 @@ class Finished(msgspec.Struct, frozen=True, gc=False):
     reject_code: str = ""
     """A RejectCode when the outcome is REJECTED."""
     retry_after_s: float = 0.0
+    vector: bytes = b""
+    """The result of a stream that wanted one instead of tokens: float32 [hidden_size], little-endian."""
 
 
 Instruction = SendToScheduler | SendToWorker | Deliver | Finished

@@ -11,26 +11,34 @@ import importlib
 import time
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
+from baton.frontend.api.beam_runs import new_search, step_params
 from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.errors import ApiError
 from baton.frontend.api.params import Wishes, read_wishes
 from baton.frontend.api.prompts import Prompt, Prompts
 from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest
+from baton.frontend.beams import BeamSearch, Ended
 from baton.frontend.chat_template import load_chat_template
 from baton.frontend.engine_client import Output
 from baton.frontend.instructions import Finished
+from baton.frontend.llm_pooling import EmbeddingRequestOutput, OfflinePooling, PoolingParams, ScoringRequestOutput
 from baton.frontend.model_info import load_model_info
+from baton.frontend.pooling import load_pooling_info
 from baton.frontend.structured.constraint import StructuredOutputs, read_constraint
 from baton.frontend.structured.grammars import Grammars
 from baton.frontend.tokenizer import Tokenizer, load_tokenizer
-from baton.proto.config import BatchConfig, CacheConfig, ModelConfig, WorkerConfig
+from baton.proto.config import BatchConfig, CacheConfig, ModelConfig, PoolerConfig, WorkerConfig
 from baton.proto.errors import UserError
+from baton.proto.hashing import extend_packed
 from baton.proto.lifecycle import FinishReason, Outcome, Role, Stage
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import Ledger, Sid, TokenLogprobs
+from baton.proto.messages import SamplingParams as WorkerParams
 
 PromptLike = str | Sequence[int]
 Conversation = Sequence[dict[str, Any]]
@@ -57,13 +65,59 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     ignore_eos: bool = False
     min_tokens: int = 0
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     logprobs: int | None = None
     """Alternatives per token; 0: the chosen token's own."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
+    logprob_token_ids: list[int] | None = None
+    """With logprobs: these tokens in place of the best."""
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    """Keep so many of the prompt's tokens; -1: as many as fit."""
+    truncation_side: Literal["left", "right"] | None = None
+    """Where the prompt loses the others; the left by default."""
+    cache_salt: str | None = None
+    """Prompts with another salt, or without one, share no cached KV with this one."""
     priority: int = 0
     structured_outputs: StructuredOutputs | None = None
     """What form outputs must have: a JSON schema, a regular expression, …"""
+
+
+class BeamSearchParams(msgspec.Struct, kw_only=True, frozen=True):
+    """A beam search: the `beam_width` likeliest outputs that it finds."""
+
+    beam_width: int
+    max_tokens: int = 16
+    ignore_eos: bool = False
+    length_penalty: float = 1.0
+    """An output's log-probability is divided by its length to this power: above 0 longer ones gain."""
+    include_stop_str_in_output: bool = False
+    """Keep the end token in the text."""
+
+
+class BeamSearchSequence(msgspec.Struct):
+    """One output of a beam search."""
+
+    tokens: list[int]
+    """Prompt and output."""
+    text: str
+    """Of both."""
+    logprobs: list[dict[int, "Logprob"]]
+    """Per output token: token id -> Logprob, of the chosen token and the best ones."""
+    cum_logprob: float
+    finish_reason: str
+    stop_reason: int | None
+
+
+class BeamSearchOutput(msgspec.Struct):
+    """What became of one prompt."""
+
+    sequences: list[BeamSearchSequence]
+    """Best first."""
 
 
 class Logprob(msgspec.Struct):
@@ -95,6 +149,8 @@ class RequestOutput(msgspec.Struct):
     ledgers: list[Ledger]
     """Per sample: what was computed and when."""
     num_cached_tokens: int
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """When asked for: per prompt token as of outputs; None for the first, which follows nothing."""
     finished: bool = True
 
 
@@ -120,6 +176,7 @@ class LLM:
         cache: CacheConfig | None = None,
         batch: BatchConfig | None = None,
         max_logprobs: int = 20,
+        pooler: PoolerConfig | None = None,
     ) -> None:
         """`model` is a directory, a .gguf file, a hub id or 'demo'. Raises UserError for what the user can mend."""
         path = _resolve(model, revision)
@@ -137,6 +194,7 @@ class LLM:
         text = load_tokenizer(config)
         info = load_model_info(config, text)
         template = load_chat_template(config, text)
+        pooling = load_pooling_info(path, pooler or PoolerConfig())
         worker = WorkerConfig(
             name="offline",
             role=Role.UNIFIED.value,
@@ -152,6 +210,7 @@ class LLM:
         self._info = msgspec.structs.replace(info, max_model_len=self._engine.max_model_len)
         self._prompts = Prompts(text, template, self._info)
         self._grammars = Grammars(text, self._info)
+        self._pooling = OfflinePooling(self._engine, text, self._info, pooling)
         self._max_logprobs = max_logprobs
         self._next_sid = 0
 
@@ -198,6 +257,87 @@ class LLM:
         except (ApiError, msgspec.ValidationError) as error:
             raise ValueError(str(error)) from error
 
+    def embed(
+        self, prompts: PromptLike | Sequence[PromptLike], *, pooling_params: PoolingParams | None = None
+    ) -> list[EmbeddingRequestOutput]:
+        """The vector of each prompt (text or token ids), in the order given. Raises ValueError for bad arguments."""
+        try:
+            return self._pooling.embed(_plain(prompts), pooling_params or PoolingParams())
+        except (ApiError, msgspec.ValidationError) as error:
+            raise ValueError(str(error)) from error
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        /,
+        *,
+        pooling_params: PoolingParams | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """Cosine similarity of each pair, or of one text with each of the others. Raises ValueError for bad
+        arguments."""
+        try:
+            return self._pooling.score(_plain(data_1), _plain(data_2), pooling_params or PoolingParams())
+        except (ApiError, msgspec.ValidationError) as error:
+            raise ValueError(str(error)) from error
+
+    def beam_search(
+        self, prompts: PromptLike | Sequence[PromptLike], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt. Raises ValueError for bad arguments."""
+        request = CompletionRequest(
+            prompt=_plain(prompts),
+            n=params.beam_width,
+            max_tokens=params.max_tokens,
+            ignore_eos=params.ignore_eos,
+            use_beam_search=True,
+            length_penalty=params.length_penalty,
+        )
+        try:
+            wishes = read_wishes(request, self._info, self._max_logprobs)
+            found = self._prompts.of_completion(request)
+            each = [wishes.for_prompt(len(prompt.ids), self._info, "prompt") for prompt in found]
+        except ApiError as error:
+            raise ValueError(str(error)) from error
+        searches = [new_search(given, wishes) for given in each]
+        while any(not search.done for search in searches):
+            self._step_beams(found, searches)
+        return [
+            BeamSearchOutput([self._sequence(prompt, ended, params) for ended in search.best()])
+            for prompt, search in zip(found, searches, strict=True)
+        ]
+
+    def _step_beams(self, prompts: list[Prompt], searches: list[BeamSearch]) -> None:
+        """Every running beam goes on by one token."""
+        rows: dict[Sid, TokenLogprobs] = {}
+        asked: list[list[Sid]] = [[] for _ in searches]
+        for index, (prompt, search) in enumerate(zip(prompts, searches, strict=True)):
+            for beam in [] if search.done else search.running:
+                ids = np.concatenate([prompt.ids, np.array(beam.tokens, dtype=np.int32)])
+                asked[index].append(self._add(step_params(search), ids, extend_packed(prompt.hashes, ids)))
+        count = sum(map(len, asked))
+        while len(rows) < count:
+            for row in self._engine.step():
+                if row.finish is not None and row.finish.reason == FinishReason.ERROR:
+                    raise RuntimeError(row.finish.message or "the engine failed")
+                rows[row.sid] = row.logprobs[0]
+        for search, sids in zip(searches, asked, strict=True):
+            if not search.done:
+                search.advance([rows[sid] for sid in sids])
+
+    def _sequence(self, prompt: Prompt, ended: Ended, params: BeamSearchParams) -> BeamSearchSequence:
+        beam = ended.beam
+        tokens = [*prompt.ids.tolist(), *beam.tokens]
+        shown = tokens if params.include_stop_str_in_output or not ended.by_token else tokens[:-1]
+        return BeamSearchSequence(
+            tokens=tokens,
+            text=self._prompts.tokenizer.decode(shown, skip_special_tokens=not params.include_stop_str_in_output),
+            logprobs=[self._position(id, entry) for id, entry in zip(beam.tokens, beam.logprobs, strict=True)],
+            cum_logprob=beam.total,
+            finish_reason=(Outcome.STOP if ended.by_token else Outcome.LENGTH).value,
+            stop_reason=beam.tokens[-1] if ended.by_token else None,
+        )
+
     def get_tokenizer(self) -> Tokenizer:
         """The model's, or the one that was named."""
         return self._prompts.tokenizer
@@ -221,12 +361,20 @@ class LLM:
             prompt="", logit_bias={str(id): value for id, value in bias.items()} if bias else None, **given
         )
         wishes = read_wishes(request, self._info, self._max_logprobs)
+        wishes = wishes.without_words(self._prompts.of_bad_words(wishes.bad_words))
         constraint = read_constraint(request)
         return wishes if constraint is None else wishes.constrained(self._grammars.make(constraint), self._info)
 
     def _completions(self, prompts: Any, params: SamplingParams) -> list[tuple[Prompt, Wishes]]:
         wishes = self._wishes(params)
-        request = CompletionRequest(prompt=_plain(prompts), add_special_tokens=params.add_special_tokens)
+        request = CompletionRequest(
+            prompt=_plain(prompts),
+            max_tokens=params.max_tokens,
+            add_special_tokens=params.add_special_tokens,
+            truncate_prompt_tokens=params.truncate_prompt_tokens,
+            truncation_side=params.truncation_side,
+            cache_salt=params.cache_salt,
+        )
         return [(prompt, wishes) for prompt in self._prompts.of_completion(request)]
 
     def _run(self, asked: list[tuple[Prompt, Wishes]]) -> list[RequestOutput]:
@@ -236,11 +384,16 @@ class LLM:
             for sample in range(wishes.n):
                 params = wishes.sample(base, sample)
                 choice = Choice(sample, prompt, params, wishes, self._prompts.tokenizer)
-                self._next_sid += 1
-                run.add((0, self._next_sid), choice)
-                self._engine.add((0, self._next_sid), params, prompt.ids)
+                run.add(self._add(params, prompt.ids, prompt.hashes), choice)
         done = iter(run.finish())
         return [self._output(prompt, list(islice(done, wishes.n)), wishes) for prompt, wishes in asked]
+
+    def _add(self, params: WorkerParams, ids: np.ndarray, hashes: bytes) -> Sid:
+        """A stream of the engine's for `ids` int32 [prompt_len]."""
+        self._next_sid += 1
+        sid = (0, self._next_sid)
+        self._engine.add(sid, params, ids, hashes)
+        return sid
 
     def _output(self, prompt: Prompt, done: list[tuple[Choice, Delta]], wishes: Wishes) -> RequestOutput:
         outputs = [
@@ -256,7 +409,15 @@ class LLM:
             for choice, delta in done
         ]
         ledgers = [choice.ledger for choice, _ in done]
-        return RequestOutput(prompt.ids.tolist(), outputs, ledgers, done[0][0].cached_tokens)
+        first = done[0][0]
+        told = self._prompt_logprobs(prompt, first.prompt_logprobs)
+        return RequestOutput(prompt.ids.tolist(), outputs, ledgers, first.cached_tokens, told)
+
+    def _prompt_logprobs(self, prompt: Prompt, found: PromptLogprobs | None) -> list[dict[int, Logprob] | None] | None:
+        if found is None:
+            return None
+        entries = zip(prompt.ids[1:].tolist(), found.entries(), strict=True)
+        return [None, *(self._position(id, entry) for id, entry in entries)]
 
     def _logprobs(self, delta: Delta) -> list[dict[int, Logprob]]:
         return [self._position(id, entry) for id, entry in zip(delta.token_ids, delta.logprobs, strict=True)]
@@ -300,6 +461,7 @@ class _Run:
             ledger.merge(row.ledger)
         output = Output()
         output.tokens, output.logprobs = list(row.tokens), list(row.logprobs)
+        output.prompt_logprobs = row.prompt_logprobs
         if row.finish is not None:
             if row.finish.reason == FinishReason.ERROR:
                 raise RuntimeError(row.finish.message or "the engine failed")

@@ -13,17 +13,21 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 import uvloop
 
+from baton.frontend.api.embeddings import Embedder
 from baton.frontend.api.generation import Generator
 from baton.frontend.api.prompts import Prompts
 from baton.frontend.chat_template import load_chat_template
 from baton.frontend.engine_client import EngineClient
+from baton.frontend.forward import peer_socket
 from baton.frontend.http_protocol import protocol_factory
 from baton.frontend.http_server import build_app
 from baton.frontend.model_info import ModelInfo, load_model_info
+from baton.frontend.pooling import load_pooling_info
 from baton.frontend.structured.grammars import Grammars
 from baton.frontend.tokenizer import load_tokenizer
 from baton.frontend.tools.plan import ToolServing
@@ -73,33 +77,29 @@ def _remove_socket(path: str) -> None:
 async def _serve(config: FrontendConfig, supervised: Supervised, listener: socket.socket) -> None:
     tokenizer = load_tokenizer(config.model)
     info = load_model_info(config.model, tokenizer)
+    pooling = load_pooling_info(config.model.path, config.pooler)
     tools = ToolServing(config, tokenizer)
     prompts = Prompts(tokenizer, load_chat_template(config.model, tokenizer), info)
     client = EngineClient(config)
     grammars = Grammars(tokenizer, info)
     generator = Generator(client, prompts, grammars, tools, info, config.max_logprobs)
+    embedder = Embedder(client, prompts, info, pooling)
+    app = build_app(config, client, prompts, info, generator, embedder)
     server = _Server(
         uvicorn.Config(
-            build_app(config, client, prompts, info, generator),
-            http=protocol_factory(config),
+            app,
             ssl_keyfile=config.tls.keyfile or None,
             ssl_certfile=config.tls.certfile or None,
             ssl_ca_certs=config.tls.ca_certs or None,
             ssl_cert_reqs=config.tls.cert_reqs,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=round(config.shutdown_timeout_s + FLUSH_S),
+            **_common(config),
         )
     )
     try:
-        async with _inference(config, client, prompts, info, generator):
+        async with _inference(config, client, prompts, info, generator, embedder), _for_peers(config, app):
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await _until_stopped(client, supervised, serving)
-            generator.draining = True
+            generator.draining = embedder.draining = True
             await _drain(client, config.shutdown_timeout_s)
             server.should_exit = True
             await _stop(client, serving)
@@ -109,9 +109,48 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
         client.close()
 
 
+def _common(config: FrontendConfig) -> dict[str, Any]:
+    """uvicorn's settings of everything that this process serves."""
+    return {
+        "http": protocol_factory(config),
+        "ws": "none",
+        "lifespan": "off",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "proxy_headers": False,
+        "timeout_graceful_shutdown": round(config.shutdown_timeout_s + FLUSH_S),
+    }
+
+
+@contextlib.asynccontextmanager
+async def _for_peers(config: FrontendConfig, app: Any) -> AsyncIterator[None]:
+    """The same for the other frontends, which hand on what only this one can answer (forward.py)."""
+    if not config.peers:
+        yield
+        return
+    path = peer_socket(config.run_dir, config.name)
+    _remove_socket(str(path))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        server = _Server(uvicorn.Config(app, **_common(config)))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await _ended(serving)
+            _remove_socket(str(path))
+
+
 @contextlib.asynccontextmanager
 async def _inference(
-    config: FrontendConfig, client: EngineClient, prompts: Prompts, info: ModelInfo, generator: Generator
+    config: FrontendConfig,
+    client: EngineClient,
+    prompts: Prompts,
+    info: ModelInfo,
+    generator: Generator,
+    embedder: Embedder,
 ) -> AsyncIterator[None]:
     """The gRPC server, where one is wanted: the core installation has no gRPC."""
     if not config.grpc.port:
@@ -119,7 +158,7 @@ async def _inference(
         return
     from baton.frontend.rpc_server import InferenceServer
 
-    server = InferenceServer(config, client, prompts, info, generator)
+    server = InferenceServer(config, client, prompts, info, generator, embedder)
     await server.start()
     try:
         yield
@@ -169,6 +208,12 @@ async def _stop(client: EngineClient, serving: "asyncio.Task[None]") -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(CLOSE_ACK_S):
             await client.all_closed()
+    await _ended(serving, 0.0)
+
+
+async def _ended(serving: "asyncio.Task[None]", patience_s: float = FLUSH_S) -> None:
+    """Wait until a server that has been told to exit has, or make it."""
+    await asyncio.wait({serving}, timeout=patience_s)
     if not serving.done():
         serving.cancel()
         await asyncio.wait({serving})

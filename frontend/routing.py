@@ -8,9 +8,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from baton.frontend.api.errors import ApiError, bad_request, http_error
+from baton.frontend.api.messages.errors import encode_error
 from baton.frontend.http_io import BrokenAnswerError, Receive, Scope, Send, header
 from baton.frontend.rates import Rate
-from baton.proto.keys import Keyring, bearer_key
+from baton.proto.keys import Keyring, bearer_key, key_name
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,8 @@ Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 """Need no key."""
+MESSAGES = "/v1/messages"
+"""Paths with this have Anthropic's errors."""
 IGNORED_FIELDS = b"x-baton-ignored-fields"
 REFUSALS_PER_S = 200
 REFUSALS_AT_ONCE = 100
@@ -49,22 +52,22 @@ class Posts:
         except ApiError as error:
             if error.status < 500 and error.status != 429:
                 await self._refusals.take()
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
         except ClientDisconnect:
             pass
         except RecursionError:  # what JSON's parser still takes can be too deep for what looks through it
-            await error_response(bad_request("the request is nested too deeply"))(scope, receive, send)
+            await error_response(bad_request("the request is nested too deeply"), scope["path"])(scope, receive, send)
         except BrokenAnswerError:
             raise  # the server logs it and closes the connection
         except Exception:
             log.exception("a request to %s failed", path)
-            await error_response(internal_error())(scope, receive, send)
+            await error_response(internal_error(), scope["path"])(scope, receive, send)
 
 
 class RequireKey:
     """ASGI middleware: a key on everything that is not open, as a bearer token or in Anthropic's header.
 
-    The key's name is in `scope["state"]["key_name"]` from here on.
+    Its name is in keys.key_name from here on.
     """
 
     def __init__(self, app: Any, keys: Keyring, root_path: str) -> None:
@@ -80,9 +83,9 @@ class RequireKey:
                 text = "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
                 error = ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
                 await self._refusals.take()
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope["path"])(scope, receive, send)
                 return
-            scope["state"]["key_name"] = name
+            key_name.set(name)
         await self._app(scope, receive, send)
 
 
@@ -98,15 +101,16 @@ def note_ignored(names: list[str], scope: Scope) -> None:
     log.warning(
         "warnings: request %s of %s: unknown fields were ignored: %s",
         state["request_id"],
-        state.get("key_name", "a client"),
+        key_name.get() or "a client",
         shown,
     )
     state["headers"].append((IGNORED_FIELDS, shown.encode()))
 
 
-def error_response(error: ApiError) -> Response:
-    """The envelope with its status and headers."""
-    return Response(error.encode(), error.status, error.headers, "application/json")
+def error_response(error: ApiError, path: str = "") -> Response:
+    """The envelope of the API at `path`, with its status and headers."""
+    body = encode_error(error) if MESSAGES in path else error.encode()
+    return Response(body, error.status, error.headers, "application/json")
 
 
 def internal_error() -> ApiError:

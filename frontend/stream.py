@@ -4,11 +4,13 @@ import heapq
 import math
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from baton.frontend.instructions import Worker
-from baton.proto.hashing import HASH_BYTES, HASH_UNIT, extend_chain, pack_hashes
+from baton.proto.hashing import extend_packed
 from baton.proto.lifecycle import FinishReason, Outcome, Stage
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import Close, Finish, Ledger, SamplingParams, Sid, Submit, TokenLogprobs
 
 _KEPT_STAGES = (Stage.RECEIVED.value, Stage.SUBMITTED.value, Stage.FIRST_TOKEN.value)
@@ -38,6 +40,8 @@ class Stream:
     deadline: float
     priority: int
     ledger: Ledger
+    sibling: int = 0
+    """See Submit; while this is the first attempt."""
     attempt: int = 1
     output: list[int] = field(default_factory=list)
     """Every accepted token."""
@@ -49,11 +53,17 @@ class Stream:
     """While not answered: when Submit is sent (again)."""
     busy_since: float = math.inf
     """Since when the next attempt of an admitted stream has been rejected as busy."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Come with the row of the first token."""
+    lacks_prompt_logprobs: bool = field(init=False)
+    """They are wanted and not here: only the prefill leg's row has them, and that may be overtaken. No row counts."""
     held: list[Row] = field(default_factory=list)
     """Heap of rows that arrived before their predecessors."""
     gap_until: float = math.inf
     finish: Finish | None = None
     """Announced by a worker; counts once `final` tokens are accepted."""
+    vector: bytes = b""
+    """Comes with the finish of a stream without tokens."""
     source: Worker | None = None
     """Who sent the last row of this attempt."""
     suspect: Worker | None = None
@@ -74,13 +84,20 @@ class Stream:
         self.answered = self.admitted = True
         self.busy_since = math.inf
 
+    def __post_init__(self) -> None:
+        self.lacks_prompt_logprobs = self.params.prompt_logprobs >= 0
+
+    def learn_prompt_logprobs(self, told: PromptLogprobs) -> None:
+        """They have come, under this attempt or an older one."""
+        self.prompt_logprobs, self.lacks_prompt_logprobs = told, False
+
     def apply(
         self, pos: int, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], finish: Finish | None
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
         """What is new in the row at `pos` and in the held rows that it reaches; a row that is ahead is held."""
         output = self.output
         known = len(output) - pos
-        if known < 0:
+        if known < 0 or (tokens and self.lacks_prompt_logprobs):
             heapq.heappush(self.held, Row(pos, tokens, logprobs, finish))
             return (), ()
         if known:
@@ -105,7 +122,9 @@ class Stream:
     def implied_finish(self) -> Finish | None:
         """The accepted tokens may be complete although the row that said so was lost."""
         n = len(self.output)
-        if n and self.output[-1] in self.params.stop_token_ids:
+        if not n:
+            return None
+        if self.output[-1] in self.params.stop_token_ids:
             return Finish(FinishReason.STOP.value, n)
         return Finish(FinishReason.LENGTH.value, n) if n >= self.params.max_tokens else None
 
@@ -118,26 +137,25 @@ class Stream:
             stages={stage: old.stages[stage] for stage in _KEPT_STAGES if stage in old.stages},
         )
         self.attempt += 1
+        self.sibling = 0
         self.answered = False
         self.held = []
         self.gap_until = self.suspect_until = math.inf
         self.finish = self.source = self.suspect = None
+        self.vector = b""
 
     def submit_message(self, now: float) -> tuple[Submit, tuple[bytes, ...]]:
         """Submit of this attempt with its frames: int32 prompt ‖ accepted tokens; packed block hashes."""
         timeout_s = 0.0 if self.deadline == math.inf else max(self.deadline - now, 1e-3)
-        message = Submit(self.sid, self.attempt, len(self.prompt), self.params, timeout_s, self.priority)
+        params = self.params
+        if self.prompt_logprobs is not None:
+            params = msgspec.structs.replace(params, prompt_logprobs=-1)
+        message = Submit(self.sid, self.attempt, len(self.prompt), params, timeout_s, self.priority, self.sibling)
         if not self.output:
             return message, (self.prompt.tobytes(), self.prompt_hashes)
         tokens = np.concatenate([self.prompt, np.asarray(self.output, dtype=np.int32)])
-        return message, (tokens.tobytes(), _extend_hashes(self.prompt_hashes, tokens))
+        return message, (tokens.tobytes(), extend_packed(self.prompt_hashes, tokens))
 
     def close_message(self, outcome: Outcome) -> Close:
         """The end of this stream, for the scheduler."""
         return Close(self.sid, self.attempt, outcome.value, len(self.prompt), len(self.output), self.ledger)
-
-
-def _extend_hashes(packed: bytes, tokens: np.ndarray) -> bytes:
-    """Continue the packed chain, root first, over the full units of `tokens` (int32 [n]) that it does not cover yet."""
-    covered = (len(packed) // HASH_BYTES - 1) * HASH_UNIT
-    return packed + pack_hashes(extend_chain(packed[-HASH_BYTES:], tokens[covered:]))

@@ -17,20 +17,26 @@ token's worker is not the second's. At (attempt a, n accepted tokens) a row (a',
     p <= n            accept T[n - p:]
     p > n             hold until the gap closes, or until the gap timer ends the attempt
 
-A finish counts once n reaches its `final`. Every stream gets exactly one Finished, and no Deliver follows it.
+The prompt's log-probabilities, when wanted, come with the prefill leg's first row and stand before position 0: until
+they are here every row is ahead.
+A finish counts once n reaches its `final`. Every stream gets exactly one Finished, and no Deliver follows it. A stream
+that wants a vector has no tokens: its one row is at position 0, and its end carries the vector.
 """
 
 import heapq
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
 from baton.frontend.instructions import Deliver, Finished, Instruction, SendToScheduler, SendToWorker, Worker
 from baton.frontend.stream import Stream
+from baton.proto.channels import Frame
 from baton.proto.hashing import hash_chain, pack_hashes
 from baton.proto.lifecycle import FinishReason, Outcome, RejectCode, Stage
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import (
     Accepted,
     Cancelled,
@@ -122,19 +128,24 @@ class Streams:
         timeout_s: float = 0.0,
         priority: int = 0,
         received_s: float | None = None,
+        client: str = "",
+        sibling: Sid | None = None,
     ) -> tuple[Sid, list[Instruction]]:
         """Open a stream for `prompt` (int32 [prompt_len]).
 
-        prompt_hashes is the packed hash chain of its full units, computed here when None; timeout_s of 0 is none.
+        prompt_hashes is the packed hash chain of its full units, computed here when None; timeout_s of 0 is none;
+        client names who asks, for the ledger.
+        `sibling` is an earlier stream with the same prompt.
         """
         prompt = np.ascontiguousarray(prompt, dtype=np.int32)
         if prompt_hashes is None:
             prompt_hashes = pack_hashes(hash_chain(prompt))
         sid = (self._hello.frontend, self._next_n)
         self._next_n += 1
-        ledger = Ledger(stages={Stage.RECEIVED.value: now if received_s is None else received_s})
+        ledger = Ledger(stages={Stage.RECEIVED.value: now if received_s is None else received_s}, client=client)
         deadline = now + timeout_s if timeout_s > 0 else math.inf
         stream = Stream(sid, prompt, prompt_hashes, params, deadline, priority, ledger, submit_at=now)
+        stream.sibling = sibling[1] if sibling is not None else 0
         self._streams[sid[1]] = stream
         out = [self._send_submit(stream, now)]
         self._arm(stream)
@@ -176,10 +187,16 @@ class Streams:
                 return []
         raise TypeError(f"not a message to a frontend: {type(message).__name__}")
 
-    def on_token_batch(self, batch: TokenBatch, now: float) -> list[Instruction]:
+    def on_token_batch(self, batch: TokenBatch, now: float, frames: Sequence[Frame] = ()) -> list[Instruction]:
         """One worker step's rows, or its idle beat. Raises ValueError when the columns do not fit together."""
-        if sum(batch.count) != len(batch.tokens):
-            raise ValueError(f"batch {batch.seq} of {batch.worker}: {len(batch.tokens)} tokens, counts say otherwise")
+        told = len(batch.prompt_logprobs)
+        if sum(batch.count) != len(batch.tokens) or len(frames) != told + bool(batch.vectors):
+            raise ValueError(f"batch {batch.seq} of {batch.worker}: its columns and frames do not fit together")
+        prompts = {
+            row: PromptLogprobs(top, bytes(frame))
+            for (row, top), frame in zip(batch.prompt_logprobs.items(), frames, strict=False)
+        }
+        vectors = _vectors(batch, frames[told]) if batch.vectors else {}
         worker = (batch.worker, batch.incarnation)
         self._note_seq(worker, batch, now)
         out: list[Instruction] = []
@@ -196,6 +213,10 @@ class Streams:
                 continue  # only a frontend raises attempts: not ours
             if (part := batch.ledgers.get(row)) is not None:
                 stream.ledger.merge(part)
+            if stream.lacks_prompt_logprobs and row in prompts:
+                stream.learn_prompt_logprobs(prompts[row])
+            if row in vectors:
+                stream.vector = vectors[row]
             new, logprobs = stream.apply(pos, tokens, batch.logprobs.get(row, ()), batch.finish.get(row))
             self._on_row(stream, new, logprobs, worker, now, out)
         return out
@@ -243,9 +264,10 @@ class Streams:
         if tokens:
             stream.fruitless = 0
             self._relieve(stream, worker, now)
-            if len(stream.output) == len(tokens):
+            first = len(stream.output) == len(tokens)
+            if first:
                 stream.ledger.stages[Stage.FIRST_TOKEN.value] = now
-            out.append(Deliver(stream.sid, tokens, logprobs))
+            out.append(Deliver(stream.sid, tokens, logprobs, stream.prompt_logprobs if first else None))
         if not stream.waits_for_rows():
             stream.gap_until = math.inf
         elif stream.complete():
@@ -395,7 +417,9 @@ class Streams:
         self._closing[stream.sid[1]] = (now + self.limits.resend_interval_s, close)
         return [
             SendToScheduler(close),
-            Finished(stream.sid, outcome, stream.ledger, len(stream.output), message, code, retry_after_s),
+            Finished(
+                stream.sid, outcome, stream.ledger, len(stream.output), message, code, retry_after_s, stream.vector
+            ),
         ]
 
     def _cancel(self, stream: Stream) -> list[Instruction]:
@@ -412,3 +436,14 @@ class Streams:
         if due < stream.timer:
             stream.timer = due
             heapq.heappush(self._timers, (due, stream.sid[1]))
+
+
+def _vectors(batch: TokenBatch, frame: Frame) -> dict[int, bytes]:
+    """Row -> vector; copies, so that none keeps the others' memory. Raises ValueError."""
+    data = memoryview(frame)
+    size, rest = divmod(data.nbytes, len(batch.vectors))
+    if not size or rest or size % 4:
+        raise ValueError(
+            f"batch {batch.seq} of {batch.worker}: {data.nbytes} bytes are not {len(batch.vectors)} vectors"
+        )
+    return {row: bytes(data[index * size : (index + 1) * size]) for index, row in enumerate(batch.vectors)}

@@ -3,12 +3,17 @@
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
 from baton.proto.config import ModelConfig
 from baton.proto.errors import UserError
+
+Side = Literal["left", "right"]
+
+_SLACK_TOKENS = 64
+"""How many tokens at the place of a cut may differ from those of the whole text."""
 
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -35,6 +40,17 @@ class Tokenizer:
         if add_special_tokens and self._bos_id is not None and ids[:1] != [self._bos_id]:
             return [self._bos_id, *ids]
         return ids
+
+    def encode_truncated(self, text: str, add_special_tokens: bool, count: int, side: Side) -> list[int]:
+        """As encode, but at most `count` ids: text is lost on that side, special tokens around it are not."""
+        most = (count + _SLACK_TOKENS) * self.max_token_bytes  # what is lost in any case costs no time
+        text = text[-most:] if side == "left" else text[:most]
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        special = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        bos = [self._bos_id] if add_special_tokens and self._bos_id is not None else []
+        encoding.truncate(max(count - special - len(bos), 0), direction=side)
+        ids: list[int] = self._backend.post_process(encoding, add_special_tokens=add_special_tokens).ids
+        return [*bos, *ids]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, ids outside the vocabulary nothing."""

@@ -20,7 +20,7 @@ import numpy as np
 import zmq
 
 from baton.kv_transfer.contract import Pool, TransferError, Transport
-from baton.kv_transfer.fetch import STALLED_S, FetchLink, Receiver, decode_fetch, encode_fetch
+from baton.kv_transfer.fetch import PACKET_BYTES, STALLED_S, FetchLink, Receiver, decode_fetch, encode_fetch
 from baton.kv_transfer.line import Line
 from baton.kv_transfer.movers import HostMover
 from baton.kv_transfer.staging import Staging
@@ -79,6 +79,8 @@ class TcpServer:
         self._pool = pool
         self._wake = os.eventfd(0)
         self._sockets = [network.context.socket(zmq.ROUTER) for _ in range(CONNECTIONS)]
+        for each in self._sockets:
+            each.setsockopt(zmq.MAXMSGSIZE, PACKET_BYTES)
         self._paths = [folder / f"kv-{os.getpid()}-{next(_numbers)}" for _ in self._sockets]
         self.addresses = tuple(
             network.bind(each, network.everywhere(f"ipc://{path}"))

@@ -134,6 +134,8 @@ class Router(_Channel[M]):
     def __init__(self, network: Network, address: str, reads: Any) -> None:
         super().__init__(network, zmq.ROUTER, reads)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # Who comes under an identity that is there is the same process, whose old connection has not ended here yet.
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         with self._or_closed():
             self.address = network.bind(self.socket, address)
         """For peers: proto/address.py."""

@@ -44,6 +44,12 @@ def pack_hashes(hashes: list[bytes]) -> bytes:
     return b"".join(hashes)
 
 
+def extend_packed(packed: bytes, token_ids: np.ndarray) -> bytes:
+    """A packed chain, root first, continued over the full units of `token_ids` (int32 [n]) that it does not cover."""
+    covered = (len(packed) // HASH_BYTES - 1) * HASH_UNIT
+    return packed + pack_hashes(extend_chain(packed[-HASH_BYTES:], token_ids[covered:]))
+
+
 def unpack_hashes(frame: bytes | memoryview) -> list[bytes]:
     """Inverse of pack_hashes. Raises ValueError on a frame whose length is not a multiple of HASH_BYTES."""
     if len(frame) % HASH_BYTES:

@@ -17,6 +17,7 @@ import os
 import re
 import stat
 import time
+from contextvars import ContextVar
 from pathlib import Path
 
 from baton.proto.errors import UserError
@@ -29,6 +30,9 @@ MAX_FILE_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEY = re.compile(r"[!-~]{8,512}")
 """Printable ASCII, as headers can carry it."""
+
+key_name: ContextVar[str] = ContextVar("key_name", default="")
+"""The name of the key that came with the request which is being answered; empty without keys."""
 
 _Version = tuple[int, int, int]
 """Changes whenever a file does: inode, time of its last change in ns, size."""

@@ -55,6 +55,21 @@ class SamplingParams(Record):
     grammar: str = ""
     """What the output must be, in llguidance's JSON form (proto/grammar.py). stop_token_ids are allowed only where it
     may end. Empty: anything."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """The only tokens that are drawn; empty: all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that the output does not have: the last token of one is not drawn behind the others."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """With logprobs: report these tokens in place of the k best."""
+    prompt_logprobs: int = -1
+    """-1 none, 0 those of the prompt's own tokens, k also the k best at each position."""
+    pooling: str = ""
+    """A Pooling: the prompt's vector is wanted and no tokens (max_tokens is 0). Empty: tokens."""
+
+    @property
+    def depends_on_output(self) -> bool:
+        """Whether which tokens may come next depends on the last one."""
+        return bool(self.grammar) or any(len(word) > 1 for word in self.bad_words)
 
 
 class TokenLogprobs(Record):
@@ -65,7 +80,7 @@ class TokenLogprobs(Record):
     rank: int
     """1 for the most likely token."""
     top: tuple[tuple[int, float], ...] = ()
-    """(token id, logprob), best first."""
+    """(token id, logprob): the best, best first, or those of logprob_token_ids in their order."""
 
 
 class FirstRows(Record):
@@ -110,6 +125,8 @@ class Ledger(msgspec.Struct, omit_defaults=True):
     """Why something fell back, one sentence each."""
     stages: dict[str, float] = {}
     """Stage -> seconds on the CLOCK_MONOTONIC of the scheduler's host."""
+    client: str = ""
+    """Name of the API key; empty without keys."""
 
     def merge(self, part: "Ledger") -> None:
         """Overlay the fields that `part` sets: a worker sends each field once per attempt."""
@@ -219,6 +236,9 @@ class Submit(Message):
     """Time left until the client's deadline; 0 is none."""
     priority: int = 0
     """Lower is served first, as in vLLM."""
+    sibling: int = 0
+    """Second half of the sid of an earlier stream with the same prompt: both go to one worker, where its blocks are
+    shared. 0: none."""
 
 
 class Close(Message):
@@ -452,6 +472,8 @@ class Load(Message):
     """As they are, beside the holdings."""
     links: tuple[KVLink, ...] | None = None
     """To every worker whose blocks it reads, or could not read; beside the holdings."""
+    pooled_vectors: int = 0
+    """Counter: vectors made for requests that want one instead of tokens."""
 
 
 class ClockRequest(Message):
@@ -535,7 +557,9 @@ class Beat(Message):
 
 
 class TokenBatch(Message):
-    """W→F, one per step and frontend; columnar. An empty one is the idle beat that makes a lost last batch visible."""
+    """W→F, one per step and frontend; columnar. An empty one is the idle beat that makes a lost last batch visible.
+    Frames: one for each entry of prompt_logprobs, in their order (PromptLogprobs.data); then, if there are vectors, one
+    with all of them: float32, little-endian, all of one length."""
 
     worker: str
     incarnation: int
@@ -556,6 +580,10 @@ class TokenBatch(Message):
     """Row -> one entry per token of the row."""
     ledgers: dict[int, Ledger] = {}
     """Row -> part of the request's ledger."""
+    prompt_logprobs: dict[int, int] = {}
+    """Row -> alternatives per token, for the row with a stream's first token: PromptLogprobs.top."""
+    vectors: tuple[int, ...] = ()
+    """Rows that end with a pooled vector instead of tokens, in the order of the vectors in the frame."""
 
 
 class CancelStream(Message):

@@ -20,8 +20,8 @@ class Legs:
         self._outbox = outbox
         self._cmd_seq = 0
 
-    def start_prefill(self, stream: Stream, worker: Worker, now: float) -> None:
-        """Send the prompt; a unified worker also decodes it."""
+    def start_prefill(self, stream: Stream, worker: Worker, now: float, shares: bool = False) -> None:
+        """Send the prompt; a unified worker also decodes it. `shares`: a sibling has it there, all but its end."""
         assert stream.params is not None
         self._cmd_seq += 1
         command = StartPrefill(
@@ -36,7 +36,8 @@ class Legs:
             priority=stream.priority,
         )
         self._outbox.send(worker.identity, command, stream.frames)
-        self._promise(stream, worker, computes=True)
+        self._promise(stream, worker, tokens=1 if shares else stream.num_tokens)
+        stream.prefilled_by = worker.identity
         stream.prefill = self._leg(worker, self._cmd_seq, now)
         stream.enter(State.PREFILLING, now)
 
@@ -62,7 +63,7 @@ class Legs:
             reported_at=stream.handoff.reported_at,
         )
         self._outbox.send(worker.identity, command, stream.frames)
-        self._promise(stream, worker, computes=False)
+        self._promise(stream, worker, tokens=0)
         stream.decode = self._leg(worker, self._cmd_seq, now)
         stream.enter(State.DECODING, now)
 
@@ -101,9 +102,9 @@ class Legs:
     def _leg(self, worker: Worker, cmd_seq: int, now: float) -> Leg:
         return Leg(worker.identity, cmd_seq, sent_at=now)
 
-    def _promise(self, stream: Stream, worker: Worker, computes: bool) -> None:
+    def _promise(self, stream: Stream, worker: Worker, tokens: int) -> None:
+        """`tokens` of its prompt are to be computed."""
         worker.streams[stream.sid] = None
-        tokens = stream.num_tokens if computes else 0
         worker.promises.add(self._cmd_seq, Promise(1, tokens, worker.blocks_for(stream.num_tokens + 1)))
 
     def _reply_to(self, stream: Stream) -> str:

@@ -48,11 +48,15 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._gauges = {name: self._gauge(name, text) for name, text in GAUGES.items()}
         self._requests = self._counter("baton_requests", "Requests by how they ended", ("outcome",))
+        self._client_tokens = self._counter(
+            "baton_client_tokens", "Tokens of requests that have ended, by the name of the API key", ("client", "kind")
+        )
         self._tokens = self._counter(
             "baton_tokens",
             "Prompt tokens computed, found in a prefix cache or pulled from another worker; tokens generated",
             ("source", *WORKER_LABELS),
         )
+        self._vectors = self._counter("baton_embeddings", "Vectors made of prompts", WORKER_LABELS)
         self._preemptions = self._counter("baton_preemptions", "Streams preempted for lack of blocks", WORKER_LABELS)
         self._moved = self._counter(
             "baton_kv_moved_bytes", "KV that came from another worker, by transport", ("transport", *WORKER_LABELS)
@@ -122,6 +126,7 @@ class Metrics:
         for source in ("computed", "cached", "pulled", "generated"):
             self._tokens.labels(source, *labels)
         self._preemptions.labels(*labels)
+        self._vectors.labels(*labels)
         if event.role != Role.DECODE:
             for name in PREFILL_SPANS:
                 self._spans[name].labels(*labels)
@@ -155,10 +160,14 @@ class Metrics:
             for transport in TRANSPORTS:
                 self._links.labels(transport, *labels).set(links[transport])
         self._preemptions.labels(*labels).inc(load.preemptions - (before.preemptions if before else 0))
+        self._vectors.labels(*labels).inc(load.pooled_vectors - (before.pooled_vectors if before else 0))
 
     def _closed(self, close: Close) -> None:
         ledger = close.ledger
         self._requests.labels(close.outcome).inc()
+        if ledger.client:
+            for kind, count in (("prompt", close.prompt_tokens), ("output", close.output_tokens)):
+                self._client_tokens.labels(ledger.client, kind).inc(count)
         for spans, worker in ((PREFILL_SPANS, ledger.prefill_worker), (DECODE_SPANS, ledger.decode_worker)):
             for name, (_, start, end) in spans.items():
                 seconds = _between(ledger.stages, start, end)

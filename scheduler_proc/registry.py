@@ -134,14 +134,18 @@ class Worker:
         """Blocks that hold so many tokens here."""
         return -(-num_tokens // self.hello.block_size)
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a stream with so many tokens and one to come can ever run here."""
-        needed = num_tokens + 1
+    def fits(self, needed: int) -> bool:
+        """Whether a stream that needs room for so many tokens can ever run here."""
         return needed <= self.hello.max_model_len and self.blocks_for(needed) <= self.hello.num_blocks
+
+    @property
+    def has_stream_room(self) -> bool:
+        """Whether one more stream would not wait here for others to end."""
+        return self.role != Role.UNIFIED or self.num_streams < self.hello.max_num_seqs
 
     def has_prefill_room(self, num_tokens: int) -> bool:
         """Whether to send a prompt now rather than keep it queued, where another worker may yet take it."""
-        if self.role == Role.UNIFIED and self.num_streams >= self.hello.max_num_seqs:
+        if not self.has_stream_room:
             return False
         backlog = self.outstanding_tokens
         return backlog == 0 or backlog + num_tokens <= PREFILL_BACKLOG_STEPS * self.hello.max_num_batched_tokens
@@ -241,8 +245,10 @@ class Registry:
             self._mismatches[pair] = _separated(one, other) or one.hello.layout.mismatch(other.hello.layout)
         return self._mismatches[pair]
 
-    def prefill_workers(self) -> list[Worker]:
-        """Workers from which a stream can go all the way."""
+    def prefill_workers(self, ends_there: bool = False) -> list[Worker]:
+        """Workers from which a stream can go all the way; `ends_there`: the prefill is all of it."""
+        if ends_there:
+            return [w for w in self.workers.values() if w.prefills]
         if self._prefill_workers is None:
             workers = self.workers.values()
             self._prefill_workers = [w for w in workers if w.prefills and (w.decodes or self.decode_workers(w))]

@@ -86,6 +86,10 @@ class Stream:
     notice_at: float = 0.0
     arrived: float = 0.0
     """When its first attempt was submitted, or claimed."""
+    sibling: Sid | None = None
+    """An earlier stream with the same prompt."""
+    prefilled_by: bytes = b""
+    """The worker that was sent its prompt."""
 
     @property
     def id(self) -> str:
@@ -105,6 +109,11 @@ class Stream:
         """Change the state."""
         self.state = state
         self.since = now
+
+
+def room_for(num_tokens: int, params: SamplingParams) -> int:
+    """Tokens that a stream needs room for: those that it has and one of output, if it wants any."""
+    return num_tokens + min(params.max_tokens, 1)
 
 
 class AdmissionQueue:

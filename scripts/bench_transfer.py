@@ -34,6 +34,7 @@ from baton.kv_transfer.contract import Pool, Pull
 from baton.kv_transfer.greeting import Greeting, greet
 from baton.kv_transfer.source import PeerSource
 from baton.kv_transfer.transports import open_transports
+from baton.proto.curve import FILE_NAME, create_key, load_key
 from baton.proto.layout import Group, KVLayout
 from baton.proto.lifecycle import HANDOFF_PARTS, handoff_parts
 from baton.proto.messages import Peer
@@ -63,6 +64,13 @@ def open_pool(transport: str, block_bytes: int, size: int) -> Any:
     return GpuPool(layout_of(block_bytes), size // block_bytes, open_gpu(0))
 
 
+def network_of(transport: str, folder: Path) -> Network:
+    """For 'far tcp' as between hosts: over TCP, with the key in `folder`."""
+    if not transport.startswith("far "):
+        return Network()
+    return Network("127.0.0.1", load_key(str(folder / FILE_NAME)))
+
+
 @contextmanager
 def opened(transport: str, block_bytes: int, size: int) -> Iterator[tuple[Any, Pool]]:
     """A link to the pool of another process, and the pool of ours that it fills."""
@@ -72,11 +80,13 @@ def opened(transport: str, block_bytes: int, size: int) -> Iterator[tuple[Any, P
     assert owner.stdout is not None
     address = owner.stdout.readline().decode().strip()
     pool = open_pool(transport, block_bytes, size)
-    network = Network()
-    (reading,) = open_transports(transport, pool, Path(address.removeprefix("unix:")).parent, network)
+    folder = Path(address.split()[0].removeprefix("unix:")).parent
+    network = network_of(transport, folder)
+    name = transport.removeprefix("far ")
+    (reading,) = open_transports(name, pool, folder, network)
     me = Greeting(layout_of(block_bytes), "reader", 2, pool.num_blocks)
     with greet(Peer("owner", 1, "", address), me, network) as greeted:
-        link = reading.open(greeted.owner.offers[transport], greeted.connection, greeted.memfd)
+        link = reading.open(greeted.owner.offers[name], greeted.connection, greeted.memfd)
         while link.prepare():
             pass
         yield link, pool.blocks
@@ -93,10 +103,14 @@ def own(transport: str, block_bytes: int, size: int) -> None:
     pool = open_pool(transport, block_bytes, size)
     pool.tensor.uniform_()
     with tempfile.TemporaryDirectory() as folder:
-        network = Network()
-        transports = open_transports(transport, pool, Path(folder), network)
+        create_key(Path(folder))
+        network = network_of(transport, Path(folder))
+        transports = open_transports(transport.removeprefix("far "), pool, Path(folder), network)
         greeting = Greeting(layout_of(block_bytes), "owner", 1, pool.num_blocks)
         source = PeerSource(Path(folder) / "owner.kv", greeting, transports, pool.blocks.memfd, network)
+        if transport.startswith("far "):
+            for path in filter(Path.is_socket, Path(folder).iterdir()):
+                path.unlink()  # whoever is on another host does not see them
         print(source.address, flush=True)
         sys.stdin.read()
         source.close()
@@ -140,7 +154,7 @@ def host(_args: argparse.Namespace) -> Figures:
     source, target = torch.rand(payload // 4), torch.empty(payload // 4)
     seconds = [timed(lambda: ctypes.memmove(target.data_ptr(), source.data_ptr(), payload)) for _ in range(20)]
     figures: Figures = {"memcpy, GB/s": payload / statistics.median(seconds) / 1e9}
-    for transport in ("shm", "tcp", "gloo"):
+    for transport in ("shm", "tcp", "far tcp", "gloo"):
         with opened(transport, block_bytes, 4 * payload) as (link, pool):
             pulls = [scattered(pool, payload // block_bytes) for _ in range(20)]
             seconds = [timed(lambda pull=pull, link=link: link.copy([pull])) for pull in pulls][4:]

@@ -45,8 +45,6 @@ class Clock:
             costs=h100_costs(),
         )
         self._device = h100_costs()
-        tokens = np.arange(input_len, dtype=np.int32)
-        self._frames = (tokens.tobytes(), pack_hashes(hash_chain(tokens)))
         self._input_len, self._output_len = input_len, output_len
         self._in_flight: deque[tuple[StepPlan, float, float]] = deque()
         self._free_at = 0.0
@@ -68,6 +66,7 @@ class Clock:
                 self._finish(came, now)
 
     def _arrive(self, number: int, now: float) -> None:
+        tokens = np.arange(number, number + self._input_len, dtype=np.int32)  # equal prompts would be computed once
         command = StartPrefill(
             epoch=1,
             cmd_seq=number + 1,
@@ -78,7 +77,7 @@ class Clock:
             reply_to="",
             continue_decode=True,
         )
-        self.batcher.handle(command, self._frames, now)
+        self.batcher.handle(command, (tokens.tobytes(), pack_hashes(hash_chain(tokens))), now)
 
     def _launch(self, now: float) -> None:
         while (plan := self.batcher.schedule(now)) is not None:

@@ -1,6 +1,7 @@
 """A worker's iterations: which streams enter the next step, with which tokens and blocks.
 
-    StartPrefill ─► WAITING ─► RUNNING ──────────────► OVER              (continue_decode: until the stream ends)
+    StartPrefill ─► WAITING ─► RUNNING ──────────────► OVER              (continue_decode: until the stream ends;
+                                                                          pooling: with the prompt's vector)
                        ▲          │ └─ first token ──► LEASED ─► OVER    (hands over: until the lease is consumed)
                        └──────────┘ preempted: recomputed from its tokens
     StartDecode ─► WAITING_KV (pulls.py) ─► KV_HERE ─► RUNNING ─► OVER
@@ -22,6 +23,7 @@ from baton.kv_transfer.leases import Lease, Leases
 from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig
 from baton.proto.hashing import unpack_hashes
 from baton.proto.lifecycle import FinishReason, Stage
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import (
     CancelCommand,
     CancelStream,
@@ -56,6 +58,7 @@ from baton.worker.grammar_gate import GrammarGate
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.pulls import Pulls
 from baton.worker.request import RemoteKV, Request, State
+from baton.worker.shared_prompts import SharedPrompts
 from baton.worker.step_costs import StepCosts
 from baton.worker.step_scheduler import Planned, StepScheduler
 from baton.worker.swaps import Swaps
@@ -92,10 +95,21 @@ class Batcher:
         self._block_size = cache.block_size
         self._max_model_len = min(max_model_len, len(blocks) * cache.block_size)
         self._early_bind_tokens = early_bind_tokens
-        self._steps = StepScheduler(self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs)
+        self._shared = SharedPrompts(enabled=not me.shared_pool)
+        self._steps = StepScheduler(
+            self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs, self._shared
+        )
         self._swaps = Swaps(self.pool, self.outbox)
         self._pulls = Pulls(
-            me, self.pool, self._swaps, cache.block_size, lease, self.outbox, self._kv_ready, self._forget
+            me,
+            self.pool,
+            self._swaps,
+            cache.block_size,
+            lease,
+            self._shared,
+            self.outbox,
+            self._kv_ready,
+            self._forget,
         )
         self._gate = GrammarGate(self.outbox)
         self._requests: dict[tuple[Sid, str], Request] = {}
@@ -106,6 +120,7 @@ class Batcher:
         self._last_cmd_seq = 0
         self.computed_tokens = 0
         self.generated_tokens = 0
+        self.pooled_vectors = 0
 
     def handle(self, event: Event, frames: tuple[bytes | memoryview, ...], now: float) -> None:
         """Take in one message (with its extra frames) or the end of a transfer."""
@@ -187,17 +202,18 @@ class Batcher:
 
     def _impossible(self, request: Request) -> str | None:
         """Why this worker could never serve the request."""
-        if len(request.tokens) >= self._max_model_len:
-            return f"{len(request.tokens)} tokens leave no room for output: this worker holds {self._max_model_len}"
+        if len(request.tokens) + min(request.params.max_tokens, 1) > self._max_model_len:
+            return f"{len(request.tokens)} tokens and what is to follow: this worker holds {self._max_model_len}"
         return None
 
     def _start_prefill(self, request: Request, command: StartPrefill, now: float) -> None:
-        request.hands_over = not command.continue_decode
+        request.hands_over = not command.continue_decode and not command.params.pooling
         request.ledger = Ledger(prefill_worker=self.me.worker, stages={Stage.STARTED: now})
-        if not request.hands_over:
+        request.prompt_logprobs = bytearray() if request.params.prompt_logprobs >= 0 else None
+        if not request.ends_with_prefill:
             request.ledger.decode_worker, request.ledger.transport = self.me.worker, "local"
         self._requests[request.key] = request
-        if request.num_output >= request.params.max_tokens:
+        if 0 < request.params.max_tokens <= request.num_output:
             # All its tokens reached the frontend in an earlier attempt; only the word that it is over was lost.
             self._emit(request, (), (), FinishReason.LENGTH)
             self._over(request, ended=True)
@@ -305,6 +321,7 @@ class Batcher:
 
     def _forget(self, request: Request) -> None:
         self._gate.forget(request)
+        self._shared.release(request)
         del self._requests[request.key]
 
     def _lease_key(self, message: Settled | Ok | Gone) -> tuple[int, int]:
@@ -369,8 +386,12 @@ class Batcher:
                 item.request.placeholders -= item.samples
                 continue
             self._settle(item, now)
+            if index in result.prompt_logprobs:
+                item.request.learn_prompt_logprobs(item.start, result.prompt_logprobs[index])
             if index in result.failed:
                 self._fail(item.request, result.failed[index])
+            elif index in result.vectors:
+                self._pooled(item.request, result.vectors[index], result.sampled_s or now)
             elif item.samples:
                 logprobs = result.logprobs.get(index, ())
                 self._sampled(item.request, result.tokens[index], logprobs, result.sampled_s or now)
@@ -432,8 +453,7 @@ class Batcher:
         self.generated_tokens += taken
         request.generated = True
         if first_of_leg and request.leg == PREFILL:
-            request.ledger.computed_tokens = request.computed
-            request.ledger.stages[Stage.SAMPLED] = now
+            self._note_prefill(request, now)
         self._emit(request, tuple(tokens[:taken]), logprobs[:taken], reason)
         if reason:
             self._finished(request)
@@ -441,6 +461,18 @@ class Batcher:
             self._hand_over(request, FirstRows(tuple(tokens[:taken]), logprobs[:taken]), now)
         elif first_of_leg and request.leg == PREFILL:
             self.outbox.append(ToScheduler(FirstToken(request.sid, request.attempt)))
+
+    def _pooled(self, request: Request, vector: bytes, now: float) -> None:
+        """The prompt's vector is all that was wanted: it goes to the frontend with the end of the stream."""
+        request.placeholders -= 1
+        self.pooled_vectors += 1
+        self._note_prefill(request, now)
+        self._emit(request, (), (), FinishReason.STOP, vector=vector)
+        self._finished(request)
+
+    def _note_prefill(self, request: Request, now: float) -> None:
+        request.ledger.computed_tokens = request.computed
+        request.ledger.stages[Stage.SAMPLED] = now
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         if token in request.params.stop_token_ids:
@@ -457,6 +489,7 @@ class Batcher:
         logprobs: tuple[TokenLogprobs, ...],
         reason: FinishReason | None,
         message: str = "",
+        vector: bytes = b"",
     ) -> None:
         if request.first_rows is not None:
             tokens = request.first_rows.tokens + tokens
@@ -464,6 +497,10 @@ class Batcher:
             request.first_rows = None
         finish = Finish(reason, len(request.tokens) - request.prompt_len, message) if reason else None
         ledger, request.ledger = request.ledger, Ledger()
+        prompt_logprobs = None
+        if tokens and request.prompt_logprobs is not None:
+            prompt_logprobs = PromptLogprobs(request.params.prompt_logprobs, bytes(request.prompt_logprobs))
+            request.prompt_logprobs = None
         self.outbox.append(
             Emit(
                 reply_to=request.reply_to,
@@ -474,6 +511,8 @@ class Batcher:
                 logprobs=logprobs,
                 finish=finish,
                 ledger=ledger if ledger != Ledger() else None,
+                prompt_logprobs=prompt_logprobs,
+                vector=vector,
             )
         )
         request.emitted += len(tokens)
@@ -523,6 +562,7 @@ class Batcher:
             generated_tokens=self.generated_tokens,
             preemptions=self._steps.preemptions,
             holdings=self.holdings() if with_holdings else None,
+            pooled_vectors=self.pooled_vectors,
         )
 
     def resend_ready(self) -> None:

@@ -81,6 +81,11 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def share(self, blocks: list[int]) -> None:
+        """One more reference on each block of somebody's, which must be full and settled."""
+        for block in blocks:
+            self._references[block] += 1
+
     def publish(self, block: int, block_hash: bytes) -> None:
         """Make a full, settled block findable. The first block with a given content wins."""
         if self.caching and block not in self._hash and block_hash not in self._by_hash:

@@ -1,12 +1,13 @@
-"""Which tokens a grammar allows next, for the constrained rows of a step, built while the device computes the step.
+"""Which tokens may come next, for the constrained rows of a step, built while the device computes the step.
 
     take_slot ─► begin(rows): a thread advances each stream's matcher by its last token and fills its mask
                  forward pass, meanwhile
                  finish(): Masks for the sampler
 
-A stream's state is a function of its output tokens alone: whoever takes a slot with tokens known already (after a
-handoff, a preemption, a recovery) replays them. A constrained stream enters a step only once its last token is on the
-host (step_scheduler.py), because the mask depends on it.
+A mask is what the stream's grammar allows, within its allowed_token_ids, without the tokens that would complete one of
+its bad words. A stream's state is a function of its output tokens alone: whoever takes a slot with tokens known already
+(after a handoff, a preemption, a recovery) replays them. A stream whose mask depends on its last token enters a step
+only once that is on the host (step_scheduler.py).
 """
 
 import os
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 BITS = 32
 """Tokens in a word of a mask."""
 _MAX_THREADS = 4
+_NOTHING_LEFT = "allowed_token_ids, bad_words and the output's form leave no token to go on with"
 
 
 @dataclass(slots=True)
@@ -55,52 +57,75 @@ class Masks:
 
 
 class _Stream:
-    """One constrained stream: its matcher, and how much of the output it has seen."""
+    """One constrained stream: what it may always draw, its matcher, and the output as far as that matters."""
 
-    def __init__(self, compiled: "Future[LLMatcher]", params: SamplingParams, output: list[int]) -> None:
+    def __init__(
+        self, compiled: "Future[LLMatcher] | None", params: SamplingParams, output: list[int], always: np.ndarray
+    ) -> None:
+        """`compiled`: of its grammar, if it has one; `always` int32 [num_words]: apart from what depends on output."""
         self.params = params
+        self.always = always
         self._compiled = compiled
         self._output = output
-        """Not yet given to the matcher."""
-        self._known = len(output)
+        self._words = [word for word in params.bad_words if len(word) > 1]
+        self._consumed = 0
+        """Output tokens that the matcher has seen."""
         self._matcher: LLMatcher | None = None
 
     def append(self, row: Row) -> None:
         """Note the output tokens that this row brings."""
-        new = row.output_index - self._known
+        new = row.output_index - len(self._output)
+        if not new or not self.params.depends_on_output:
+            return
         if new > len(row.tokens):
             raise AssertionError(f"a constrained stream entered a step {new} tokens ahead of what the host knows")
-        if new:
-            self._output += row.tokens[-new:]
-            self._known = row.output_index
+        self._output += row.tokens[-new:]
 
-    def advanced(self) -> "LLMatcher":
-        """The matcher behind the last output token. Raises GrammarError."""
+    def advanced(self) -> "LLMatcher | None":
+        """The matcher behind the last output token; None without a grammar. Raises GrammarError."""
+        if self._compiled is None:
+            return None
         if self._matcher is None:
             self._matcher = self._compiled.result().deep_copy()
-        output, self._output = self._output, []
-        if output and not self._matcher.consume_tokens(output):
+        new, self._consumed = self._output[self._consumed :], len(self._output)
+        if new and not self._matcher.consume_tokens(new):
             raise GrammarError(f"the output has left its grammar: {self._matcher.get_error()}")
         return self._matcher
 
+    def restrict(self, words: np.ndarray) -> None:
+        """Take what it never may draw, and what would complete a bad word, out of a mask int32 [num_words]."""
+        words &= self.always
+        for *before, last in self._words:
+            if tuple(self._output[-len(before) :]) == tuple(before):
+                _clear(words, (last,))
+
 
 class Constraints:
-    """Grammar state of every slot. Owns threads; close() ends them. Not thread-safe: one caller, and its own thread."""
+    """Masks of every slot. Owns threads; close() ends them. Not thread-safe: one caller, and its own thread."""
 
     def __init__(self, compiler: GrammarCompiler, vocab_size: int) -> None:
         self._compiler = compiler
         self._num_words = -(-vocab_size // BITS)
-        self._vocab_size = vocab_size
+        self._all = np.full(self._num_words, -1, dtype=np.int32)
+        if beyond := vocab_size % BITS:
+            self._all[-1] = (1 << beyond) - 1
         self._streams: dict[int, _Stream] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._executor: LLExecutor | None = None
 
     def take_slot(self, init: SlotInit) -> None:
         """A stream takes a slot, whoever had it before."""
+        params = init.params
         self._streams.pop(init.slot, None)
-        if init.params.grammar:
-            compiled = self._compiler.matcher(init.params.grammar)
-            self._streams[init.slot] = _Stream(compiled, init.params, init.tokens[init.prompt_len :])
+        if not (params.grammar or params.allowed_token_ids or params.bad_words):
+            return
+        always = self._all.copy()
+        if params.allowed_token_ids:
+            always[:] = 0
+            _set(always, params.allowed_token_ids)
+        _clear(always, [word[0] for word in params.bad_words if len(word) == 1])
+        compiled = self._compiler.matcher(params.grammar) if params.grammar else None
+        self._streams[init.slot] = _Stream(compiled, params, init.tokens[init.prompt_len :], always)
 
     def begin(self, rows: Sequence[Row]) -> "Future[Masks] | None":
         """Start on the masks of a step with these rows; None when none of those that sample is constrained."""
@@ -121,21 +146,25 @@ class Constraints:
         self._thread.shutdown()
 
     def _build(self, streams: list[_Stream], indices: np.ndarray, output_indices: list[int]) -> Masks:
-        masks = Masks(indices, np.full((len(streams), self._num_words), -1, dtype=np.int32))
+        masks = Masks(indices, np.tile(self._all, (len(streams), 1)))
         matchers: dict[int, LLMatcher] = {}
+        problems: dict[int, str | None] = {}
         for row, stream in enumerate(streams):
             try:
-                matchers[row] = stream.advanced()
+                if (matcher := stream.advanced()) is not None:
+                    matchers[row] = matcher
             except GrammarError as error:
-                masks.failed[int(indices[row])] = str(error)
-        if not matchers:
-            return masks
-        filled = self._fill(matchers, len(streams))
-        for row, matcher in matchers.items():
-            masks.words[row] = filled[row]
-            problem = self._settle_end(masks.words[row], matcher, streams[row].params, output_indices[row])
-            if problem:
-                masks.words[row] = -1
+                problems[row] = str(error)
+        if matchers:
+            filled = self._fill(matchers, len(streams))
+            for row, matcher in matchers.items():
+                masks.words[row] = filled[row]
+                params, output_index = streams[row].params, output_indices[row]
+                problems[row] = self._settle_end(masks.words[row], matcher, params, output_index)
+        for row, stream in enumerate(streams):
+            stream.restrict(masks.words[row])
+            if problem := problems.get(row) or (None if masks.words[row].any() else _NOTHING_LEFT):
+                masks.words[row] = self._all
                 masks.failed[int(indices[row])] = problem
         return masks
 
@@ -150,10 +179,7 @@ class Constraints:
         words = allocate_token_bitmask(count, vocabulary.vocab_size)
         fill_next_token_bitmask_par(self._executor, [(matcher, row) for row, matcher in matchers.items()], words)
         _clear(words.T, (vocabulary.eos_token,))
-        words = words[:, : self._num_words]
-        if beyond := self._vocab_size % BITS:
-            words[:, -1] &= (1 << beyond) - 1
-        return words
+        return words[:, : self._num_words] & self._all
 
     def _settle_end(
         self, words: np.ndarray, matcher: "LLMatcher", params: SamplingParams, output_index: int

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from baton.kv_transfer.contract import Pull
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import (
     Confirm,
     Finish,
@@ -65,6 +66,9 @@ class Emit:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: Finish | None = None
     ledger: Ledger | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    vector: bytes = b""
+    """The result of a stream without tokens: float32 [hidden_size]."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -25,10 +25,12 @@ class Engine:
         self._cmd_seq = 0
         self._in_flight: deque[Callable[[], StepResult]] = deque()
 
-    def add(self, sid: Sid, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        """Queue a stream. Raises ValueError when the prompt leaves no room for output."""
-        if not 0 < len(prompt_ids) < self.max_model_len:
-            raise ValueError(f"a prompt must have 1 to {self.max_model_len - 1} tokens, this one has {len(prompt_ids)}")
+    def add(self, sid: Sid, params: SamplingParams, prompt_ids: Sequence[int], hashes: bytes | None = None) -> None:
+        """Queue a stream. `hashes` is the prompt's packed chain, made here when None. Raises ValueError when the prompt
+        leaves no room for output."""
+        longest = self.max_model_len - min(params.max_tokens, 1)
+        if not 0 < len(prompt_ids) <= longest:
+            raise ValueError(f"a prompt must have 1 to {longest} tokens, this one has {len(prompt_ids)}")
         self._cmd_seq += 1
         tokens = np.asarray(prompt_ids, dtype=np.int32)
         command = StartPrefill(
@@ -41,7 +43,8 @@ class Engine:
             reply_to="",
             continue_decode=True,
         )
-        self._batcher.handle(command, (tokens.tobytes(), pack_hashes(hash_chain(tokens))), time.monotonic())
+        hashes = pack_hashes(hash_chain(tokens)) if hashes is None else hashes
+        self._batcher.handle(command, (tokens.tobytes(), hashes), time.monotonic())
         if params.grammar:
             error = self._backend.grammars.matcher(params.grammar).exception()
             self._batcher.handle(Compiled(params.grammar, str(error or "")), (), time.monotonic())

@@ -44,6 +44,12 @@ class Row(Plain):
     """Whether the last position's logits are sampled. False for a chunk that is not the prompt's last."""
     output_index: int
     """Index of the sampled token among the stream's output: the generator's counter."""
+    targets: list[int] = []
+    """Prompt tokens whose log-probabilities are wanted: those that follow the row's first len(targets) positions."""
+    pools: int = 0
+    """The hidden states, after the last norm, of so many last tokens of the row are added to the slot's sum."""
+    mean_of: int = 0
+    """The slot's sum, divided by this, is the stream's vector and comes back; 0: nothing comes back."""
 
 
 class StepPlan(Plain):
@@ -54,6 +60,8 @@ class StepPlan(Plain):
     rows: list[Row]
     new_slots: list[SlotInit]
     """Taken before the step. A slot needs no message to be freed: it is simply taken again."""
+    copies: list[tuple[int, int]] = []
+    """(from, to): blocks to copy whole before the step computes anything; no block is in two pairs as a target."""
 
     @property
     def num_tokens(self) -> int:
@@ -75,3 +83,7 @@ class StepResult(Plain):
     """CLOCK_MONOTONIC when the tokens were on the host."""
     failed: dict[int, str] = {}
     """Row -> why its stream can't go on; its token means nothing."""
+    prompt_logprobs: dict[int, bytes] = {}
+    """Row -> of its targets: PromptLogprobs.data."""
+    vectors: dict[int, bytes] = {}
+    """Row -> float32 [hidden_size], little-endian, for rows with mean_of."""

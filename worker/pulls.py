@@ -24,6 +24,7 @@ from baton.proto.messages import Confirm, Ended, FirstRows, Open, Peer, Swapped
 from baton.worker.block_pool import BlockPool
 from baton.worker.effects import Effect, ToOwner, ToScheduler
 from baton.worker.request import RemoteKV, Request, State
+from baton.worker.shared_prompts import SharedPrompts
 from baton.worker.swaps import Swaps
 
 
@@ -45,6 +46,7 @@ class Pulls:
         swaps: Swaps,
         block_size: int,
         config: LeaseConfig,
+        shared: SharedPrompts,
         outbox: list[Effect],
         ready: Callable[[Request], None],
         failed: Callable[[Request], None],
@@ -54,6 +56,7 @@ class Pulls:
         self._swaps = swaps
         self._block_size = block_size
         self._config = config
+        self._shared = shared
         self._outbox = outbox
         self._ready = ready
         self._failed = failed
@@ -75,23 +78,30 @@ class Pulls:
         self._by_lease[remote.owner.incarnation, remote.lease] = request
         remote.heard_at = now
         self._open(request, now)
+        self._shared.claim(request, remote.total)
         self._unreserved.append(request)
         self.reserve(now)
 
     def reserve(self, now: float) -> None:
-        """Give blocks to waiting requests, in order; called whenever blocks may have come free."""
-        while self._unreserved:
-            request = self._unreserved[0]
+        """Give blocks to waiting requests, in order; called whenever blocks may have come free, or others' KV has.
+        Those whose prompt is being pulled for another wait for that and let others go before."""
+        for request in list(self._unreserved):
             remote = _remote(request)
-            total = remote.total
-            hits = self._pool.match(request.block_hashes(self._block_size, total // self._block_size))
-            blocks = self._pool.allocate(-(-total // self._block_size) - len(hits), for_pull=True)
+            owner = self._shared.owner(request, remote.total)
+            if owner is not None and owner.settled < remote.total:
+                continue
+            full = remote.total // self._block_size
+            known = self._pool.match(request.block_hashes(self._block_size, full)) if owner is None else []
+            if owner is not None:
+                known = owner.blocks[:full]
+                self._pool.share(known)
+            blocks = self._pool.allocate(-(-remote.total // self._block_size) - len(known), for_pull=True)
             if blocks is None:
-                self._pool.release(hits)
+                self._pool.release(known)
                 return
-            self._unreserved.popleft()
-            request.blocks = hits + blocks
-            remote.hit_blocks = remote.asked_blocks = len(hits)
+            self._unreserved.remove(request)
+            request.blocks = known + blocks
+            remote.hit_blocks = remote.asked_blocks = len(known)
             self._advance(request, now)
 
     def settled(

@@ -7,6 +7,8 @@ import numpy as np
 
 from baton.kv_transfer.leases import Lease
 from baton.proto.hashing import HASH_UNIT, extend_chain
+from baton.proto.lifecycle import Pooling
+from baton.proto.logprobs import entry_bytes
 from baton.proto.messages import FirstRows, Holder, Ledger, Peer, SamplingParams, Sid
 
 
@@ -102,6 +104,10 @@ class Request:
     """Whether a decode step has been planned."""
     first_rows: FirstRows | None = None
     """The prefill leg's sample, repeated in this leg's first row."""
+    prompt_logprobs: bytearray | None = None
+    """PromptLogprobs.data so far; None: nobody wants them, or they have been sent with the first token."""
+    shared_key: tuple[str, bytes, tuple[int, ...]] | None = None
+    """Under which others find what its blocks hold (shared_prompts.py)."""
 
     @property
     def key(self) -> tuple[Sid, str]:
@@ -119,14 +125,54 @@ class Request:
         return self.total - self.prompt_len
 
     @property
+    def ends_with_prefill(self) -> bool:
+        """Whether this leg's first result is its last: it hands over, or a vector is all that is wanted."""
+        return self.hands_over or bool(self.params.pooling)
+
+    def pools(self, count: int, last: bool) -> tuple[int, int]:
+        """Row.pools and Row.mean_of of a row of so many tokens, which is or is not the prompt's last."""
+        match self.params.pooling:
+            case Pooling.MEAN:
+                return count, len(self.tokens) if last else 0
+            case Pooling.LAST if last:
+                return 1, 1
+        return 0, 0
+
+    @property
     def waits_for_token(self) -> bool:
-        """What a grammar allows next depends on the token that a step in flight will sample."""
-        return bool(self.placeholders and self.params.grammar)
+        """What may come next depends on the token that a step in flight will sample."""
+        return bool(self.placeholders) and self.params.depends_on_output
+
+    @property
+    def reusable(self) -> int:
+        """Leading tokens that need not be computed when their KV is there: all but the last, whose logits are wanted.
+        Where the prompt's are wanted too, those whose log-probabilities are known."""
+        if self.params.pooling == Pooling.MEAN:
+            return 0  # blocks have the KV of their tokens, not the hidden states
+        if self.prompt_logprobs is None:
+            return len(self.tokens) - 1
+        return len(self.prompt_logprobs) // entry_bytes(self.params.prompt_logprobs)
+
+    def targets(self, start: int, end: int) -> list[int]:
+        """What follows the positions [start, end) in the prompt, where log-probabilities of it are wanted."""
+        return [] if self.prompt_logprobs is None else self.tokens[start + 1 : min(end + 1, self.prompt_len)]
+
+    def learn_prompt_logprobs(self, start: int, data: bytes) -> None:
+        """Of the tokens that follow the positions from `start` on; some may be known from before a preemption."""
+        if self.prompt_logprobs is not None:
+            known = len(self.prompt_logprobs) - start * entry_bytes(self.params.prompt_logprobs)
+            self.prompt_logprobs += data[known:]
 
     @property
     def rank(self) -> tuple[int, int]:
         """Lower is served first and preempted last."""
         return self.priority, self.order
+
+    def prefix_name(self, length: int) -> tuple[bytes, tuple[int, ...]]:
+        """Names its first `length` tokens and what they depend on: the hash of the full units, and the rest."""
+        units = length // HASH_UNIT
+        self.block_hashes(HASH_UNIT, units)
+        return self.chain[units], tuple(self.tokens[units * HASH_UNIT : length])
 
     def block_hashes(self, block_size: int, num_blocks: int) -> list[bytes]:
         """Hash of each of the first `num_blocks` blocks, which must be full: that of its last unit."""

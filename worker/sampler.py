@@ -4,10 +4,12 @@ Per stream the sampler keeps its parameters, as columns of numpy arrays indexed 
 penalties. A step looks at the union of its rows' flags, so that what nobody asked for costs nothing: a batch of plain
 greedy rows is one argmax.
 
-Order of operations, as in vLLM: logit_bias and min_tokens, penalties, grammar, temperature, min_p, top_k, top_p, draw.
+Order of operations: logit_bias and min_tokens, penalties, masks (grammar, allowed_token_ids, bad_words), temperature,
+min_p, top_k, top_p, draw. vLLM masks first; what is banned stays banned, so that the outcome is the same.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from enum import IntFlag
 
 import numpy as np
@@ -30,7 +32,7 @@ class Need(IntFlag):
     MIN_TOKENS = 4
     PENALTIES = 8
     LOGPROBS = 16
-    GRAMMAR = 32
+    MASK = 32
 
 
 _EDITS_LOGITS = Need.BIAS | Need.MIN_TOKENS | Need.PENALTIES
@@ -72,9 +74,9 @@ def _find_needs(params: SamplingParams) -> Need:
     needs = Need(0)
     if params.logit_bias:
         needs |= Need.BIAS
-    if params.grammar:
-        needs |= Need.GRAMMAR
-    elif params.min_tokens > 0 and params.stop_token_ids:
+    if params.grammar or params.allowed_token_ids or params.bad_words:
+        needs |= Need.MASK
+    if params.min_tokens > 0 and params.stop_token_ids and not params.grammar:
         needs |= Need.MIN_TOKENS  # a grammar's masks see to it themselves
     if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
         needs |= Need.PENALTIES
@@ -109,6 +111,12 @@ class SlotParams:
         self._seeds[slot] = np.uint64(params.seed & 0xFFFFFFFFFFFFFFFF)
         self._sample_indices[slot] = params.sample_index
 
+    def of(self, slot: int) -> SamplingParams:
+        """Of the stream that has the slot."""
+        params = self._params[slot]
+        assert params is not None
+        return params
+
 
 class Sampler(SlotParams):
     """Draws tokens; owns the sampling state of every slot. Not thread-safe."""
@@ -132,7 +140,7 @@ class Sampler(SlotParams):
         """One token per row.
 
         logits float32 [n, vocab_size], may be overwritten; slots int [n]; output_indices int [n], the position of the
-        token among its stream's output; masks are of the rows with a grammar. Returns int64 [n] and the
+        token among its stream's output; masks are of the rows with Need.MASK. Returns int64 [n] and the
         log-probabilities of the rows that asked for them.
         """
         needs = self._needs[slots]
@@ -158,8 +166,7 @@ class Sampler(SlotParams):
     def _edit(self, logits: torch.Tensor, slots: np.ndarray, needs: np.ndarray, output_indices: np.ndarray) -> None:
         """Bias, min_tokens and penalties, in place."""
         for row in np.flatnonzero(needs & (Need.BIAS | Need.MIN_TOKENS)):
-            params = self._params[slots[row]]
-            assert params is not None
+            params = self.of(slots[row])
             if params.logit_bias:
                 biased = torch.tensor(list(params.logit_bias), dtype=torch.int64)
                 logits[row, biased] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
@@ -167,8 +174,7 @@ class Sampler(SlotParams):
                 logits[row, list(params.stop_token_ids)] = -torch.inf
         as_numpy = logits.numpy()
         for row in np.flatnonzero(needs & Need.PENALTIES):
-            params = self._params[slots[row]]
-            assert params is not None
+            params = self.of(slots[row])
             self._counts[int(slots[row])].penalise(as_numpy[row], params)
 
     def _choose(
@@ -203,18 +209,48 @@ class Sampler(SlotParams):
         self, logits: torch.Tensor, rows: np.ndarray, slots: np.ndarray, tokens: np.ndarray
     ) -> dict[int, TokenLogprobs]:
         """logits [len(rows), vocab], as the model gave them."""
-        wanted = [self._params[slot].logprobs for slot in slots[rows]]
+        given = [self.of(slot) for slot in slots[rows]]
         normaliser = self._ops.logsumexp(logits)[:, None]
         chosen = logits.gather(1, torch.from_numpy(tokens[rows])[:, None])
         ranks = ((logits > chosen).sum(dim=-1) + 1).tolist()
-        values, ids = logits.topk(max(wanted), dim=-1)
-        top_logprobs, top_ids = (values - normaliser).tolist(), ids.tolist()
+        values, ids = logits.topk(max(params.logprobs for params in given), dim=-1)
+        best, best_ids = (values - normaliser).tolist(), ids.tolist()
+        picked_ids = picked_tokens(given)
+        picked = (logits.gather(1, torch.from_numpy(picked_ids)) - normaliser).tolist()
         chosen_logprobs = (chosen - normaliser)[:, 0].tolist()
         return {
             row: TokenLogprobs(
                 logprob=chosen_logprobs[index],
                 rank=ranks[index],
-                top=tuple(zip(top_ids[index][:count], top_logprobs[index][:count], strict=True)),
+                top=reported(given[index], best_ids[index], best[index], picked[index]),
             )
-            for index, (row, count) in enumerate(zip(rows.tolist(), wanted, strict=True))
+            for index, row in enumerate(rows.tolist())
         }
+
+
+def picked_tokens(given: Sequence[SamplingParams]) -> np.ndarray:
+    """logprob_token_ids of several rows: int64 [rows, most of one], padded with token 0."""
+    width = max(len(params.logprob_token_ids) for params in given)
+    return np.array([[*p.logprob_token_ids, *[0] * (width - len(p.logprob_token_ids))] for p in given], dtype=np.int64)
+
+
+def reported(
+    params: SamplingParams, best_ids: list[int], best: list[float], picked: list[float]
+) -> tuple[tuple[int, float], ...]:
+    """TokenLogprobs.top of one row, from the logprobs of the best tokens and of its logprob_token_ids."""
+    if params.logprob_token_ids:
+        return tuple(zip(params.logprob_token_ids, picked, strict=False))
+    return tuple(zip(best_ids[: params.logprobs], best[: params.logprobs], strict=True))
+
+
+def prompt_logprobs(logits: torch.Tensor, targets: torch.Tensor, normaliser: torch.Tensor, top: int) -> torch.Tensor:
+    """PromptLogprobs.data of `targets` int64 [n] at these positions, on the device of logits float32 [n, vocab].
+
+    normaliser float32 [n]: logsumexp of the logits. Returns int32 [n, 2 + 2 * top].
+    """
+    chosen = logits.gather(1, targets[:, None])
+    ranks = (logits > chosen).sum(dim=-1, keepdim=True) + 1
+    values, ids = logits.topk(top, dim=-1)
+    as_floats = torch.cat([chosen, values], dim=1) - normaliser[:, None]
+    as_words = as_floats.view(torch.int32)
+    return torch.cat([as_words[:, :1], ranks.to(torch.int32), ids.to(torch.int32), as_words[:, 1:]], dim=1)

@@ -5,10 +5,13 @@
                   └──────────┘ preempted: the latest arrival gives way when a running stream needs a block
     arrive ──► kv_here ─► running                  (the KV came from another worker: it needs only a slot)
 
+Several that begin alike compute it once: the others stay waiting until it has settled (shared_prompts.py).
+
 A step takes running streams first, so that none waits for a newcomer's prompt, then fills its token budget with chunks
 of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). With `prompts_first`
-it is the other way round. At most `depth` steps are in flight; their results come back in order. A stream with a
-grammar is planned again only once its last token is known, so at depth 2 it enters every other step.
+it is the other way round. At most `depth` steps are in flight; their results come back in order. A stream whose next
+token depends on its last one by more than the model (a grammar, bad words) is planned again only once that one is
+known, so at depth 2 it enters every other step.
 """
 
 from collections import deque
@@ -20,6 +23,7 @@ from baton.proto.lifecycle import Stage
 from baton.worker.block_pool import BlockPool
 from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
 from baton.worker.request import Request, State
+from baton.worker.shared_prompts import SharedPrompts
 from baton.worker.step_costs import StepCosts
 
 
@@ -32,6 +36,7 @@ class Planned:
     start: int
     end: int
     samples: bool
+    """Whether a result comes back: a token, or a vector."""
 
     @property
     def decodes(self) -> bool:
@@ -63,8 +68,10 @@ class StepScheduler:
         max_model_len: int,
         batch: BatchConfig,
         costs: StepCosts | None,
+        shared: SharedPrompts,
     ) -> None:
         self._pool = pool
+        self._shared = shared
         self._leases = leases
         self._block_size = block_size
         self._max_model_len = max_model_len
@@ -80,6 +87,7 @@ class StepScheduler:
         self._in_flight: deque[InFlight] = deque()
         self._last_sampled_s = 0.0
         self._new_slots: list[SlotInit] = []
+        self._copies: list[tuple[int, int]] = []
         self._step = 0
         self.cached_tokens = 0
         self.preemptions = 0
@@ -90,7 +98,7 @@ class StepScheduler:
         """The next step, or None when `depth` are in flight or nothing can run."""
         if len(self._in_flight) >= self._depth:
             return None
-        self._new_slots = []
+        self._new_slots, self._copies = [], []
         rows: list[Row] = []
         planned: list[Planned] = []
         budget = self._budget()
@@ -113,7 +121,7 @@ class StepScheduler:
             if item.decodes and not item.request.stepped:
                 item.request.stepped = True
                 item.request.ledger.stages[Stage.STEPPED] = now
-        plan = StepPlan(self._step, rows, self._new_slots)
+        plan = StepPlan(self._step, rows, self._new_slots, self._copies)
         self._in_flight.append(InFlight(plan, planned, self._expected_s(planned)))
         return plan
 
@@ -126,8 +134,16 @@ class StepScheduler:
 
     def _admit_prompts(self, budget: int, rows: list[Row], planned: list[Planned], now: float) -> int:
         """Fill the budget with waiting prompts, as far as there is room for them; what is left of it."""
-        while self.waiting and budget > 0 and self._admit_prefill(self.waiting[0], now):
-            budget -= self._add_row(self.waiting.pop(0), budget, rows, planned)
+        index = 0
+        while budget > 0 and index < len(self.waiting):
+            request = self.waiting[index]
+            if self._is_awaited(request):
+                index += 1
+                continue
+            if not self._admit_prefill(request, now):
+                break
+            del self.waiting[index]
+            budget -= self._add_row(request, budget, rows, planned)
         return budget
 
     def _budget(self) -> int:
@@ -161,6 +177,7 @@ class StepScheduler:
         if new_blocks is None:
             return 0
         samples = end == request.total
+        pools, mean_of = request.pools(count, samples)
         from_device = end > len(request.tokens)
         start = request.scheduled
         rows.append(
@@ -171,8 +188,11 @@ class StepScheduler:
                 tokens=[] if from_device else request.tokens[start:end],
                 from_device=from_device,
                 new_blocks=new_blocks,
-                samples=samples,
+                samples=samples and not mean_of,
                 output_index=request.num_output,
+                targets=request.targets(start, end),
+                pools=pools,
+                mean_of=mean_of,
             )
         )
         planned.append(Planned(request, request.residency, start, end, samples))
@@ -182,8 +202,8 @@ class StepScheduler:
 
     def _foreseen_end(self, request: Request) -> bool:
         """Whether the steps already planned bring the stream, or this leg of it, to its end."""
-        if request.hands_over and request.placeholders:
-            return True
+        if request.ends_with_prefill:
+            return bool(request.placeholders)
         return request.num_output >= request.params.max_tokens or request.total >= self._max_model_len
 
     def _grow(self, request: Request, end: int, planned: list[Planned]) -> list[int] | None:
@@ -200,10 +220,10 @@ class StepScheduler:
         return blocks
 
     def _victim(self, planned: list[Planned]) -> Request | None:
-        """The latest arrival that is neither in the step being planned nor about to be handed over."""
+        """The latest arrival that is neither in the step being planned nor about to leave."""
         in_step = {item.request.key for item in planned}
         for request in reversed(self.running):
-            if request.key not in in_step and not (request.hands_over and request.placeholders):
+            if request.key not in in_step and not (request.ends_with_prefill and request.placeholders):
                 return request
         return None
 
@@ -221,11 +241,15 @@ class StepScheduler:
     def queued_tokens(self) -> int:
         """Prompt tokens not yet given to a step."""
         prompts = [r for r in self.running if not r.generated and r.remote is None]
-        return sum(request.total - request.scheduled for request in [*self.waiting, *prompts])
+        return sum(
+            1 if self._is_awaited(request) else request.total - request.scheduled
+            for request in [*self.waiting, *prompts]
+        )
 
     def _preempt(self, request: Request) -> None:
         """Take the blocks away; the stream is computed again from its tokens, most of them from the prefix cache."""
         self.leave(request)
+        self._shared.release(request)
         self._pool.release(request.blocks, self.fence(request))
         request.blocks = []
         if request.lease is not None:
@@ -246,22 +270,35 @@ class StepScheduler:
             index -= 1
         self.waiting.insert(index, request)
 
+    def _is_awaited(self, request: Request) -> bool:
+        """Whether another stream is computing what this one begins with, all but its last token."""
+        owner = self._owner(request)
+        return owner is not None and owner.settled < request.reusable
+
+    def _owner(self, request: Request) -> Request | None:
+        """Who computes or has what this one begins with, all but the last token, which everybody computes: its logits
+        are what is wanted. None also where the logits of more are wanted."""
+        length = len(request.tokens) - 1
+        return self._shared.owner(request, length) if request.reusable == length else None
+
     def _admit_prefill(self, request: Request, now: float) -> bool:
-        """Move the first waiting request into the running set when a slot and blocks for all its tokens are there."""
+        """Move a waiting request into the running set when a slot and blocks for all its tokens are there."""
         if not self._free_slots or request.placeholders:
             return False
-        blocks_needed = -(-len(request.tokens) // self._block_size)
-        # One token at least is computed, because its logits are what is wanted.
-        hits = self._pool.match(request.block_hashes(self._block_size, (len(request.tokens) - 1) // self._block_size))
-        fresh = blocks_needed - len(hits)
+        owner = self._owner(request)
+        known = self._known_blocks(request, owner)
+        fresh = -(-len(request.tokens) // self._block_size) - len(known)
         # Each running stream may soon want a block; without the spare, admission and preemption would alternate.
         blocks = self._pool.allocate(fresh) if fresh + len(self.running) <= self._pool.num_free else None
         if blocks is None:
-            self._pool.release(hits)
+            self._pool.release(known)
             return False
-        request.blocks = hits + blocks
-        request.published = len(hits)
-        request.scheduled = request.settled = len(hits) * self._block_size
+        request.blocks = known + blocks
+        request.published = len(known)
+        request.scheduled = request.settled = len(known) * self._block_size
+        if owner is not None:
+            self._copy_tail(request, owner)
+        self._shared.claim(request, len(request.tokens) - 1)
         if request.preemptions:
             request.ledger.recomputed_tokens += len(request.tokens) - request.scheduled
         else:
@@ -272,6 +309,22 @@ class StepScheduler:
             request.lease = self._leases.create(request.sid, request.attempt)
         self._enter_running(request)
         return True
+
+    def _known_blocks(self, request: Request, owner: Request | None) -> list[int]:
+        """Full blocks of what it begins with, one reference taken on each: the owner's, or cached ones."""
+        full = request.reusable // self._block_size
+        if owner is None:
+            return self._pool.match(request.block_hashes(self._block_size, full))
+        self._pool.share(owner.blocks[:full])
+        return owner.blocks[:full]
+
+    def _copy_tail(self, request: Request, owner: Request) -> None:
+        """The owner fills its last block with tokens of its own: the step copies it before it computes anything."""
+        full = request.published
+        if full * self._block_size < request.reusable:
+            self._copies.append((owner.blocks[full], request.blocks[full]))
+            request.scheduled = request.settled = request.reusable
+            owner.last_step = self._step + 1
 
     def _admit_decode(self, request: Request) -> bool:
         if not self._free_slots:
@@ -346,4 +399,4 @@ class StepScheduler:
 
 def _decodes(request: Request) -> bool:
     """Whether its next row is one token, drawn or about to be."""
-    return request.total - request.scheduled == 1
+    return request.total - request.scheduled == 1 and not request.ends_with_prefill

@@ -47,7 +47,10 @@ class TokenPlane:
             link = self._link(endpoint)
             self._seq[endpoint] += 1
             link.rows_at = link.sent_at = now
-            link.dealer.send(self._batch(self._seq[endpoint], group))
+            frames = [row.prompt_logprobs.data for row in group if row.prompt_logprobs]
+            if vectors := b"".join(row.vector for row in group):
+                frames.append(vectors)
+            link.dealer.send(self._batch(self._seq[endpoint], group), *frames)
 
     def beat(self, now: float) -> None:
         """Send the idle beats that are due, and close links that nobody needs."""
@@ -99,4 +102,6 @@ class TokenPlane:
             finish={i: row.finish for i, row in enumerate(rows) if row.finish},
             logprobs={i: row.logprobs for i, row in enumerate(rows) if row.logprobs},
             ledgers={i: self._clock.outgoing(row.ledger) for i, row in enumerate(rows) if row.ledger},
+            prompt_logprobs={i: row.prompt_logprobs.top for i, row in enumerate(rows) if row.prompt_logprobs},
+            vectors=tuple(i for i, row in enumerate(rows) if row.vector),
         )

@@ -67,6 +67,17 @@ class ApiError(Exception):
         return msgspec.json.encode(self.body)
 
 
+def renamed(error: ApiError, names: dict[str, str]) -> ApiError:
+    """The same error for a client that knows a field by another name: `names` has the new one of some."""
+    body = error.body.error
+    old = body.param or ""
+    new = names.get(old)
+    if new is None:
+        return error
+    message = new + body.message.removeprefix(old) if body.message.startswith(old) else body.message
+    return ApiError(error.status, message, param=new, code=body.code, headers=error.headers)
+
+
 def _bounded(text: str, limit: int) -> str:
     """At most `limit` characters, all of which UTF-8 has: JSON may have brought halves of surrogate pairs."""
     text = text if len(text) <= limit else f"{text[: limit - 1]}…"

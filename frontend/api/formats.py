@@ -2,11 +2,13 @@
 
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Protocol
 
 from msgspec import UNSET, UnsetType
 
 from baton.frontend.api.choice import Choice, Delta
+from baton.frontend.api.logprobs import LogprobWriter, Scored
 from baton.frontend.api.params import Wishes
 from baton.frontend.api.responses import (
     CalledFunction,
@@ -20,17 +22,14 @@ from baton.frontend.api.responses import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    PromptLogprobsField,
     TokenLogprob,
     ToolCall,
-    TopLogprob,
     Usage,
 )
 from baton.frontend.tokenizer import Tokenizer
 from baton.frontend.tools.output import CallPart
 from baton.proto.messages import Ledger, TokenLogprobs
-
-LOWEST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON has no number for."""
 
 UsageField = Usage | UnsetType | None
 LedgerField = Ledger | list[Ledger] | UnsetType
@@ -53,13 +52,18 @@ class CompletionFormat:
     """/v1/completions"""
 
     def __init__(self, model: str, wishes: Wishes, tokenizer: Tokenizer) -> None:
-        self._id, self._created, self._model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
+        self._id, self._created, self._model = f"cmpl-{_request_id(wishes)}", int(time.time()), model
         self._wishes = wishes
         self._tokenizer = tokenizer
+        self._logprob_writer = LogprobWriter(tokenizer, wishes.tokens_as_ids)
         self._offsets: dict[int, int] = {}
 
     def whole(self, choices: list[tuple[Choice, Delta]], usage: Usage, ledger: LedgerField) -> Completion:
-        return self._envelope([self._choice(choice, delta, True) for choice, delta in choices], usage, ledger)
+        answer = self._envelope([self._choice(choice, delta, True) for choice, delta in choices], usage, ledger)
+        answer.kv_transfer_params = None
+        for written, (choice, _) in zip(answer.choices, choices, strict=True):
+            written.prompt_logprobs = _prompt_logprobs(self._logprob_writer, choice, self._wishes)
+        return answer
 
     def chunks(self, choice: Choice, delta: Delta, first: bool, usage: UsageField) -> list[object]:
         return [self._envelope([self._choice(choice, delta, first)], usage)]
@@ -73,44 +77,39 @@ class CompletionFormat:
         )
 
     def _choice(self, choice: Choice, delta: Delta, first: bool) -> CompletionChoice:
-        with_ids = self._wishes.return_token_ids
+        with_ids, echo = self._wishes.return_token_ids, self._wishes.echo and first
         return CompletionChoice(
             choice.index,
-            delta.text,
-            self._logprobs(choice.index, delta) if self._wishes.logprobs is not None else None,
+            self._prompt_text(choice) + delta.text if echo else delta.text,
+            self._logprobs(choice, delta, echo) if self._wishes.logprobs is not None else None,
             delta.finish_reason,
             delta.stop_reason,
-            delta.token_ids if with_ids else UNSET,
-            choice.prompt.ids.tolist() if with_ids and first else UNSET,
+            token_ids=delta.token_ids if with_ids else UNSET,
+            prompt_token_ids=choice.prompt.ids.tolist() if with_ids and first else UNSET,
         )
 
-    def _logprobs(self, index: int, delta: Delta) -> CompletionLogprobs:
-        offset = self._offsets.get(index, 0)
-        result = CompletionLogprobs([], [], [], [])
-        for id, entry in zip(delta.token_ids, delta.logprobs, strict=True):
-            token = self._tokenizer.token(id)
-            result.text_offset.append(offset)
-            result.tokens.append(token)
-            result.token_logprobs.append(_finite(entry.logprob))
-            result.top_logprobs.append(self._top(token, entry))
-            offset += len(token)
-        self._offsets[index] = offset
-        return result
+    def _prompt_text(self, choice: Choice) -> str:
+        prompt = choice.prompt
+        return self._tokenizer.decode(prompt.ids.tolist(), False) if prompt.text is None else prompt.text
 
-    def _top(self, token: str, entry: TokenLogprobs) -> dict[str, float] | None:
-        if not self._wishes.logprobs:
-            return None
-        top = {self._tokenizer.token(id): _finite(logprob) for id, logprob in entry.top}
-        return {token: _finite(entry.logprob)} | top
+    def _logprobs(self, choice: Choice, delta: Delta, echo: bool) -> CompletionLogprobs:
+        scored: list[Scored] = list(zip(delta.token_ids, delta.logprobs, strict=True))
+        if echo and choice.prompt_logprobs is not None:
+            scored = [*zip(choice.prompt.ids.tolist(), [None, *choice.prompt_logprobs.entries()], strict=True), *scored]
+        with_top = bool(self._wishes.logprobs or self._wishes.sampling.logprob_token_ids)
+        result = self._logprob_writer.completion(scored, self._offsets.get(choice.index, 0), with_top)
+        if result.tokens:
+            self._offsets[choice.index] = result.text_offset[-1] + len(result.tokens[-1])
+        return result
 
 
 class ChatFormat:
     """/v1/chat/completions"""
 
     def __init__(self, model: str, wishes: Wishes, tokenizer: Tokenizer) -> None:
-        self._id, self._created, self._model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
+        self._id, self._created, self._model = f"chatcmpl-{_request_id(wishes)}", int(time.time()), model
         self._wishes = wishes
-        self._tokenizer = tokenizer
+        self._logprob_writer = LogprobWriter(tokenizer, wishes.tokens_as_ids)
 
     def whole(self, choices: list[tuple[Choice, Delta]], usage: Usage, ledger: LedgerField) -> ChatCompletion:
         return ChatCompletion(
@@ -120,7 +119,7 @@ class ChatFormat:
             choices=[
                 ChatChoice(
                     index=choice.index,
-                    message=_message(delta),
+                    message=_message(delta, self._wishes.prefix),
                     logprobs=self._logprobs(delta),
                     finish_reason=delta.finish_reason,
                     stop_reason=delta.stop_reason,
@@ -131,6 +130,8 @@ class ChatFormat:
             ],
             usage=usage,
             baton_ledger=ledger,
+            kv_transfer_params=None,
+            prompt_logprobs=_prompt_logprobs(self._logprob_writer, choices[0][0], self._wishes),
             prompt_token_ids=self._prompt_ids(choices[0][0]),
         )
 
@@ -147,9 +148,8 @@ class ChatFormat:
         if not first:
             return [chunk]
         prompt_ids = self._prompt_ids(choice)
-        role = ChatChunkChoice(
-            index=choice.index, delta=ChatDelta(role="assistant", content=""), prompt_token_ids=prompt_ids
-        )
+        beginning = ChatDelta(role="assistant", content=self._wishes.prefix)
+        role = ChatChunkChoice(index=choice.index, delta=beginning, prompt_token_ids=prompt_ids)
         opening = self._chunk([role], usage)
         opening.prompt_token_ids = prompt_ids
         return [opening, chunk]
@@ -168,32 +168,27 @@ class ChatFormat:
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
         if self._wishes.logprobs is None:
             return None
-        return ChatLogprobs(
-            [
-                TokenLogprob(
-                    self._tokenizer.token(id),
-                    _finite(entry.logprob),
-                    self._bytes(id),
-                    [self._alternative(*top) for top in entry.top],
-                )
-                for id, entry in zip(delta.token_ids, delta.logprobs, strict=True)
-            ]
-        )
+        return self._logprob_writer.chat(zip(delta.token_ids, delta.logprobs, strict=True))
 
-    def _alternative(self, id: int, logprob: float) -> TopLogprob:
-        return TopLogprob(self._tokenizer.token(id), _finite(logprob), self._bytes(id))
-
-    def _bytes(self, id: int) -> list[int]:
-        """A token may be a part of a character: its bytes say which."""
-        if self._tokenizer.byte_level:
-            return list(self._tokenizer.token_bytes(id))
-        return list(self._tokenizer.token(id).encode())
+    def spell(self, sampled: Iterable[tuple[int, TokenLogprobs]]) -> list[TokenLogprob]:
+        """Tokens with their log probabilities."""
+        return self._logprob_writer.chat(sampled).content
 
 
-def _message(delta: Delta) -> ChatMessage:
+def _prompt_logprobs(writer: LogprobWriter, choice: Choice, wishes: Wishes) -> PromptLogprobsField:
+    if wishes.prompt_logprobs is None:
+        return None
+    return writer.prompt(choice.prompt.ids.tolist(), choice.prompt_logprobs, wishes.prompt_logprobs)
+
+
+def _request_id(wishes: Wishes) -> str:
+    return wishes.request_id or uuid.uuid4().hex
+
+
+def _message(delta: Delta, prefix: str) -> ChatMessage:
     reasoning = delta.reasoning or UNSET
     return ChatMessage(
-        content=delta.text or (None if delta.reasoning or delta.calls else ""),
+        content=prefix + delta.text or (None if delta.reasoning or delta.calls else ""),
         reasoning=reasoning,
         reasoning_content=reasoning,
         tool_calls=_whole_calls(delta.calls) or UNSET,
@@ -226,7 +221,3 @@ def _call_piece(part: CallPart) -> ToolCall:
         return ToolCall(index=part.index, function=CalledFunction(arguments=part.arguments))
     function = CalledFunction(part.name, part.arguments)
     return ToolCall(index=part.index, id=part.id, type="function", function=function)
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)

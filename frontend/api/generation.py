@@ -1,12 +1,14 @@
 """A request's streams from submission to the last byte of the answer."""
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from msgspec import UNSET
 
+from baton.frontend.api.beam_runs import BeamRun
 from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.errors import ApiError, bad_request, unavailable
 from baton.frontend.api.formats import ChatFormat, CompletionFormat, Format, LedgerField
@@ -82,6 +84,8 @@ class Generator:
         else:
             _check_fan_out(request, wishes.n)
             prompts = await self._prompts.completion(request)
+        if wishes.bad_words:
+            wishes = wishes.without_words(await self._prompts.bad_words(wishes.bad_words))
         wishes = await self._constrain(wishes, request, plan)
         format = self._format(request, wishes)
         options = request.stream_options or StreamOptions()
@@ -93,6 +97,12 @@ class Generator:
         constraint = constraint or read_constraint(request)
         if constraint is None:
             return wishes
+        if wishes.length_penalty is not None:
+            raise bad_request(
+                "a beam search follows the model's own probabilities and can't hold the output to a form: leave out "
+                "use_beam_search, or the form and the tools that must be called.",
+                "use_beam_search",
+            )
         before = self._tools.before_answer(plan) if plan is not None else ""
         return wishes.constrained(await self._grammars.get(constraint, before), self._info)
 
@@ -103,18 +113,31 @@ class Generator:
 
     async def whole(self, job: Job) -> bytes:
         """The answer as one JSON document. Raises ApiError."""
-        with OutputReader(self._client, job.received_s) as reader:
-            choices = self._submit(job, reader)
-            texts = [Delta() for _ in choices]
-            while reader.num_open:
-                for index, output in (await reader.next()).items():
-                    texts[index].extend(choices[index].take(output, reader))
-        answer = job.format.whole(list(zip(choices, texts, strict=True)), usage_of(job, choices), _ledger(job, choices))
-        return encode(answer)
+        if job.wishes.length_penalty is not None:
+            done = await self.beams(job)
+        else:
+            with OutputReader(self._client, job.received_s) as reader:
+                done = [(choice, Delta()) for choice in self._submit(job, reader)]
+                while reader.num_open:
+                    for index, output in (await reader.next()).items():
+                        choice, delta = done[index]
+                        delta.extend(choice.take(output, reader))
+        choices = [choice for choice, _ in done]
+        return encode(job.format.whole(done, usage_of(job, choices), _ledger(job, choices)))
+
+    async def beams(self, job: Job) -> list[tuple[Choice, Delta]]:
+        """The answers of a beam search, which has none before its end. Raises ApiError."""
+        run = BeamRun(self._client, job.prompts, job.wishes, self._info, job.received_s)
+        deadline = job.received_s + job.timeout_s if job.timeout_s else float("inf")
+        return await run.finish(self._prompts.tokenizer, job.plan, deadline)
 
     @contextlib.contextmanager
-    def events(self, job: Job) -> "Iterator[Events]":
+    def events(self, job: Job) -> "Iterator[Events | BeamEvents]":
         """The answer as server-sent events; what still runs at the end of the block is aborted. Raises ApiError."""
+        if job.wishes.length_penalty is not None:
+            with BeamEvents(job, self.beams(job)) as beams:
+                yield beams
+            return
         with OutputReader(self._client, job.received_s) as reader:
             yield Events(job, reader, self._submit(job, reader))
 
@@ -129,10 +152,12 @@ class Generator:
         choices: list[Choice] = []
         for prompt in job.prompts:
             base = job.wishes.for_prompt(len(prompt.ids), self._info, "prompt")
+            first = len(choices)
             for sample in range(job.wishes.n):
                 params = job.wishes.sample(base, sample)
+                sibling = first if sample else None
                 choices.append(Choice(len(choices), prompt, params, job.wishes, self._prompts.tokenizer, job.plan))
-                reader.submit(prompt.ids, params, prompt.hashes, job.wishes.priority, job.timeout_s)
+                reader.submit(prompt.ids, params, prompt.hashes, job.wishes.priority, job.timeout_s, sibling)
         return choices
 
 
@@ -175,7 +200,7 @@ class Events:
             return data + event(error.body) + DONE
         if not self._reader.num_open:
             self.ended = True
-            data += self._last()
+            data += _last(self._job, self._choices)
         return data
 
     def _events(self, index: int, output: Output) -> bytes:
@@ -193,12 +218,41 @@ class Events:
             self._begun.add(index)
         return self._writer.chunk(choice, delta, first)
 
-    def _last(self) -> bytes:
-        job, choices = self._job, self._choices
-        if not (job.stream_options.include_usage or job.with_ledger):
-            return DONE
-        usage = usage_of(job, choices) if job.stream_options.include_usage else UNSET
-        return event(job.format.last(usage, _ledger(job, choices))) + DONE
+
+class BeamEvents:
+    """A beam search as a streamed answer: everything comes at its end. Leaving the `with` block aborts it."""
+
+    def __init__(self, job: Job, search: Coroutine[Any, Any, list[tuple[Choice, Delta]]]) -> None:
+        self._job = job
+        self._task = asyncio.ensure_future(search)
+        self.ended = False
+        """The last event has been taken."""
+
+    def on_output(self, callback: Callable[[], None]) -> None:
+        """Call this when the search is over."""
+        self._task.add_done_callback(lambda _: callback())
+
+    def take(self) -> bytes:
+        """The whole answer. Raises ApiError."""
+        done = self._task.result()
+        self.ended = True
+        writer = ChunkWriter(self._job.format, self._job.stream_options, plain=False)
+        data = b"".join(writer.chunk(choice, delta, first=True) for choice, delta in done)
+        return data + _last(self._job, [choice for choice, _ in done])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._task.cancel()
+
+
+def _last(job: Job, choices: list[Choice]) -> bytes:
+    """What stands behind the choices' events."""
+    if not (job.stream_options.include_usage or job.with_ledger):
+        return DONE
+    usage = usage_of(job, choices) if job.stream_options.include_usage else UNSET
+    return event(job.format.last(usage, _ledger(job, choices))) + DONE
 
 
 def usage_of(job: Job, choices: list[Choice]) -> Usage:

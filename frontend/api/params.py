@@ -9,7 +9,7 @@ from typing import TypeVar
 import msgspec
 
 from baton.frontend.api.errors import ApiError, bad_request
-from baton.frontend.api.requests import ChatCompletionRequest, GenerationRequest
+from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from baton.frontend.model_info import ModelInfo
 from baton.proto.messages import SamplingParams
 
@@ -21,6 +21,23 @@ MAX_STOP_CHARS = 4096
 """Of one stop string: text is held back while it may still become one."""
 MAX_STOP_IDS = 1024
 MAX_BIASED_IDS = 8192
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
+MAX_LOGPROB_TOKEN_IDS = 128
+MAX_BEAMS = 64
+MAX_PROMPT_LOGPROBS = 2**20
+"""Of one prompt, alternatives included: 8 MB on their way, some ten times as much as JSON."""
+MAX_REQUEST_ID = 256
+_NOT_WITH_BEAMS = (
+    "stop",
+    "logit_bias",
+    "bad_words",
+    "allowed_token_ids",
+    "logprob_token_ids",
+    "prompt_logprobs",
+    "echo",
+)
+"""What would change the model's probabilities, or has no place in the answer."""
 _UINT64 = 2**64 - 1
 
 N = TypeVar("N", int, float)
@@ -41,15 +58,34 @@ class Wishes:
     client_stop_ids: frozenset[int]
     """Those stop token ids that the client named itself."""
     skip_special_tokens: bool
+    spaces_between_special_tokens: bool
     return_token_ids: bool
+    tokens_as_ids: bool
+    """Tokens beside log-probabilities are written token_id:N."""
     logprobs: int | None
     """Alternatives per token to report; None: no logprobs at all."""
+    prompt_logprobs: int | None
+    """Alternatives per prompt token to report apart from the output's; None: none. An echo has `logprobs` of them."""
+    echo: bool
+    """A completion begins with its prompt."""
+    prefix: str
+    """What a chat answer begins with: the message that it continues, when that is to be echoed."""
+    length_penalty: float | None
+    """Of a beam search with n beams; None: samples are drawn."""
+    bad_words: tuple[str, ...]
+    """Still as text; `without_words` brings them to the workers."""
     priority: int
+    request_id: str | None
 
     @property
     def per_token(self) -> bool:
         """The client looks at tokens, so that chunks without text say something too."""
         return self.return_token_ids or self.logprobs is not None
+
+    @property
+    def prompt_only(self) -> bool:
+        """Nothing is asked for but the echo. A token is computed all the same: the prompt's end is its place."""
+        return self.max_tokens == 0
 
     def for_prompt(self, prompt_len: int, info: ModelInfo, param: str) -> SamplingParams:
         """Sampling parameters with the tokens that the context leaves. Raises ApiError when the prompt is too long."""
@@ -65,7 +101,14 @@ class Wishes:
                 "context_length_exceeded",
             )
         else:
-            max_tokens = self.max_tokens
+            max_tokens = max(self.max_tokens, 1)
+        if (self.sampling.prompt_logprobs + 1) * prompt_len > MAX_PROMPT_LOGPROBS:
+            raise bad_request(
+                f"log-probabilities of {prompt_len} prompt tokens with {self.sampling.prompt_logprobs} alternatives "
+                f"each are too many: at most {MAX_PROMPT_LOGPROBS} in all. Ask for fewer alternatives, or send the "
+                "prompt in parts.",
+                "prompt_logprobs",
+            )
         return msgspec.structs.replace(
             self.sampling,
             max_tokens=max_tokens,
@@ -82,6 +125,10 @@ class Wishes:
         stops = tuple(sorted({*self.sampling.stop_token_ids, *info.eos_ids}))
         sampling = msgspec.structs.replace(self.sampling, grammar=grammar, stop_token_ids=stops)
         return dataclasses.replace(self, sampling=sampling)
+
+    def without_words(self, words: tuple[tuple[int, ...], ...]) -> "Wishes":
+        """With the bad words as token ids."""
+        return dataclasses.replace(self, sampling=msgspec.structs.replace(self.sampling, bad_words=words))
 
     def sample(self, params: SamplingParams, index: int) -> SamplingParams:
         """The parameters of the index-th of n samples."""
@@ -104,25 +151,41 @@ def context_room(prompt_len: int, info: ModelInfo, param: str) -> int:
 def read_wishes(request: GenerationRequest, info: ModelInfo, max_logprobs: int) -> Wishes:
     """Check a request against what the server can do. Raises ApiError naming the field."""
     check_model(request.model, info)
+    if not info.generates:
+        raise bad_request("this model has no language model head: it makes embeddings alone.", "model", "unsupported")
     max_tokens = _max_tokens(request)
     logprobs = _logprobs(request, max_logprobs)
+    n = _samples(request)
+    prompt_logprobs = _prompt_logprobs(request, max_logprobs)
+    echo = request.echo and isinstance(request, CompletionRequest)
+    echoed = logprobs if echo and logprobs is not None else -1
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     stop_ids = frozenset(request.stop_token_ids or ())
     _check_stop(stop, stop_ids, info)
     sampling = _sampling(request, info, () if request.ignore_eos else info.eos_ids, logprobs)
     _check_sampling(sampling, max_tokens)
+    _check_ids(request, info)
+    most = max(echoed, -1 if prompt_logprobs is None else prompt_logprobs)
     return Wishes(
-        sampling=sampling,
+        sampling=msgspec.structs.replace(sampling, prompt_logprobs=most),
         max_tokens=max_tokens,
         seed=request.seed,
-        n=_within("n", 1 if request.n is None else request.n, 1, 128),
+        n=n,
         stop=stop,
         include_stop=request.include_stop_str_in_output,
         client_stop_ids=stop_ids,
         skip_special_tokens=request.skip_special_tokens,
+        spaces_between_special_tokens=request.spaces_between_special_tokens,
         return_token_ids=bool(request.return_token_ids),
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        echo=echo,
+        prefix=_continued(request) if request.echo else "",
+        length_penalty=_length_penalty(request, n),
+        bad_words=_bad_words(request),
         priority=_within("priority", request.priority, -(2**31), 2**31 - 1),
+        request_id=_request_id(request.request_id),
     )
 
 
@@ -154,6 +217,8 @@ def _sampling(
         stop_token_ids=tuple(sorted({*eos_ids, *(request.stop_token_ids or ())})),
         logprobs=-1 if logprobs is None else logprobs,
         logit_bias=_logit_bias(request.logit_bias or {}, info.vocab_size),
+        allowed_token_ids=tuple(sorted(set(request.allowed_token_ids or ()))),
+        logprob_token_ids=tuple(dict.fromkeys(request.logprob_token_ids or ())),
     )
 
 
@@ -161,14 +226,34 @@ def _or(value: N | None, default: N) -> N:
     return default if value is None else value
 
 
+def output_tokens(request: GenerationRequest) -> int | None:
+    """As many as the request allows, checked for no more than being there."""
+    if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
+        return request.max_completion_tokens
+    return request.max_tokens
+
+
 def _max_tokens(request: GenerationRequest) -> int | None:
     value = request.max_tokens
     name = "max_tokens"
     if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
         value, name = request.max_completion_tokens, "max_completion_tokens"
+    if value == 0 and request.echo and isinstance(request, CompletionRequest):
+        return 0
     if value is not None and value < 1:
         raise bad_request(f"{name} must be at least 1, got {value}.", name)
     return value
+
+
+def _samples(request: GenerationRequest) -> int:
+    n = _within("n", 1 if request.n is None else request.n, 1, 128)
+    if request.best_of not in (None, 1, n):
+        raise bad_request(
+            f"best_of = {request.best_of} is not supported: ask for n = {request.best_of} samples with logprobs and "
+            "choose among them, or for use_beam_search.",
+            "best_of",
+        )
+    return n
 
 
 def _logprobs(request: GenerationRequest, limit: int) -> int | None:
@@ -178,11 +263,73 @@ def _logprobs(request: GenerationRequest, limit: int) -> int | None:
         name, count = "top_logprobs", (request.top_logprobs or 0) if request.logprobs else None
     else:
         name, count = "logprobs", request.logprobs
+    if request.logprob_token_ids:
+        count = count or 0
     if count is not None and not 0 <= count <= limit:
         raise bad_request(
             f"{name} must be from 0 to {limit}, got {count}; the server's --max-logprobs sets the limit.", name
         )
     return count
+
+
+def _prompt_logprobs(request: GenerationRequest, limit: int) -> int | None:
+    count = request.prompt_logprobs
+    if count is None:
+        return None
+    if request.stream:
+        raise bad_request("prompt_logprobs are not available with stream; ask without it.", "prompt_logprobs")
+    if not 0 <= count <= limit:
+        raise bad_request(
+            f"prompt_logprobs must be from 0 to {limit}, got {count}; the server's --max-logprobs sets the limit.",
+            "prompt_logprobs",
+        )
+    return count
+
+
+def _continued(request: GenerationRequest) -> str:
+    """The text of a chat's last message when the answer is by the same role."""
+    if not isinstance(request, ChatCompletionRequest) or not request.messages:
+        return ""
+    last = request.messages[-1]
+    if last.role != "assistant" or not last.content:
+        return ""
+    return last.content if isinstance(last.content, str) else "\n".join(part.text or "" for part in last.content)
+
+
+def _length_penalty(request: GenerationRequest, n: int) -> float | None:
+    """Of a beam search. What it could not honour is refused, because beams follow the model's own probabilities."""
+    if not request.use_beam_search:
+        return None
+    _within("n", n, 1, MAX_BEAMS)
+    _within("length_penalty", request.length_penalty, -100, 100)
+    for name in _NOT_WITH_BEAMS:
+        if getattr(request, name) not in (None, False):
+            raise bad_request(f"{name} is not possible with use_beam_search.", name)
+    return request.length_penalty
+
+
+def _bad_words(request: GenerationRequest) -> tuple[str, ...]:
+    words = tuple(request.bad_words or ())
+    _at_most("bad_words", len(words), MAX_BAD_WORDS, "words")
+    _at_most("bad_words", max(map(len, words), default=0), MAX_BAD_WORD_CHARS, "characters in one word")
+    if not all(word.strip() for word in words):
+        raise bad_request("bad_words must not contain an empty word.", "bad_words")
+    return words
+
+
+def _request_id(request_id: str | None) -> str | None:
+    if request_id is not None and not (0 < len(request_id) <= MAX_REQUEST_ID and request_id.isprintable()):
+        raise bad_request(f"request_id must be 1 to {MAX_REQUEST_ID} printable characters.", "request_id")
+    return request_id
+
+
+def _check_ids(request: GenerationRequest, info: ModelInfo) -> None:
+    for name in ("allowed_token_ids", "logprob_token_ids"):
+        for id in getattr(request, name) or ():
+            _check_token(id, info.vocab_size, name)
+    if request.allowed_token_ids == []:
+        raise bad_request("allowed_token_ids must not be empty; leave it out to allow all tokens.", "allowed_token_ids")
+    _at_most("logprob_token_ids", len(request.logprob_token_ids or ()), MAX_LOGPROB_TOKEN_IDS, "token ids")
 
 
 def _check_sampling(params: SamplingParams, max_tokens: int | None) -> None:
@@ -196,6 +343,8 @@ def _check_sampling(params: SamplingParams, max_tokens: int | None) -> None:
         raise bad_request(
             f"repetition_penalty must be greater than 0, got {params.repetition_penalty}.", "repetition_penalty"
         )
+    if params.min_tokens and params.allowed_token_ids and set(params.allowed_token_ids) <= set(params.stop_token_ids):
+        raise bad_request("allowed_token_ids has only tokens that end the output: no min_tokens are met.", "min_tokens")
     if params.min_tokens < 0 or (max_tokens is not None and params.min_tokens > max_tokens):
         raise bad_request(f"min_tokens must be from 0 to max_tokens, got {params.min_tokens}.", "min_tokens")
 

@@ -11,11 +11,11 @@ import msgspec
 import numpy as np
 
 from baton.frontend.api.errors import ApiError, bad_request
-from baton.frontend.api.params import context_room
+from baton.frontend.api.params import context_room, output_tokens
 from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from baton.frontend.chat_template import ChatTemplate, ChatTemplateError
 from baton.frontend.model_info import ModelInfo
-from baton.frontend.tokenizer import Tokenizer
+from baton.frontend.tokenizer import Side, Tokenizer
 from baton.proto.hashing import hash_chain, pack_hashes
 
 T = TypeVar("T")
@@ -34,6 +34,18 @@ class Prompt:
     ids: np.ndarray  # int32 [prompt_len]
     hashes: bytes
     """Its packed hash chain, root first."""
+    text: str | None = None
+    """What it was tokenised from; None where that is not what the ids say."""
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How a prompt is cut."""
+
+    count: int
+    """Tokens that stay, special ones included."""
+    side: Side
+    """Where it loses the others."""
 
 
 class Prompts:
@@ -59,11 +71,28 @@ class Prompts:
 
     def of_completion(self, request: CompletionRequest) -> list[Prompt]:
         """One prompt per string or list of ids. Raises ApiError."""
-        return [self._prompt(ids, "prompt") for ids in self._completion_ids(request)]
+        salt = _salt(request)
+        return [self._prompt(ids, "prompt", salt, text) for ids, text in self._completion_ids(request)]
 
     def of_chat(self, request: ChatCompletionRequest, raw: dict[str, Any]) -> Prompt:
         """The rendered conversation; `raw` is the request as it came. Raises ApiError."""
-        return self._prompt(self._chat_ids(request, raw), "messages")
+        return self._prompt(self._chat_ids(request, raw), "messages", _salt(request))
+
+    async def bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """As of_bad_words, in a thread."""
+        return await self._run(lambda: self.of_bad_words(words))
+
+    def of_bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Token sequences that spell the words, at the beginning of the output and, where that makes another token,
+        behind a space: those that vLLM bans."""
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            first = tuple(self.tokenizer.encode(word.lstrip(), add_special_tokens=False))
+            spaced = tuple(self.tokenizer.encode(f" {word.lstrip()}", add_special_tokens=False))
+            found.append(first)
+            if spaced[0] != first[0] and len(spaced) == len(first):
+                found.append(spaced)
+        return tuple(dict.fromkeys(found))
 
     async def tokenize(self, request: TokenizeRequest, raw: dict[str, Any]) -> list[int]:
         """Token ids for /tokenize. Raises ApiError."""
@@ -83,41 +112,69 @@ class Prompts:
         """End the threads; what they do now is abandoned."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Tokenising that somebody else describes."""
+        return await self._run(work)
+
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _prompt(self, ids: list[int], param: str) -> Prompt:
+    def _prompt(self, ids: list[int], param: str, salt: tuple[str, ...], text: str | None = None) -> Prompt:
         if not ids:
             raise bad_request("the prompt is empty; it needs at least one token.", param)
         context_room(len(ids), self._info, param)
         tokens = np.array(ids, dtype=np.int32)
-        return Prompt(tokens, pack_hashes(hash_chain(tokens)))
+        return Prompt(tokens, pack_hashes(hash_chain(tokens, *salt)), text)
 
-    def _completion_ids(self, request: CompletionRequest) -> list[list[int]]:
+    def _completion_ids(self, request: CompletionRequest) -> list[tuple[list[int], str | None]]:
+        """Ids of each prompt, and its text where the ids are all of that."""
         special = request.add_special_tokens is not False
+        cut = self._cut(request)
         prompt = request.prompt
         if not prompt:
             raise bad_request("the prompt is empty; it needs at least one token.", "prompt")
-        if isinstance(prompt, str):
-            return [self._encode(prompt, special, "prompt")]
-        if all(isinstance(item, int) for item in prompt):
-            return [self._check_ids(prompt, "prompt")]
-        return [
-            self._encode(item, special, "prompt") if isinstance(item, str) else self._check_ids(item, "prompt")
-            for item in prompt
-        ]
+
+        def read(item: Any) -> tuple[list[int], str | None]:
+            if isinstance(item, str):
+                return self._encode(item, special, "prompt", cut), item if cut is None else None
+            return _keep(self._check_ids(item, "prompt"), cut), None
+
+        if isinstance(prompt, str) or all(isinstance(item, int) for item in prompt):
+            return [read(prompt)]
+        return [read(item) for item in prompt]
 
     def _chat_ids(self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any]) -> list[int]:
-        text = self._render(request, raw)
-        return self._encode(text, request.add_special_tokens is True, "messages")
+        cut = self._cut(request) if isinstance(request, ChatCompletionRequest) else None
+        text = self._render(request, raw, cut)
+        return self._encode(text, request.add_special_tokens is True, "messages", cut)
 
-    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+    def _cut(self, request: CompletionRequest | ChatCompletionRequest) -> Truncation | None:
+        """How prompts are to be cut; None: not at all. Raises ApiError."""
+        count = request.truncate_prompt_tokens
+        if count is None:
+            return None
+        limit = self._info.max_model_len
+        if count == -1:
+            count = limit - max(output_tokens(request) or 1, 1)
+        if not 0 < count < limit:
+            raise bad_request(
+                f"truncate_prompt_tokens must be from 1 to {limit - 1}, or -1 for as many as fit, got "
+                f"{request.truncate_prompt_tokens} with max_tokens {output_tokens(request)}.",
+                "truncate_prompt_tokens",
+            )
+        return Truncation(count, request.truncation_side or "left")
+
+    def _encode(self, text: str, add_special_tokens: bool, param: str, cut: Truncation | None = None) -> list[int]:
         """Refuses text that can't fit before it costs the time to tokenise it."""
-        self._check_room(len(text.encode(errors="surrogatepass")), param)
-        return self.tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens)
+        self._check_room(len(text.encode(errors="surrogatepass")), param, cut)
+        text = text.encode(errors="replace").decode()
+        if cut is None:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return self.tokenizer.encode_truncated(text, add_special_tokens, cut.count, cut.side)
 
-    def _check_room(self, num_bytes: int, param: str) -> None:
-        context_room(num_bytes // self.tokenizer.max_token_bytes, self._info, param)
+    def _check_room(self, num_bytes: int, param: str, cut: Truncation | None = None) -> None:
+        if cut is None:
+            context_room(num_bytes // self.tokenizer.max_token_bytes, self._info, param)
 
     def _check_ids(self, ids: Any, param: str) -> list[int]:
         limit = self._info.vocab_size
@@ -128,7 +185,9 @@ class Prompts:
                 raise bad_request(f"token id {id} is out of vocabulary; ids are from 0 to {limit - 1}.", param)
         return ids
 
-    def _render(self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any]) -> str:
+    def _render(
+        self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any], cut: Truncation | None
+    ) -> str:
         if self._template is None:
             raise bad_request(
                 "this model has no chat template: start the server with --chat-template, or use /v1/completions",
@@ -140,9 +199,11 @@ class Prompts:
             )
         messages = _messages(request, raw)
         # What can't fit is refused before it costs the time to render it; templates write something for each message.
-        self._check_room(sum(map(_text_bytes, messages)), "messages")
+        self._check_room(sum(map(_text_bytes, messages)), "messages", cut)
         context_room(len(messages), self._info, "messages")
         variables = request.chat_template_kwargs or {}
+        if isinstance(request, ChatCompletionRequest) and request.documents:
+            variables = {"documents": request.documents, **variables}
         if request.tools:
             variables = {"tools": raw["tools"], **variables}
         try:
@@ -155,6 +216,19 @@ class Prompts:
         except ChatTemplateError as error:
             raise bad_request(str(error), "messages") from error
         return text.rpartition(_FINAL)[0]
+
+
+def _keep(ids: list[int], cut: Truncation | None) -> list[int]:
+    if cut is None:
+        return ids
+    return ids[-cut.count :] if cut.side == "left" else ids[: cut.count]
+
+
+def _salt(request: CompletionRequest | ChatCompletionRequest) -> tuple[str, ...]:
+    """What keeps the prompt's blocks apart from those of others."""
+    if request.cache_salt == "":
+        raise bad_request("cache_salt must not be empty; leave it out to share cached prompts.", "cache_salt")
+    return () if request.cache_salt is None else (request.cache_salt,)
 
 
 def _is_short_ids(prompt: Any) -> bool:

@@ -1,7 +1,8 @@
 """The requests of the HTTP API. Names, types and defaults are OpenAI's and vLLM's."""
 
+from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -22,8 +23,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """The usage so far in every chunk."""
 
 
-class _Generation(msgspec.Struct, kw_only=True):
-    """What both generating endpoints take. None is the model's or the server's default."""
+class GenerationFields(msgspec.Struct, kw_only=True):
+    """What all generating endpoints take. None is the model's or the server's default."""
 
     model: str | None = None
     stream: bool = False
@@ -47,7 +48,20 @@ class _Generation(msgspec.Struct, kw_only=True):
     logit_bias: dict[str, float] | None = None
     priority: int = 0
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int | None, Meta(description="-1: as many as fit")] = None
+    truncation_side: Literal["left", "right"] | None = None
+    prompt_logprobs: int | None = None
+    logprob_token_ids: Ids | None = None
+    allowed_token_ids: Ids | None = None
+    bad_words: list[str] | None = None
+    echo: bool = False
+    best_of: Annotated[int | None, Meta(description="no more than n")] = None
+    use_beam_search: Annotated[bool, Meta(description="with n beams")] = False
+    length_penalty: float = 1.0
+    cache_salt: str | None = None
+    request_id: str | None = None
     user: str | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -58,7 +72,7 @@ class _Generation(msgspec.Struct, kw_only=True):
     guided_whitespace_pattern: str | None = None
 
 
-class CompletionRequest(_Generation, kw_only=True):
+class CompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/completions"""
 
     prompt: str | list[str | int | Ids]
@@ -80,7 +94,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     content: str | list[ContentPart] | None = None
 
 
-class ChatCompletionRequest(_Generation, kw_only=True):
+class ChatCompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/chat/completions"""
 
     messages: list[ChatMessage]
@@ -91,6 +105,7 @@ class ChatCompletionRequest(_Generation, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: Annotated[list[dict[str, Any]] | None, Meta(description="for the chat template")] = None
     tools: list[Tool] | None = None
     tool_choice: Annotated[ToolChoice | None, Meta(description="none, auto, required or a tool's name")] = None
     parallel_tool_calls: bool = True
@@ -121,36 +136,29 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 GenerationRequest = CompletionRequest | ChatCompletionRequest
 R = TypeVar("R", bound=msgspec.Struct)
 
-_IGNORED = frozenset({"store", "metadata", "request_id", "service_tier", "safety_identifier", "prompt_cache_key"})
+_IGNORED = frozenset({"store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Fields that ask for nothing of the answer."""
 
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "allowed_token_ids": (None, []),
-    "bad_words": (None, []),
-    "best_of": (None, 1),
-    "cache_salt": (None,),
-    "chat_template": (None,),
-    "documents": (None, []),
-    "echo": (None, False),
-    "function_call": (None, "none"),
-    "detokenize": (None, True),
-    "functions": (None, []),
-    "kv_transfer_params": (None,),
-    "length_penalty": (None, 1, 1.0),
-    "logprob_token_ids": (None, []),
-    "logits_processors": (None, []),
-    "modalities": (None, ["text"]),
-    "prediction": (None,),
-    "prompt_embeds": (None,),
-    "prompt_logprobs": (None,),
-    "return_tokens_as_token_ids": (None, False),
-    "suffix": (None, ""),
-    "truncate_prompt_tokens": (None,),
-    "use_beam_search": (None, False),
-    "web_search_options": (None,),
+Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Fields that would change the answer and are refused: values that ask for nothing, and why others are not served."""
+
+_UNSUPPORTED: Refusals = {
+    "audio": ((None,), "the model writes text"),
+    "chat_template": (
+        (None,),
+        "a template is code: the server takes it from the model or --chat-template",
+    ),
+    "function_call": ((None, "none"), "use tool_choice"),
+    "functions": ((None, []), "use tools"),
+    "detokenize": ((None, True), "answers are text; with return_token_ids they are tokens too"),
+    "kv_transfer_params": ((None,), "the server places prefill and decode itself"),
+    "logits_processors": ((None, []), "the server runs no code of its clients"),
+    "modalities": ((None, ["text"]), "the model writes text"),
+    "prediction": ((None,), "the server has no speculation with a client's text"),
+    "prompt_embeds": ((None,), "give text or token ids"),
+    "suffix": ((None, ""), "the model continues a prompt and fills no gap"),
+    "web_search_options": ((None,), "the server searches nothing"),
 }
-"""Fields that would change the answer and that this server does not implement, with the values that ask for nothing."""
 
 
 def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
@@ -169,7 +177,7 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
 
 def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
     """The request in an object of plain values, and the names of fields that nobody knows. Raises ApiError."""
-    _refuse_unsupported(raw)
+    refuse(raw, _refused_of(kind))
     try:
         request = msgspec.convert(_without_idle_nulls(raw, kind), kind)
     except msgspec.ValidationError as error:
@@ -182,24 +190,36 @@ def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
 
 def _without_idle_nulls(raw: dict[str, Any], kind: type) -> dict[str, Any]:
     """Clients send null for switches and counts that they do not set."""
-    unset = _switches(kind)
+    unset = switches(kind)
     return {name: value for name, value in raw.items() if value is not None or name not in unset}
 
 
 @cache
 def _known_names(kind: type) -> frozenset[str]:
     """Fields that a client may send."""
-    return frozenset({*(field.name for field in msgspec.structs.fields(kind)), *_UNSUPPORTED, *_IGNORED})
+    return frozenset({*_field_names(kind), *_UNSUPPORTED, *_IGNORED})
 
 
 @cache
-def _switches(kind: type) -> frozenset[str]:
-    """Fields whose default is False, True or 0."""
+def _field_names(kind: type) -> frozenset[str]:
+    return frozenset(field.name for field in msgspec.structs.fields(kind))
+
+
+@cache
+def switches(kind: type) -> frozenset[str]:
+    """Fields whose default is False, True or a number; null means the same."""
     fields = msgspec.structs.fields(kind)
-    return frozenset(field.name for field in fields if isinstance(field.default, bool) or field.default == 0)
+    return frozenset(field.name for field in fields if isinstance(field.default, bool | float) or field.default == 0)
 
 
-def _refuse_unsupported(raw: dict[str, Any]) -> None:
-    for name, harmless in _UNSUPPORTED.items():
+@cache
+def _refused_of(kind: type) -> Refusals:
+    """What of _UNSUPPORTED is no field of this request."""
+    return {name: why for name, why in _UNSUPPORTED.items() if name not in _field_names(kind)}
+
+
+def refuse(raw: dict[str, Any], fields: Refusals) -> None:
+    """Raises ApiError for a field that asks for what is not served."""
+    for name, (harmless, why) in fields.items():
         if name in raw and raw[name] not in harmless:
-            raise bad_request(f"`{name}` is not supported by this server; leave it out", param=name, code="unsupported")
+            raise bad_request(f"`{name}` is not supported: {why}.", param=name, code="unsupported")

@@ -27,11 +27,24 @@ class Usage(Response):
     prompt_tokens_details: PromptTokensDetails | None = None
 
 
+class PromptLogprob(Response):
+    """Of one token at one position of the prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobsField = list[dict[str, PromptLogprob] | None] | None
+"""Per prompt token: token id -> of itself and of the best ones; null for the first, which follows nothing."""
+
+
 class CompletionLogprobs(Response):
     """One entry per token in each list."""
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
+    """null for the first token of an echoed prompt, which follows nothing."""
     tokens: list[str]
     top_logprobs: list[dict[str, float] | None]
 
@@ -44,6 +57,7 @@ class CompletionChoice(Response):
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: PromptLogprobsField | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -135,6 +149,8 @@ class _Envelope(Response, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
     baton_ledger: Ledger | list[Ledger] | UnsetType = UNSET
     """With the header `x-baton-ledger: 1`: what was done for the request, a list when it has several streams."""
+    kv_transfer_params: UnsetType | None = UNSET
+    """null in a whole answer, as where the engine itself moves KV blocks."""
 
 
 class Completion(_Envelope, kw_only=True):
@@ -149,6 +165,7 @@ class ChatCompletion(_Envelope, kw_only=True):
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
+    prompt_logprobs: PromptLogprobsField = None
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 

@@ -17,6 +17,12 @@ def event(body: object) -> bytes:
     return b"data: " + encode(body) + b"\n\n"
 
 
+def named_event(body: object) -> bytes:
+    """One event with its name, which is the tag of its struct."""
+    name: str = body.__struct_config__.tag  # type: ignore[attr-defined]
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), encode(body))
+
+
 class ChunkWriter:
     """Writes deltas down as chunks of one answer.
 

@@ -8,7 +8,16 @@ import socket
 import sys
 from pathlib import Path
 
-from baton.frontend.cli import edge_args, engine_args, network_args, rpc_args, sharing, sizing, tool_args
+from baton.frontend.cli import (
+    edge_args,
+    engine_args,
+    network_args,
+    pooling_args,
+    rpc_args,
+    sharing,
+    sizing,
+    tool_args,
+)
 from baton.frontend.launcher import Launcher
 from baton.frontend.processes import specs
 from baton.frontend.run_dir import RunDir
@@ -36,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_processes(parser.add_argument_group("processes"))
     _add_http(parser.add_argument_group("HTTP"))
     tool_args.add_arguments(parser.add_argument_group("tools and reasoning"))
+    pooling_args.add_arguments(parser.add_argument_group("embeddings"))
     rpc_args.add_arguments(parser.add_argument_group("gRPC"), port_number)
     _add_hosts(parser.add_argument_group("other hosts"))
 
@@ -94,6 +104,20 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--served-model-name", type=text, nargs="+", metavar="NAME", help="names for clients; default: MODEL"
     )
+    group.add_argument(
+        "--max-stored-responses",
+        type=engine_args.count,
+        default=1024,
+        metavar="N",
+        help="of /v1/responses, that can be retrieved and continued; the oldest leaves first, 0 keeps none",
+    )
+    group.add_argument(
+        "--max-stored-response-mib",
+        type=engine_args.count,
+        default=64,
+        metavar="MIB",
+        help="what they may take together",
+    )
     group.add_argument("--chat-template", default="", metavar="FILE", help="jinja2 file; default: the tokenizer's")
     group.add_argument("--max-logprobs", type=engine_args.count, default=20, help="most logprobs a client may ask for")
 
@@ -141,6 +165,7 @@ def run(args: argparse.Namespace) -> int:
     args.port = claim_address(args)
     listening = network_args.listen(args)
     directory = engine_args.resolve_model(args)
+    pooling_args.check(args, directory)
     size = sizing.read_model_size(directory, args.dtype, args.load_format)
     plan = sizing.plan(args, size, len(roles))
     name_process("launcher")
@@ -271,6 +296,9 @@ def serve_config(
                 api_key_file=args.api_key_file,
                 tls=edge_args.tls(args),
                 cors=edge_args.cors(args),
+                peers=tuple(f"frontend-{each}" for each in range(args.frontends)) if args.frontends > 1 else (),
+                max_stored_responses=args.max_stored_responses,
+                max_stored_response_bytes=args.max_stored_response_mib * 2**20,
                 max_logprobs=args.max_logprobs,
                 block_size=args.block_size,
                 shutdown_timeout_s=args.shutdown_timeout,
@@ -279,6 +307,7 @@ def serve_config(
                 tool_call_parser=args.tool_call_parser,
                 reasoning_parser=args.reasoning_parser,
                 tool_parser_plugin=str(Path(args.tool_parser_plugin).resolve()) if args.tool_parser_plugin else "",
+                pooler=pooling_args.pooler_config(args),
             )
             for index in range(args.frontends)
         ),

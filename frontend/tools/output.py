@@ -1,6 +1,6 @@
 """One output's text as what the client gets: answer, reasoning and tool calls."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from baton.frontend.tools.events import Arguments, CallBegins, Content, Event, Reasoning
 from baton.frontend.tools.parser import ReasoningParser, ToolParser, content
@@ -17,13 +17,8 @@ class CallPart:
     id: str = ""
 
 
-@dataclass(slots=True)
-class Parts:
-    """What a piece of text brings."""
-
-    content: str = ""
-    reasoning: str = ""
-    calls: list[CallPart] = field(default_factory=list)
+Piece = Content | Reasoning | CallPart
+"""What the client gets of a text, in the order in which the model wrote it."""
 
 
 class OutputParser:
@@ -38,44 +33,51 @@ class OutputParser:
         scanner = Scanner()
         self._driver = Driver(scanner, self._parse(scanner))
         self.num_calls = 0
+        self.may_reason = reasoning is not None
+        """What comes next can still be reasoning."""
+        self.has_reasoned = False
 
-    def feed(self, text: str) -> Parts:
+    def feed(self, text: str) -> list[Piece]:
         """What is certain after this text."""
         return self._collect(self._driver.feed(text))
 
-    def finish(self) -> Parts:
+    def finish(self) -> list[Piece]:
         """The rest: no more text comes."""
         return self._collect(self._driver.finish())
 
     def _parse(self, scan: Scanner) -> Finds[None]:
         if self._reasoning is not None:
             yield from self._reasoning.parse(scan)
+            self.may_reason = False
         yield from self._tools.parse(scan) if self._tools is not None else content(scan)
 
-    def _collect(self, events: list[Event]) -> Parts:
-        parts = Parts()
+    def _collect(self, events: list[Event]) -> list[Piece]:
+        pieces: list[Piece] = []
         for event in events:
             match event:
-                case Content(text):
-                    parts.content += text
-                case Reasoning(text):
-                    parts.reasoning += text if self._show_reasoning else ""
+                case Content():
+                    pieces.append(event)
+                case Reasoning():
+                    self.has_reasoned = True
+                    if self._show_reasoning:
+                        pieces.append(event)
                 case CallBegins(name, id):
                     assert self._tools is not None
                     self.num_calls += 1
                     if self._wanted:
-                        parts.calls.append(CallPart(self.num_calls - 1, "", name, id or self._tools.new_id()))
+                        pieces.append(CallPart(self.num_calls - 1, "", name, id or self._tools.new_id()))
                 case Arguments(text):
                     if self._wanted:
-                        self._append(parts.calls, text)
-        return parts
+                        self._append(pieces, text)
+        return pieces
 
     @property
     def _wanted(self) -> bool:
         return not self._one_call or self.num_calls == 1
 
-    def _append(self, calls: list[CallPart], text: str) -> None:
-        if calls and calls[-1].index == self.num_calls - 1:
-            calls[-1].arguments += text
+    def _append(self, pieces: list[Piece], text: str) -> None:
+        last = pieces[-1] if pieces else None
+        if isinstance(last, CallPart) and last.index == self.num_calls - 1:
+            last.arguments += text
         else:
-            calls.append(CallPart(self.num_calls - 1, text))
+            pieces.append(CallPart(self.num_calls - 1, text))

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from baton.proto.config import RpcConfig
 from baton.proto.errors import UserError
-from baton.proto.keys import Keyring, bearer_key
+from baton.proto.keys import Keyring, bearer_key, key_name
 from baton.proto.rpc.schema import schema
 
 log = logging.getLogger(__name__)
@@ -143,13 +143,14 @@ class _RequireKey(grpc.aio.ServerInterceptor):
         self._keys = keys
 
     async def intercept_service(self, continuation: Callable[..., Awaitable[Any]], details: Any) -> Any:
-        if details.method.startswith(HEALTH) or self._may_pass(dict(details.invocation_metadata)):
+        if details.method.startswith(HEALTH):
             return await continuation(details)
-        return grpc.unary_unary_rpc_method_handler(_refuse)
-
-    def _may_pass(self, metadata: dict[str, str | bytes]) -> bool:
-        authorization = str(metadata.get("authorization", "")).encode()
-        return self._keys.name_of(bearer_key(authorization)) is not None
+        authorization = str(dict(details.invocation_metadata).get("authorization", "")).encode()
+        name = self._keys.name_of(bearer_key(authorization))
+        if name is None:
+            return grpc.unary_unary_rpc_method_handler(_refuse)
+        key_name.set(name)
+        return await continuation(details)
 
 
 async def _refuse(_request: bytes, context: Context) -> None:

@@ -15,15 +15,21 @@ KEY = "a-key-of-the-clients"
 
 
 @pytest.fixture(scope="session")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A deployment of SmolLM2 in two pools, with a key."""
-    from served import served
-
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For --api-key-file."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.touch(0o600)
     keys.write_text(f"clients {KEY}\n")
+    return keys
+
+
+@pytest.fixture(scope="session")
+def url(key_file: Path) -> Iterator[str]:
+    """A deployment of SmolLM2 in two pools, with a key."""
+    from served import served
+
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    with served("--api-key-file", str(keys), *tools) as url:
+    with served("--api-key-file", str(key_file), *tools) as url:
         yield url
 
 

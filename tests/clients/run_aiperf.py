@@ -38,7 +38,13 @@ def main() -> None:
         command += ["--endpoint-type", "chat", "--streaming", "--tokenizer", TOKENIZER, "--ui", "none"]
         command += ["--concurrency", str(args.concurrency), "--request-count", str(args.requests)]
         command += ["--isl", str(args.input_tokens), "--osl", str(args.output_tokens), "--random-seed", "1"]
-        command += ["--extra-inputs", "ignore_eos:true", "--output-artifact-dir", f"{directory}/results"]
+        command += [
+            "--use-server-token-count",
+            "--extra-inputs",
+            "ignore_eos:true",
+            "--output-artifact-dir",
+            f"{directory}/results",
+        ]
         run_offline(*command, HF_HOME=f"{directory}/hf", HOME=directory)
         result = json.loads(next(Path(directory, "results").rglob("profile_export_aiperf.json")).read_text())
     asked, made = args.requests * args.output_tokens, result["total_osl"]["avg"]

@@ -23,11 +23,11 @@ MAX_DIFFERENCE = 1e-3
 """Of a log-likelihood: both sides compute in float32, and sum in different orders."""
 
 
-def evaluate(model: str, **model_args: Any) -> dict[str, Any]:
+def evaluate(backend: str, **model_args: Any) -> dict[str, Any]:
     """Results and samples."""
     names = ["baton_facts", "baton_story"]
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    return simple_evaluate(model, model_args, tasks=names, task_manager=manager, device="cpu", bootstrap_iters=0)
+    return simple_evaluate(backend, model_args, tasks=names, task_manager=manager, device="cpu", bootstrap_iters=0)
 
 
 def log_likelihoods(found: dict[str, Any]) -> list[float]:

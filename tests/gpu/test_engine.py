@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 pytest.importorskip("triton")
 
-from support.engine import generate, make_engine, random_prompts
+from support.engine import collect_prompt_logprobs, generate, make_engine, random_prompts
 
 from baton.proto.messages import SamplingParams
 
@@ -37,6 +37,63 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers(model: tuple[Any, 
         for index, row in enumerate(rows):
             assert abs(row.logprob - float(logits[index].log_softmax(-1)[output[index]])) < 1e-3
     assert engine.batcher.pool.num_used == 0
+    engine.close()
+
+
+@pytest.mark.parametrize("budget", [8192, 100])
+def test_prompt_logprobs_and_those_of_chosen_tokens_are_those_of_transformers(
+    model: tuple[Any, Path], budget: int
+) -> None:
+    """Beside others that want none, in chunks and whole."""
+    reference, path = model
+    engine = make_engine(path, max_num_batched_tokens=budget)
+    prompts = random_prompts(20, (2, 5, 40, 150, 600))
+    asked = (7, 900, 5)
+    params = [
+        SamplingParams(max_tokens=5, temperature=0.0, logprobs=0, logprob_token_ids=asked, prompt_logprobs=i % 3 - 1)
+        for i in range(20)
+    ]
+    told = collect_prompt_logprobs(engine, prompts, params)
+    outputs, logprobs = generate(engine, prompts, params)
+    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt + output], device="cuda")).logits[0].float().log_softmax(-1).cpu()
+        for position, row in enumerate(logprobs[index]):
+            at = expected[len(prompt) - 1 + position]
+            assert [id for id, _ in row.top] == list(asked)
+            assert [value for _, value in row.top] == pytest.approx(at[list(asked)].tolist(), abs=1e-3)
+        top = params[index].prompt_logprobs
+        assert (told[index] is None) == (top < 0)
+        for position, row in enumerate(told[index] or ()):
+            at = expected[position]
+            assert row.logprob == pytest.approx(float(at[prompt[position + 1]]), abs=1e-3)
+            assert [value for _, value in row.top] == pytest.approx(at.topk(top).values.tolist(), abs=1e-3)
+    engine.close()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_samples_share_their_prompt_and_keep_to_their_masks(model: tuple[Any, Path], depth: int) -> None:
+    """Blocks that are copied while their owner goes on in them; masks with and without a memory of the output."""
+    _, path = model
+    prompt = [random.randrange(3, 3000) for _ in range(150)]
+    engine = make_engine(path, depth=depth)
+    alone, _ = generate(engine, [prompt], [SamplingParams(max_tokens=30, temperature=0.0)])
+    before = engine.batcher.computed_tokens
+    outputs, _ = generate(engine, [prompt] * 6, [SamplingParams(max_tokens=30, temperature=0.0)] * 6)
+    assert engine.batcher.computed_tokens - before == 150 + 5
+    # The products of another number of rows round differently, so that two near-equal tokens may change places.
+    assert sum(output != alone[0] for output in outputs) <= 1
+    word = tuple(alone[0][4:7])
+    few = tuple(range(100, 120))
+    params = [
+        SamplingParams(max_tokens=30, temperature=0.0, bad_words=(word,)),
+        SamplingParams(max_tokens=30, temperature=1.0, allowed_token_ids=few, bad_words=((100,),), min_tokens=3),
+        SamplingParams(max_tokens=30, temperature=0.0),
+    ]
+    banned, kept, free = generate(engine, [prompt] * 3, params)[0]
+    assert word not in set(zip(banned, banned[1:], banned[2:], strict=False))
+    assert banned[:6] == free[:6]
+    assert set(kept) <= set(few) - {100}
     engine.close()
 
 

@@ -52,5 +52,11 @@ class TestTcp(GpuSuite):
         start_garbage_thread()
 
 
+class TestFarTcp(TestTcp):
+    """Between hosts."""
+
+    kind = "far cuda tcp"
+
+
 class TestGloo(GpuSuite):
     kind = "cuda gloo"

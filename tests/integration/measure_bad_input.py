@@ -98,7 +98,10 @@ async def read_stream(host: str, port: int, tokens: int) -> Figures:
 
 
 async def flood(host: str, port: int, names: list[str]) -> None:
-    """Send bad requests until standard input ends; print how many answers came and the size of the largest."""
+    """Send bad requests until standard input ends.
+
+    Prints a line when it begins, and at the end how many answers came and the size of the largest.
+    """
     stop = asyncio.Event()
     asyncio.get_running_loop().add_reader(0, stop.set)
     sizes: list[int] = []
@@ -108,6 +111,7 @@ async def flood(host: str, port: int, names: list[str]) -> None:
     else:
         work = [_send_slowly(host, port) for _ in range(SLOW_SENDERS)]
     tasks = [asyncio.create_task(each) for each in work]
+    print("begun", flush=True)
     await stop.wait()
     for task in tasks:
         task.cancel()
@@ -143,8 +147,9 @@ async def disturbed(host: str, port: int, names: tuple[str, ...], figures: list[
     """A flood in a process of its own."""
     command = [sys.executable, __file__, "--flood", json.dumps([host, port, names])]
     process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    await process.stdout.readline()
     try:
-        await asyncio.sleep(1.0)  # it has begun
         yield
     finally:
         out, _ = await process.communicate(b"")  # the end of its input

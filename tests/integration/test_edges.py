@@ -114,6 +114,24 @@ def _written(path: Path, text: str) -> Path:
     return path
 
 
+def test_tokens_are_counted_for_each_key(locked: Deployment) -> None:
+    before = httpx.get(f"{locked.url}/metrics", headers=bearer("first-secret")).text
+    asks = {"prompt": [1, 2, 3], "max_tokens": 2, "ignore_eos": True}
+    headers = {**bearer("search-secret"), "x-baton-ledger": "1"}
+    answer = locked.client.post("/v1/completions", json=asks, headers=headers).json()
+    assert answer["baton_ledger"]["client"] == "search"
+    wanted = {"prompt": 3.0, "output": 2.0}
+
+    def counted(text: str) -> dict[str, float]:
+        series = re.findall(r'baton_client_tokens_total{client="search",kind="(\w+)"} (\S+)', text)
+        return {kind: float(value) for kind, value in series}
+
+    assert counted(before) == {}
+    deadline = time.monotonic() + DEADLINE_S
+    while counted(httpx.get(f"{locked.url}/metrics", headers=bearer("first-secret")).text) != wanted:
+        assert time.monotonic() < deadline
+
+
 # Web pages
 
 
@@ -145,6 +163,9 @@ def test_request_ids_come_back_as_far_as_they_are_harmless(locked: Deployment) -
     for given, told in (("abc-123", "abc-123"), ('a"\\b{c}', "abc"), ("x" * 500, "x" * 128)):
         for path in ("/health", "/nothing"):
             assert locked.client.get(path, headers={"X-Request-Id": given}).headers["x-request-id"] == told
+    headers = {**bearer("first-secret"), "X-Request-Id": "mine"}
+    answer = locked.client.post("/v1/completions", json={"prompt": "one", "max_tokens": 1}, headers=headers)
+    assert answer.json()["id"] == "cmpl-mine"
     first, second = (locked.client.get("/health").headers["x-request-id"] for _ in range(2))
     assert first != second
 

@@ -214,7 +214,7 @@ def test_errors_of_http_come_in_the_same_envelope(served: Deployment, method: st
         ({"max_tokens": 3000}, 400, "maximum context length"),
         ({"prompt": "word " * 5000}, 400, "maximum context length"),
         ({"prompt": None}, 400, "prompt"),
-        ({"echo": True}, 400, "not supported"),
+        ({"suffix": "x"}, 400, "not supported"),
         ({"stream_options": {"include_usage": True}}, 400, "stream"),
     ],
 )

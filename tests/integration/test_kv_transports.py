@@ -1,16 +1,19 @@
 """Every transport that runs without a GPU, held to the same suite."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.kv_side import LAYOUT, NUM_BLOCKS, Side
-from support.transport_suite import TransportSuite, start_garbage_thread
+from support.transport_suite import MANY, TransportSuite, start_garbage_thread
+from support.worker_bench import BLOCK, Bench, to_scheduler, tokens
 
+from baton.kv_transfer.contract import Pull
 from baton.kv_transfer.greeting import Greeting
 from baton.kv_transfer.movers import runs
 from baton.kv_transfer.source import PeerSource
 from baton.kv_transfer.transports import open_transports
-from baton.proto.messages import Peer
+from baton.proto.messages import Peer, PrefillDone
 from baton.proto.network import Network
 from baton.worker.kv_pool import HostPool
 
@@ -34,6 +37,60 @@ class TestFarTcp(TestTcp):
 
 class TestGloo(TransportSuite):
     kind = "gloo"
+
+
+class TestLocal:
+    """Both legs on one worker: a lease's blocks become the stream's, and no byte moves."""
+
+    @pytest.fixture
+    def worker(self) -> Iterator[Bench]:
+        worker = Bench("unified-0", num_blocks=NUM_BLOCKS, budget=4096)
+        yield worker
+        assert worker.batcher.pool.num_used == 0
+
+    def prefill(self, worker: Bench, n: int, prompt: list[int]) -> PrefillDone:
+        worker.prefill(n, prompt, hand_over=True)
+        (done,) = to_scheduler(worker.run(), PrefillDone)
+        assert isinstance(done, PrefillDone)
+        return done
+
+    def test_the_same_blocks_go_on_and_none_is_pulled(self, worker: Bench) -> None:
+        done = self.prefill(worker, 1, list(range(5 * BLOCK)))
+        before = worker.batcher.pool.num_used
+        out = worker.decode(worker, done)
+        assert worker.batcher.pool.num_used == before
+        out += worker.run()
+        assert not [effect for effect in out if isinstance(effect, Pull)]
+        assert tokens(out, 1)[: len(done.first_rows.tokens)] == list(done.first_rows.tokens)
+
+    def test_a_shared_beginning_is_held_once(self, worker: Bench) -> None:
+        first = self.prefill(worker, 1, list(range(5 * BLOCK)))
+        second = self.prefill(worker, 2, list(range(6 * BLOCK)))
+        assert second.blocks[:4] == first.blocks[:4]
+        for done in (first, second):
+            worker.decode(worker, done)
+        assert len(tokens(worker.run(), 2)) >= 1
+
+    @pytest.mark.parametrize("moment", ["before", "after"])
+    def test_a_lease_that_is_gone_is_not_taken_over(self, worker: Bench, moment: str) -> None:
+        done = self.prefill(worker, 1, list(range(5 * BLOCK)))
+        if moment == "before":
+            worker.now += 60.0
+            worker.batcher.tick(worker.now)
+            worker.take()
+        else:  # consumed: a second leg of the same attempt is a duplicate
+            worker.decode(worker, done)
+            worker.run()
+        out = worker.decode(worker, done) + worker.run()
+        assert not tokens(out, 1)
+
+    def test_many_handoffs_in_flight(self, worker: Bench) -> None:
+        leases = [self.prefill(worker, n, list(range(32 * n, 32 * n + 20))) for n in range(MANY)]
+        assert worker.batcher.pool.num_used == 2 * MANY
+        out = [effect for done in leases for effect in worker.decode(worker, done)]
+        assert worker.batcher.pool.num_used == 2 * MANY
+        out += worker.run(limit=10 * MANY)
+        assert all(len(tokens(out, n)) == 4 for n in range(MANY))
 
 
 def test_a_transport_that_fails_to_open_gives_way_to_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

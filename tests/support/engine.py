@@ -67,3 +67,20 @@ def generate(engine: Engine, prompts: list[list[int]], params: list[SamplingPara
 def preemptions(engine: Engine) -> int:
     """How many streams had to give way so far."""
     return engine.batcher.load(with_holdings=False).preemptions
+
+
+def collect_prompt_logprobs(
+    engine: Engine, prompts: list[list[int]], params: list[SamplingParams]
+) -> list[list[TokenLogprobs] | None]:
+    """Of each prompt whose parameters ask for them, from its second token on."""
+    told: list[list[TokenLogprobs] | None] = [None] * len(prompts)
+    base = random.randrange(2**40)
+    for index, (prompt, wishes) in enumerate(zip(prompts, params, strict=True)):
+        engine.add((base, index), wishes, prompt)
+    finished = 0
+    while finished < len(prompts):
+        for row in engine.step():
+            if row.prompt_logprobs is not None:
+                told[row.sid[1]] = row.prompt_logprobs.entries()
+            finished += row.finish is not None
+    return told

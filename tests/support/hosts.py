@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces joined by a cable, and for what runs there everything else that differs.
+"""Two hosts on one machine: network namespaces joined by a cable, and what else differs between hosts.
 
 A process on a `Host` sees its own network, its own process ids, its own /dev/shm (where its run directories are, so
 that no Unix socket is in reach of the other host), its own host name, and a CLOCK_MONOTONIC of its own.

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import select
+import signal
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -119,6 +120,11 @@ class Child:
         """Its pool's content."""
         self._pipe.send(("blocks",))
         return torch.from_numpy(self._pipe.recv())
+
+    def stop(self) -> None:
+        """With SIGSTOP: it is there, and does nothing."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
         """With SIGKILL."""

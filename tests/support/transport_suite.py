@@ -49,12 +49,14 @@ class TransportSuite:
         self.warm_up()
         if self.kind.startswith("far "):
             create_key(tmp_path)
-        descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+        descriptors, threads, pools = len(os.listdir("/proc/self/fd")), threading.active_count(), pools_mapped()
         side = Side(self.kind, tmp_path, "decode-0", 22)
         yield side
         side.close()
         assert len(os.listdir("/proc/self/fd")) == descriptors
         assert threading.active_count() == threads
+        assert pools_mapped() == pools
+        assert not [path for path in tmp_path.iterdir() if path.is_socket() and str(os.getpid()) in path.name]
 
     def warm_up(self) -> None:
         """What a process opens once and keeps, so that it is not taken for a leak."""
@@ -136,6 +138,23 @@ class TransportSuite:
 
     # ----------------------------------------------------------------------------------------------------- deaths
 
+    def test_an_owner_killed_before_it_was_ever_reached(self, reader: Side, owner: Child) -> None:
+        owner.kill()
+        done = reader.pull(owner.peer, [0], [0])
+        assert not done.ok
+        assert "prefill-0" in done.reason
+
+    def test_a_stopped_owner_holds_up_no_other(self, reader: Side, owner: Child, child: Callable[..., Child]) -> None:
+        other = child("prefill-1", 12)
+        owner.stop()
+        reader.start(1, owner.peer, (0,), (0,))
+        reader.start(2, other.peer, (0,), (1,))
+        (done,) = reader.wait()
+        assert (done.transfer, done.ok) == (2, True)
+        owner.kill()
+        (done,) = reader.wait()
+        assert (done.transfer, done.ok) == (1, False)
+
     def test_an_owner_killed_before_the_pull(self, reader: Side, owner: Child, child: Callable[..., Child]) -> None:
         assert reader.pull(owner.peer, [1], [1]).ok
         owner.kill()
@@ -183,6 +202,23 @@ class TransportSuite:
         assert again.done().ok
         assert torch.equal(again.blocks()[8], content(22)[7])
 
+    def test_an_owner_killed_after_the_pull_confirms_nothing(self, reader: Side, owner: Child) -> None:
+        handoff = Handoff(reader, owner.peer)
+        handoff.begin(1, length=20 * BLOCK)
+        handoff.owner_is_gone = True
+        ended = handoff.finish()
+        assert [message.retry for message in ended] == ["prefill-0, which has its KV, does not answer"]
+        assert handoff.decode.batcher.pool.num_used == 0
+
+    def test_a_reader_killed_after_its_pull_leaves_the_owner_its_blocks(self, reader: Side, owner: Child) -> None:
+        handoff = Handoff(reader, owner.peer)
+        handoff.begin(1, length=20 * BLOCK)
+        for done in reader.wait():
+            assert done.ok  # and nobody is left to confirm it
+        assert handoff.prefill.batcher.pool.num_used == 20
+        handoff.expire()
+        assert handoff.prefill.batcher.pool.num_used == 0
+
     # ----------------------------------------------------------------------------------------------------- leases
 
     def test_a_handoff_moves_only_what_the_reader_lacks(self, reader: Side, owner: Child) -> None:
@@ -209,6 +245,22 @@ class TransportSuite:
         assert pool.num_used == 0
         assert handoff.prefill.batcher.pool.num_used == 0
 
+    def test_many_handoffs_in_flight_each_get_their_own_blocks(self, reader: Side, owner: Child) -> None:
+        handoff = Handoff(reader, owner.peer)
+        moved = [handoff.begin(n, length=2 * BLOCK, first_token=2 * BLOCK * n) for n in range(MANY)]
+        assert moved == [2] * MANY
+        assert handoff.decode.batcher.pool.num_used == 2 * MANY
+        source = [block for pull in handoff.pulls for block in pull.source]
+        target = [block for pull in handoff.pulls for block in pull.target]
+        assert handoff.finish() == []
+        assert torch.equal(reader.blocks()[target], content(owner.peer.incarnation)[source])
+        assert handoff.prefill.batcher.pool.num_used == handoff.decode.batcher.pool.num_used == 0
+
+
+def pools_mapped() -> int:
+    """Memory files of workers that this process maps."""
+    return Path("/proc/self/maps").read_text().count("memfd:baton-kv")
+
 
 def start_garbage_thread() -> None:
     """pyzmq has one for buffers that it sends without copying; it starts with the first and stays."""
@@ -227,21 +279,26 @@ class Handoff:
         self.prefill = Bench("prefill-0", owner.incarnation, num_blocks=NUM_BLOCKS, budget=4096)
         self.prefill.me = self.prefill.batcher.me = owner
         self.decode = Bench("decode-0", reader.peer.incarnation, num_blocks=NUM_BLOCKS, budget=4096)
+        self.pulls: list[Pull] = []
+        """All that were begun."""
+        self.owner_is_gone = False
+        """Nothing that is said to it arrives any more."""
         self._transfers = 0
         self._out: list[effects.Effect] = []
         self._gone = ""
 
-    def begin(self, n: int, length: int, gone: str = "") -> int:
+    def begin(self, n: int, length: int, gone: str = "", first_token: int = 0) -> int:
         """Prefill and start the decode leg; how many blocks are being pulled."""
         self._gone = gone
-        self.prefill.prefill(n, list(range(length)), hand_over=True)
+        self.prefill.now = self.decode.now  # however many prompts came before
+        self.prefill.prefill(n, list(range(first_token, first_token + length)), hand_over=True)
         (done,) = to_scheduler(self.prefill.run(), PrefillDone)
         assert isinstance(done, PrefillDone)
         if gone == "before":
-            self._expire()
+            self.expire()
         moved = self._carry(self.decode.decode(self.prefill, done))
         if gone == "during":
-            self._expire()
+            self.expire()
             self._carry(self._ask_again())
         return moved
 
@@ -252,12 +309,15 @@ class Handoff:
                 assert done.ok, done.reason
                 self._transfers -= 1
                 if self._gone == "after" and not self._transfers:
-                    self._expire()
+                    self.expire()
                 self._carry(self.decode.handle(done))
-        self._carry(self.decode.run())
+        if self.owner_is_gone:
+            self.decode.now += 60.0
+            self.decode.batcher.tick(self.decode.now)
+        self._carry(self.decode.run(limit=10 * MANY))
         return [message for message in to_scheduler(self._out, Ended) if isinstance(message, Ended) and message.retry]
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
         """The owner's lease runs out."""
         self.prefill.now += 60.0
         self.prefill.batcher.tick(self.prefill.now)
@@ -276,12 +336,13 @@ class Handoff:
             effect = queue.pop(0)
             match effect:
                 case effects.ToOwner():
-                    queue += self.prefill.handle(effect.message)
+                    queue += [] if self.owner_is_gone else self.prefill.handle(effect.message)
                 case effects.ToHolder():
                     queue += self.decode.handle(effect.message)
                 case Pull():
                     moved += len(effect.source)
                     self._transfers += 1
+                    self.pulls.append(effect)
                     self.reader.sink.start(effect)
                 case _:
                     self._out.append(effect)

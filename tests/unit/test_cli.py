@@ -95,6 +95,9 @@ def test_grpc_is_off_unless_a_port_is_given_and_shares_the_keys() -> None:
     assert (inference.host, inference.api_keys, inference.shares_port) == ("127.0.0.1", ("k",), True)
     assert inference.port > 0
     assert admin == RpcConfig()
+    words = ("--grpc-port", "0", "--admin-port", "0", "--api-key-file", "/keys")
+    for config in rpc_args.configs(parse("demo", *words), serve.claim_port):
+        assert (config.api_keys, config.api_key_file) == ((), "/keys")
 
 
 def test_plaintext_beyond_loopback_is_possible_on_request() -> None:

@@ -193,3 +193,39 @@ def test_a_grammar_that_does_not_compile_is_told_to_the_loop(compiler: GrammarCo
         answers |= {answer.grammar: answer.error for answer in compiler.completed()}
     assert "regex" in answers[grammar_of("(")]
     assert answers[grammar_of("a")] == ""
+
+
+def test_allowed_token_ids_are_the_only_ones_and_bad_words_are_taken_out(constraints: Constraints) -> None:
+    a, b, c = (PIECES.index(letter) for letter in "abc")
+    take(constraints, 0, SamplingParams(max_tokens=9, allowed_token_ids=(a, b, c), bad_words=((b,),)), [])
+    assert allowed(constraints, 0, []) == {a, c}
+    take(constraints, 0, SamplingParams(max_tokens=9, bad_words=((b,),)), [])
+    assert allowed(constraints, 0, []) == set(range(VOCAB)) - {b}
+
+
+def test_the_last_token_of_a_bad_word_is_banned_behind_the_others_only(constraints: Constraints) -> None:
+    a, b, c = (PIECES.index(letter) for letter in "abc")
+    given = SamplingParams(max_tokens=9, bad_words=((a, b, c), (b, a)))
+    take(constraints, 0, given, [])
+    output: list[int] = []
+    for token, banned in ((a, set()), (b, {c, a}), (b, {a}), (c, set())):
+        output.append(token)
+        expected = set(range(VOCAB)) - banned
+        assert allowed(constraints, 0, output) == expected
+        take(constraints, 1, given, output)
+        assert allowed(constraints, 1, output) == expected, "replayed"
+
+
+def test_a_mask_without_a_memory_needs_no_tokens(constraints: Constraints) -> None:
+    """Steps issued ahead bring no tokens: the device has them."""
+    take(constraints, 0, SamplingParams(max_tokens=9, allowed_token_ids=(1,)), [])
+    masks = masks_of(constraints, [Row(0, 9, 1, [], True, [], True, 5)])
+    assert np.flatnonzero(masks.allowed(VOCAB)[0]).tolist() == [1]
+
+
+def test_within_a_grammar_too_only_allowed_tokens_are_drawn(constraints: Constraints) -> None:
+    a, b = PIECES.index("a"), PIECES.index("b")
+    take(constraints, 0, params("[ab]c", allowed_token_ids=(a, b, EOS), bad_words=((b,),)), [])
+    assert allowed(constraints, 0, []) == {a}
+    masks = masks_of(constraints, [decode_row(0, [a])])
+    assert "no token to go on with" in masks.failed[0]

@@ -9,6 +9,7 @@ from baton.frontend.instructions import Deliver, Finished, Instruction, SendToSc
 from baton.frontend.streams import Limits, Streams
 from baton.proto.hashing import hash_chain, pack_hashes
 from baton.proto.lifecycle import Outcome, RejectCode
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import (
     Accepted,
     Cancelled,
@@ -51,8 +52,10 @@ class Frontend:
         self.said += instructions
         return instructions
 
-    def submit(self, max_tokens: int = 100, *, timeout_s: float = 0.0, accepted: bool = True) -> Sid:
-        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=(2,))
+    def submit(
+        self, max_tokens: int = 100, *, timeout_s: float = 0.0, accepted: bool = True, prompt_logprobs: int = -1
+    ) -> Sid:
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=(2,), prompt_logprobs=prompt_logprobs)
         sid, said = self.streams.submit(PROMPT, params, self.now, timeout_s=timeout_s)
         self.do(said)
         if accepted:
@@ -75,6 +78,7 @@ class Frontend:
         reason: str = "length",
         ledger: Ledger | None = None,
         logprobs: tuple[TokenLogprobs, ...] = (),
+        prompt_logprobs: bytes | None = None,
     ) -> list[Instruction]:
         """One row in a batch of its own; `skip` batches before it were lost."""
         seq = self.seq[worker] = self.seq.get(worker, 0) + 1 + skip
@@ -89,8 +93,10 @@ class Frontend:
             finish={0: Finish(reason, final, "broken" if reason == "error" else "")} if final else {},
             ledgers={0: ledger} if ledger else {},
             logprobs={0: logprobs} if logprobs else {},
+            prompt_logprobs={} if prompt_logprobs is None else {0: 0},
         )
-        return self.do(self.streams.on_token_batch(batch, self.now))
+        frames = () if prompt_logprobs is None else (prompt_logprobs,)
+        return self.do(self.streams.on_token_batch(batch, self.now, frames))
 
     def beat(self, worker: tuple[str, int], seq: int) -> list[Instruction]:
         return self.do(self.streams.on_token_batch(TokenBatch(*worker, seq), self.now))
@@ -447,6 +453,37 @@ def test_a_batch_whose_columns_disagree_is_refused(frontend: Frontend) -> None:
         frontend.streams.on_token_batch(TokenBatch(*DECODE, 1, (sid[1],), (1,), (0,), (2,), (5,)), 0.0)
 
 
+def test_no_row_counts_before_the_prompts_logprobs_are_here(frontend: Frontend) -> None:
+    """They come with the prefill leg's row alone, and the decode leg's may be faster."""
+    sid = frontend.submit(prompt_logprobs=0)
+    assert frontend.row(sid, 0, [10, 11]) == []
+    (delivered,) = frontend.row(sid, 0, [10], worker=PREFILL, prompt_logprobs=b"told")
+    assert isinstance(delivered, Deliver)
+    assert (delivered.tokens, delivered.prompt_logprobs) == ((10, 11), PromptLogprobs(0, b"told"))
+    (later,) = frontend.row(sid, 2, [12], final=3)[:1]
+    assert isinstance(later, Deliver)
+    assert later.prompt_logprobs is None
+
+
+def test_lost_prompt_logprobs_are_computed_again_and_told_ones_are_not(frontend: Frontend) -> None:
+    sid = frontend.submit(prompt_logprobs=0)
+    frontend.row(sid, 0, [10, 11])
+    (again,) = sent(frontend.sleep(LIMITS.gap_timeout_s + 0.01), Submit)
+    assert (again.attempt, again.params.prompt_logprobs) == (2, 0)
+    frontend.row(sid, 0, [20], attempt=2, worker=PREFILL, prompt_logprobs=b"told")
+    frontend.message(Retry(sid, 2, "died"))
+    (third,) = sent(frontend.said, Submit)[2:]
+    assert (third.attempt, third.params.prompt_logprobs) == (3, -1)
+    assert frontend.text(sid) == [20]
+
+
+def test_an_error_reaches_a_client_that_waits_for_prompt_logprobs(frontend: Frontend) -> None:
+    sid = frontend.submit(prompt_logprobs=0)
+    finish = TokenBatch(*PREFILL, 1, (sid[1],), (1,), (0,), (0,), (), finish={0: Finish("error", 0, "broken")})
+    frontend.do(frontend.streams.on_token_batch(finish, 0.0))
+    assert [end.message for end in frontend.ends(sid)] == ["broken"]
+
+
 AttemptRow = tuple[int, list[int], int]
 """Position, tokens, and the stream's final length on the last row."""
 
@@ -499,3 +536,63 @@ def test_text_is_never_spliced_under_loss_reorder_and_duplication(seed: int) -> 
     (end,) = frontend.ends(sid)
     assert end.outcome is Outcome.LENGTH
     assert frontend.text(sid) == expected
+
+
+def vector_batch(sid: Sid, vector: bytes, *, attempt: int = 1, seq: int = 1) -> TokenBatch:
+    finish = {0: Finish("stop", 0)}
+    return TokenBatch(
+        *PREFILL, seq, (sid[1],), (attempt,), (0,), (0,), (), finish=finish, vectors=(0,) if vector else ()
+    )
+
+
+def pooled(frontend: Frontend) -> Sid:
+    """A stream that wants a vector."""
+    sid, said = frontend.streams.submit(PROMPT, SamplingParams(max_tokens=0, pooling="LAST"), frontend.now)
+    frontend.do(said)
+    frontend.message(Accepted(sid, 1))
+    return sid
+
+
+def test_a_vector_comes_with_the_end_of_a_stream_without_tokens(frontend: Frontend) -> None:
+    sid = pooled(frontend)
+    said = frontend.do(frontend.streams.on_token_batch(vector_batch(sid, b"\1" * 8), 0.0, (b"\1" * 8,)))
+    [end] = frontend.ends(sid)
+    assert (end.outcome, end.output_tokens, end.vector) == (Outcome.STOP, 0, b"\1" * 8)
+    assert [close.output_tokens for close in sent(said, Close)] == [0]
+    assert frontend.text(sid) == []
+
+
+def test_vectors_of_several_streams_share_a_frame(frontend: Frontend) -> None:
+    sids = [pooled(frontend) for _ in range(3)]
+    batch = TokenBatch(
+        *PREFILL,
+        1,
+        tuple(sid[1] for sid in sids),
+        (1, 1, 1),
+        (0, 0, 0),
+        (0, 0, 0),
+        (),
+        finish={row: Finish("stop", 0) for row in range(3)},
+        vectors=(2, 0, 1),
+    )
+    frontend.do(frontend.streams.on_token_batch(batch, 0.0, (memoryview(b"aaaabbbbcccc"),)))
+    assert [frontend.ends(sid)[0].vector for sid in sids] == [b"bbbb", b"cccc", b"aaaa"]
+
+
+@pytest.mark.parametrize("frames", [(), (b"",), (b"abc",), (b"abcd", b"abcd")])
+def test_vectors_that_do_not_fit_their_frame_are_refused(frontend: Frontend, frames: tuple[bytes, ...]) -> None:
+    sid = pooled(frontend)
+    with pytest.raises(ValueError, match="prefill-0"):
+        frontend.streams.on_token_batch(vector_batch(sid, b"abcd"), 0.0, frames)
+    assert frontend.ends(sid) == []
+
+
+def test_a_lost_vector_is_asked_for_again(frontend: Frontend) -> None:
+    """Nothing that was accepted implies that the stream is complete, although it wants no tokens."""
+    sid = pooled(frontend)
+    frontend.message(Retry(sid, 1, "prefill-0 died"))
+    assert sent(frontend.said, Submit)[-1].attempt == 2
+    frontend.do(frontend.streams.on_token_batch(vector_batch(sid, b"old!"), 0.0, (b"old!",)))
+    assert frontend.ends(sid) == []
+    frontend.do(frontend.streams.on_token_batch(vector_batch(sid, b"new!", attempt=2, seq=2), 0.0, (b"new!",)))
+    assert [end.vector for end in frontend.ends(sid)] == [b"new!"]

@@ -112,6 +112,24 @@ class Impostor:
         socket.curve_serverkey = self._server
 
 
+def test_a_peer_that_comes_again_is_heard_although_its_old_connection_is_still_there(network: Network) -> None:
+    """As when a cable was out for seconds, and one side has noticed before the other."""
+    router: Router = Router(network, network.anywhere(), CloseAck)
+    connections: list[Dealer] = []
+    try:
+        for number in range(2):
+            connections.append(Dealer(network, router.address, b"decode-0:1", CloseAck))
+            connections[-1].send(CloseAck((1, number)))
+            assert router.socket.poll(ANSWER_MS)
+            assert [message.sid for _, message, _ in router.drain()] == [(1, number)]
+        assert router.send(b"decode-0:1", CloseAck((1, 2)))
+        assert connections[-1].socket.poll(ANSWER_MS)
+    finally:
+        for connection in connections:
+            connection.close(0)
+        router.close(0)
+
+
 def test_the_holder_of_the_key_is_told_nothing_against_it(network: Network, key: ClusterKey) -> None:
     router: Router = Router(network, network.anywhere(), CloseAck)
     there = Network("", key)

@@ -71,7 +71,10 @@ def declared(file: FileDescriptorProto) -> Iterator[tuple[str, tuple[int, ...]]]
 
 
 IN_THE_REQUEST = {"model", "prompt", "priority", "add_special_tokens"}
-HTTP_ALONE = {"stream", "stream_options", "user", "response_format"}
+HTTP_ALONE = {
+    *("stream", "stream_options", "user", "response_format", "echo", "return_tokens_as_token_ids", "best_of"),
+    "request_id",
+}
 """How an answer is written down, and older ways to say structured_outputs, as are all that begin with guided_."""
 
 

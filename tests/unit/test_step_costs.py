@@ -84,7 +84,7 @@ def test_one_long_prompt_keeps_to_the_target() -> None:
     assert plan is not None
     assert [row.num_tokens for row in plan.rows] == [1, 511]
     bench.prefill(3, list(range(1500)), max_tokens=20)
-    bench.prefill(4, list(range(1500)), max_tokens=20)
+    bench.prefill(4, list(range(1, 1501)), max_tokens=20)
     bench.finish()
     plan = bench.launch()
     assert plan is not None

@@ -25,6 +25,7 @@ from baton.frontend.model_info import ModelInfo, SamplingDefaults
 from baton.frontend.structured.constraint import schema_constraint
 from baton.frontend.structured.grammars import Grammars
 from baton.frontend.tokenizer import Tokenizer
+from baton.frontend.tools.events import Content, Reasoning
 from baton.frontend.tools.plan import OutputPlan, ToolServing
 from baton.proto.config import FrontendConfig, ModelConfig
 from baton.proto.grammar import grammar_tokenizer, new_matcher
@@ -155,10 +156,10 @@ def test_reasoning_may_stand_before_a_constrained_answer(
     grammar = grammars.make(schema_constraint({"type": "integer"}, "p"), server.before_answer(plan))
     assert matches(grammar, TOKENIZER.encode(f"{thought}12"))
     assert not matches(grammar, TOKENIZER.encode(f"{thought}x"))
-    parts = plan.new_parser()
-    found = [parts.feed(f"{thought}12"), parts.finish()]
-    assert "".join(part.content for part in found).strip() == "12"
-    assert "".join(part.reasoning for part in found) == ("hm" if thought else "")
+    parser = plan.new_parser()
+    pieces = [*parser.feed(f"{thought}12"), *parser.finish()]
+    assert "".join(piece.text for piece in pieces if isinstance(piece, Content)).strip() == "12"
+    assert "".join(piece.text for piece in pieces if isinstance(piece, Reasoning)) == ("hm" if thought else "")
 
 
 @pytest.mark.parametrize("flags", [{}, {"tool_call_parser": "hermes"}, {"enable_auto_tool_choice": True}])
@@ -255,6 +256,52 @@ def test_reasoning_can_be_left_out() -> None:
     found, _ = answer("<think>hm</think>yes", plan)
     assert "reasoning" not in found["message"]
     assert found["message"]["content"] == "yes"
+
+
+def reasoning_choice(**fields: Any) -> Choice:
+    request, raw = chat(**fields)
+    plan = serving(reasoning_parser="qwen3").plan(request, (), np.zeros(0, dtype=np.int32))
+    wishes = read_wishes(request, INFO, 5)
+    return Choice(0, PROMPTS.of_chat(request, raw), wishes.sampling, wishes, TOKENIZER, plan)
+
+
+def fed(choice: Choice, text: str, step: int) -> Delta:
+    """All deltas of an output that comes `step` tokens at a time; its end comes with the last of them."""
+    whole, ids = Delta(), TOKENIZER.encode(text)
+    for start in range(0, len(ids), step):
+        end = Finished((0, 0), Outcome.STOP, Ledger(cached_tokens=1), len(ids)) if start + step >= len(ids) else None
+        delta = choice.take(Output(ids[start : start + step], [], end), _Reader())
+        whole.extend(delta)
+        if delta.finish_reason is not None:
+            break
+    return whole
+
+
+@pytest.mark.parametrize("step", [1, 5, 1000])
+def test_tokens_up_to_the_end_of_the_reasoning_are_counted(step: int) -> None:
+    choice = reasoning_choice()
+    delta = fed(choice, "<think>hm</think>yes", step)
+    assert (delta.reasoning, delta.text, choice.num_tokens) == ("hm", "yes", 20)
+    assert choice.reasoning_tokens == len("<think>hm</think>")
+    silent = reasoning_choice()
+    fed(silent, "yes", step)
+    assert silent.reasoning_tokens == 0
+    endless = reasoning_choice()
+    fed(endless, "<think>hm", step)
+    assert endless.reasoning_tokens == 9
+
+
+@pytest.mark.parametrize("before", [0, 3, 11])
+def test_a_stop_string_in_the_reasoning_ends_the_answer_there(before: int) -> None:
+    """Also when the stream's own end has come with the same tokens."""
+    choice = reasoning_choice(stop="ST")
+    ids = TOKENIZER.encode("<think>hm STOP yes")
+    whole = choice.take(Output(ids[:before]), _Reader())
+    whole.extend(
+        choice.take(Output(ids[before:], [], Finished((0, 0), Outcome.STOP, Ledger(cached_tokens=1), 18)), _Reader())
+    )
+    assert (whole.reasoning, whole.text, whole.finish_reason, whole.stop_reason) == ("hm ", "", "stop", "ST")
+    assert (choice.num_tokens, choice.ledger.cached_tokens) == (len("<think>hm ST"), 1)
 
 
 def test_a_plug_in_is_named_by_the_flag(tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import logging
 import time
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from baton.kernels.cuda import attention, work
+from baton.kernels.cuda.copy import copy_blocks
 from baton.kernels.cuda.fa3_attention import Sequences
 from baton.kernels.cuda.ops import AttentionWork, CudaOps, DeviceLists
 from baton.proto.config import WorkerConfig
@@ -22,12 +24,13 @@ from baton.worker.batch import Batch
 from baton.worker.constraints import Constraints, Masks
 from baton.worker.cuda.graphs import Size, StepGraphs, decode_sizes, mixed_sizes
 from baton.worker.cuda.rows import Rows
-from baton.worker.cuda.sampler import CudaSampler, DeviceLogprobs
+from baton.worker.cuda.sampler import CudaSampler, DeviceLogprobs, DevicePromptLogprobs, to_host
 from baton.worker.cuda.slots import DeviceSlots
 from baton.worker.cuda.step_buffer import StepBuffer, StepInputs, StepLayout
 from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.loaded_model import LoadedModel
 from baton.worker.plan import StepPlan, StepResult
+from baton.worker.pooler import PooledRows, Pooler, to_rows
 from baton.worker.weights.placement import SharedMemory
 
 log = logging.getLogger(__name__)
@@ -47,12 +50,15 @@ class Pending:
         plan: StepPlan,
         tokens: torch.Tensor,
         logprobs: list[DeviceLogprobs],
+        prompt_logprobs: list[DevicePromptLogprobs],
         failed: dict[int, str],
         started_s: float,
+        vectors: tuple[PooledRows, torch.Tensor] | None,
     ) -> None:
         self.plan = plan
         self.failed, self.started_s = failed, started_s
-        self._tokens, self._logprobs = tokens, logprobs
+        self._vectors = vectors
+        self._tokens, self._logprobs, self._prompt_logprobs = tokens, logprobs, prompt_logprobs
         self._event = torch.cuda.Event()
         self._event.record()
 
@@ -66,7 +72,9 @@ class Pending:
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {
             sampling[row]: (value,) for part in self._logprobs for row, value in part.read().items()
         }
-        return StepResult(self.plan.step, tokens, logprobs, self.started_s, now, self.failed)
+        told = {part.row: part.read() for part in self._prompt_logprobs}
+        vectors = to_rows(*self._vectors) if self._vectors is not None else {}
+        return StepResult(self.plan.step, tokens, logprobs, self.started_s, now, self.failed, told, vectors)
 
 
 class CudaRunner:
@@ -90,10 +98,12 @@ class CudaRunner:
         max_blocks = -(-self.max_model_len // self.block_size)
         self._slots = DeviceSlots(self.max_seqs, max_blocks, self.block_size, self.device)
         self._sampler = CudaSampler(self.vocab_size, self.max_seqs, loaded.ops, self.device)
+        self._pooler = Pooler(self.max_seqs, loaded.hidden_size, self.device)
         self.grammars = GrammarCompiler(config.model, self.vocab_size)
         self._constraints = Constraints(self.grammars, self.vocab_size)
         tiles = self.max_tokens + _SPARE_TILES
-        largest = replace(self._layout(self.max_tokens, self.max_seqs, self.max_seqs, tiles), sequences=self.max_seqs)
+        most = self._layout(self.max_tokens, self.max_seqs, self.max_seqs, tiles)
+        largest = replace(most, sequences=self.max_seqs, prompt=self.max_tokens)
         table_words = 2 * (self._slots.tables.numel() + self.max_tokens)
         ring = config.batch.depth + 1
         self._buffer = StepBuffer(largest.words + table_words, ring, self.device)
@@ -141,25 +151,41 @@ class CudaRunner:
         for init in plan.new_slots:
             self._sampler.take(init)
             self._constraints.take_slot(init)
+            self._pooler.take_slot(init)
         building = self._constraints.begin(plan.rows)
         rows = Rows(plan.rows)
         lists = self._plan(rows)
-        size, layout = self._fit(rows, lists)
-        inputs = self._upload(plan, rows, lists, layout)
+        pooled = self._pooler.rows(plan.rows, rows.query_start)
+        wanted = rows.prompt_indices if pooled is None else np.concatenate([rows.prompt_indices, pooled.tokens])
+        size, layout = self._fit(rows, lists, len(wanted))
+        inputs = self._upload(plan, rows, lists, layout, wanted)
+        if plan.copies:
+            self._copy_blocks(plan.copies)
         hidden = self._graphs.replay(size) if size else self._forward(inputs, layout)
         if size is None or size.mixed:
             self._sample(inputs, len(rows.sampling), hidden)
         masks = building.result() if building is not None else None  # built while the device computes hidden
         logprobs = self._resample(rows, inputs, hidden, masks)
-        host = self._host_tokens[plan.step % len(self._host_tokens)][: len(rows.sampling)]
-        host.copy_(self._tokens[: len(host)], non_blocking=True)
+        count = len(rows.sampling)
+        told = self._sampler.prompt_logprobs(plan.rows, hidden[count:], self.model.logits)
+        vectors = None
+        if pooled is not None:
+            vectors = pooled, self._make_vectors(pooled, hidden[count + len(rows.prompt_indices) :])
+        host = self._host_tokens[plan.step % len(self._host_tokens)][:count]
+        host.copy_(self._tokens[:count], non_blocking=True)
         failed = masks.failed_rows(plan.rows) if masks is not None else {}
-        return Pending(plan, host, logprobs, failed, started)
+        return Pending(plan, host, logprobs, told, failed, started, vectors)
 
     def close(self) -> None:
         """End its threads."""
         self._constraints.close()
         self.grammars.close()
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Enqueue (from, to) copies within the pool, by the kernel that takes blocks out of peers' pools."""
+        base, size = self._pool.data_ptr(), self._pool.stride(0) * self._pool.element_size()
+        jobs = torch.tensor([[base + source * size, base + target * size] for source, target in copies])
+        copy_blocks(jobs.pin_memory().to(self.device, non_blocking=True), size)
 
     def _plan(self, rows: Rows) -> tuple[work.Lists, ...]:
         """Attention's lists for each window of the model."""
@@ -173,15 +199,16 @@ class CudaRunner:
             self._ops.splits_decode,
         )
 
-    def _fit(self, rows: Rows, lists: tuple[work.Lists, ...]) -> tuple[Size | None, StepLayout]:
-        """The graph that this step runs in, if any, and how its inputs lie."""
+    def _fit(self, rows: Rows, lists: tuple[work.Lists, ...], wanted: int) -> tuple[Size | None, StepLayout]:
+        """The graph that this step runs in, if any, and how its inputs lie. The hidden states of so many tokens are
+        wanted beside those of the sampled rows."""
         size, tiles = self._graphs.fit(rows.num_tokens, not rows.all_decode), len(lists[0].prefill)
         if size is not None:
             layout = self._layout_of(size)
-            if tiles <= layout.prefill:
+            if tiles <= layout.prefill and len(rows.sampling) + wanted <= layout.samples:
                 return size, layout
         decode_rows = int((rows.lengths == 1).sum()) if self._ops.splits_decode else 0
-        layout = self._layout(rows.num_tokens, len(rows.sampling), decode_rows, tiles)
+        layout = replace(self._layout(rows.num_tokens, len(rows.sampling), decode_rows, tiles), prompt=wanted)
         if tiles and self._ops.takes_sequences:
             layout = replace(layout, sequences=len(rows.slots), longest=int(rows.lengths.max()))
         return None, layout
@@ -198,7 +225,14 @@ class CudaRunner:
             return self._layout(rows, rows, rows, 0)
         return self._layout(size.tokens, rows, rows, -(-size.tokens // self._tile_tokens) + _SPARE_TILES)
 
-    def _upload(self, plan: StepPlan, rows: Rows, lists: tuple[work.Lists, ...], layout: StepLayout) -> StepInputs:
+    def _upload(
+        self,
+        plan: StepPlan,
+        rows: Rows,
+        lists: tuple[work.Lists, ...],
+        layout: StepLayout,
+        wanted: np.ndarray,
+    ) -> StepInputs:
         """Fill the host's words and copy them over, with what changed in the block tables."""
         host = self._buffer.host()
         inputs = StepInputs(layout, host)
@@ -208,8 +242,8 @@ class CudaRunner:
         self._sampler.fill_draws(arrays["draws"][:count], slots, indices)
         arrays["draws"][count:] = 0
         arrays["sample_slots"][:count], arrays["sample_slots"][count:] = slots, self._slots.padding
-        arrays["logits_indices"][:count] = rows.query_start[1:][rows.sampling] - 1
-        arrays["logits_indices"][count:] = 0
+        indices = np.concatenate([rows.query_start[1:][rows.sampling] - 1, wanted])
+        arrays["logits_indices"][: len(indices)], arrays["logits_indices"][len(indices) :] = indices, 0
         arrays["token_ids"][:tokens], arrays["token_ids"][tokens:] = rows.token_ids(plan.rows), 0
         arrays["positions"][:tokens], arrays["positions"][tokens:] = rows.positions, 0
         arrays["token_slots"][:tokens], arrays["token_slots"][tokens:] = rows.slots[rows.sequence], -1
@@ -243,7 +277,8 @@ class CudaRunner:
         return hidden
 
     def _forward(self, inputs: StepInputs, layout: StepLayout) -> torch.Tensor:
-        """Hidden states [layout.samples, hidden] of the rows to sample."""
+        """Hidden states of the rows to sample, and behind them of the prompts' tokens that are wanted beside:
+        [layout.samples + layout.prompt, hidden]."""
         token_ids, slot_mapping = self._slots.prepare(inputs["token_ids"], inputs["positions"], inputs["token_slots"])
         batch = Batch(
             token_ids=token_ids,
@@ -282,6 +317,10 @@ class CudaRunner:
             part = slice(start, min(start + _LOGITS_ROWS, count))
             tokens = self._ops.draw(self.model.logits(hidden[part]), *(c[part] for c in inputs.draw_columns))
             self._slots.store_sampled(tokens, slots[part], self._tokens[part])
+
+    def _make_vectors(self, pooled: PooledRows, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [>= len(pooled.tokens), hidden] -> the vectors that are complete, on their way to the host."""
+        return to_host(self._pooler.pool(pooled, self.model.normed(hidden[: len(pooled.tokens)])))
 
     def _resample(
         self, rows: Rows, inputs: StepInputs, hidden: torch.Tensor, masks: Masks | None

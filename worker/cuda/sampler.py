@@ -1,10 +1,10 @@
-"""Sampling on the device for rows that ask for more than a draw: bias, min_tokens, penalties, grammars and logprobs.
+"""Sampling on the device for rows that ask for more than a draw: bias, min_tokens, penalties, masks and logprobs.
 
 Plain rows are sampled inside the step. For these the logits are computed once more from the hidden states, edited, and
 drawn from; what they depend on (token counts) stays on the device too, so nothing waits for an earlier step's result.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from baton.proto.messages import SamplingParams, TokenLogprobs
 from baton.worker.constraints import Masks
 from baton.worker.cuda.step_buffer import DRAW_FIELDS
 from baton.worker.philox import uniforms
-from baton.worker.plan import SlotInit
-from baton.worker.sampler import Need, SlotParams
+from baton.worker.plan import Row, SlotInit
+from baton.worker.sampler import Need, SlotParams, picked_tokens, prompt_logprobs, reported
 
 ROWS = 128
 """Rows that get more than a draw at a time: their logits are edited in float32 copies of the whole vocabulary."""
@@ -23,7 +23,7 @@ _IN_PROMPT = 1 << 14
 """Bit of a token's count: repetition_penalty counts the prompt, the other penalties do not."""
 _MOST = _IN_PROMPT - 1
 """Where a count stops."""
-_EXTRA = Need.BIAS | Need.MIN_TOKENS | Need.PENALTIES | Need.LOGPROBS | Need.GRAMMAR
+_EXTRA = Need.BIAS | Need.MIN_TOKENS | Need.PENALTIES | Need.LOGPROBS | Need.MASK
 
 
 class DeviceLogprobs:
@@ -32,25 +32,38 @@ class DeviceLogprobs:
     def __init__(
         self,
         rows: list[int],
-        wanted: list[int],
+        given: list[SamplingParams],
         chosen: torch.Tensor,
         ranks: torch.Tensor,
         top: tuple[torch.Tensor, torch.Tensor],
+        picked: torch.Tensor,
     ):
-        self._rows, self._wanted = rows, wanted
-        self._tensors = [_to_host(tensor) for tensor in (chosen, ranks, *top)]
+        self._rows, self._given = rows, given
+        self._tensors = [to_host(tensor) for tensor in (chosen, ranks, *top, picked)]
 
     def read(self) -> dict[int, TokenLogprobs]:
         """By row of the sampled rows; only after the step's event."""
-        chosen, ranks, values, ids = (tensor.tolist() for tensor in self._tensors)
+        chosen, ranks, values, ids, picked = (tensor.tolist() for tensor in self._tensors)
         return {
             row: TokenLogprobs(
                 logprob=chosen[index],
                 rank=ranks[index],
-                top=tuple(zip(ids[index][:count], values[index][:count], strict=True)),
+                top=reported(params, ids[index], values[index], picked[index]),
             )
-            for index, (row, count) in enumerate(zip(self._rows, self._wanted, strict=True))
+            for index, (row, params) in enumerate(zip(self._rows, self._given, strict=True))
         }
+
+
+class DevicePromptLogprobs:
+    """PromptLogprobs.data of one row of the step on its way to the host."""
+
+    def __init__(self, row: int, parts: list[torch.Tensor]) -> None:
+        self.row = row
+        self._parts = [to_host(part) for part in parts]
+
+    def read(self) -> bytes:
+        """Only after the step's event."""
+        return b"".join(part.numpy().tobytes() for part in self._parts)
 
 
 class CudaSampler(SlotParams):
@@ -105,7 +118,7 @@ class CudaSampler(SlotParams):
         """Tokens for the sampled rows `rows`, in place of those that the step drew.
 
         slots and output_indices are of all sampled rows; logits_of maps row indices on the device to logits; masks are
-        of all sampled rows with a grammar. Returns row indices, slots and tokens, int64 [len(rows)] on the device, and
+        of all sampled rows with Need.MASK. Returns row indices, slots and tokens, int64 [len(rows)] on the device, and
         the rows' log-probabilities.
         """
         where = self._upload(rows.astype(np.int64))
@@ -129,7 +142,7 @@ class CudaSampler(SlotParams):
     def _edit(self, logits: torch.Tensor, slots: np.ndarray, needs: np.ndarray, output_indices: np.ndarray) -> None:
         """Bias, min_tokens and penalties, in place."""
         for row in np.flatnonzero(needs & (Need.BIAS | Need.MIN_TOKENS)):
-            params = self._of(slots[row])
+            params = self.of(slots[row])
             if params.logit_bias:
                 biased = self._upload(np.array(list(params.logit_bias), dtype=np.int64))
                 logits[row, biased] += self._upload(np.array(list(params.logit_bias.values()), dtype=np.float32))
@@ -152,7 +165,7 @@ class CudaSampler(SlotParams):
         where = self._upload(rows)
         counts = self._counts[self._upload(slots.astype(np.int64))]
         output = (counts & _MOST).float()
-        given = [self._of(slot) for slot in slots]
+        given = [self.of(slot) for slot in slots]
         repetition, frequency, presence = self._upload(
             np.array([[p.repetition_penalty, p.frequency_penalty, p.presence_penalty] for p in given], dtype=np.float32)
         ).T[:, :, None]
@@ -175,25 +188,47 @@ class CudaSampler(SlotParams):
         self, logits: torch.Tensor, asked: np.ndarray, rows: np.ndarray, slots: np.ndarray, tokens: torch.Tensor
     ) -> DeviceLogprobs:
         """logits [len(asked), vocab], as the model gave them."""
-        wanted = [self._of(slot).logprobs for slot in slots[asked]]
+        given = [self.of(slot) for slot in slots[asked]]
         normaliser = self._ops.logsumexp(logits)[:, None]
         chosen = logits.gather(1, tokens[self._upload(asked)][:, None])
         ranks = (logits > chosen).sum(dim=-1) + 1
-        values, ids = logits.topk(max(wanted), dim=-1)
+        values, ids = logits.topk(max(params.logprobs for params in given), dim=-1)
+        picked = logits.gather(1, self._upload(picked_tokens(given)))
         return DeviceLogprobs(
-            rows[asked].tolist(), wanted, (chosen - normaliser)[:, 0], ranks, (values - normaliser, ids)
+            rows[asked].tolist(),
+            given,
+            (chosen - normaliser)[:, 0],
+            ranks,
+            (values - normaliser, ids),
+            picked - normaliser,
         )
 
-    def _of(self, slot: int) -> SamplingParams:
-        params = self._params[slot]
-        assert params is not None
-        return params
+    def prompt_logprobs(
+        self,
+        rows: Sequence[Row],
+        hidden: torch.Tensor,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
+    ) -> list[DevicePromptLogprobs]:
+        """Of the rows' targets; hidden [targets of all rows, hidden_size]; logits_of maps hidden states to logits."""
+        told, start = [], 0
+        for index, row in enumerate(rows):
+            parts = []
+            for first in range(0, len(row.targets), ROWS):
+                targets = np.array(row.targets[first : first + ROWS], dtype=np.int64)
+                logits = logits_of(hidden[start : start + len(targets)]).float()
+                top = self.of(row.slot).prompt_logprobs
+                parts.append(prompt_logprobs(logits, self._upload(targets), self._ops.logsumexp(logits), top))
+                start += len(targets)
+            if parts:
+                told.append(DevicePromptLogprobs(index, parts))
+        return told
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         """Through pinned memory, which torch keeps until the copy is over: a pageable copy would wait for the GPU."""
         return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Pinned; holds the values once the work enqueued so far is done."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)

@@ -33,6 +33,8 @@ class StepLayout:
     """Sequences of the step where a kernel takes them whole, else 0."""
     longest: int = 0
     """Most tokens of one of them."""
+    prompt: int = 0
+    """Tokens whose hidden states are wanted beside those of the sampled rows, behind them."""
 
     @cached_property
     def sections(self) -> dict[str, tuple[int, int, int]]:
@@ -40,7 +42,7 @@ class StepLayout:
         shapes = {
             "draws": (self.samples, DRAW_FIELDS),
             "sample_slots": (self.samples, 1),
-            "logits_indices": (self.samples, 1),
+            "logits_indices": (self.samples + self.prompt, 1),
             "token_ids": (self.tokens, 1),
             "positions": (self.tokens, 1),
             "token_slots": (self.tokens, 1),
@@ -60,7 +62,7 @@ class StepLayout:
     @property
     def is_decode(self) -> bool:
         """Whether every token is one of a decode row and sampled."""
-        return self.prefill == 0 and self.tokens == self.samples
+        return self.prefill == 0 and self.tokens == self.samples and not self.prompt
 
     @property
     def words(self) -> int:
@@ -72,9 +74,10 @@ class StepLayout:
 class StepInputs:
     """Named parts of a step's words, on the host or on the device.
 
-    draws int32 [samples, DRAW_FIELDS]; sample_slots and logits_indices [samples]; token_ids (negative: the token that
-    the slot sampled last), positions and token_slots (negative: padding) [tokens]; sequences [3, sequences + 1]:
-    query_start, seq_lens and slots; for each window counts [2], decode, parts and prefill as in ops.DeviceLists.
+    draws int32 [samples, DRAW_FIELDS]; sample_slots [samples]; logits_indices [samples + prompt]; token_ids (negative:
+    the token that the slot sampled last), positions and token_slots (negative: padding) [tokens]; sequences
+    [3, sequences + 1]: query_start, seq_lens and slots; for each window counts [2], decode, parts and prefill as in
+    ops.DeviceLists.
     """
 
     def __init__(self, layout: StepLayout, words: torch.Tensor) -> None:

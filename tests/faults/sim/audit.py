@@ -7,6 +7,7 @@ import numpy as np
 from baton.keeper.shares import Shares
 from baton.scheduler_proc.cluster import Cluster
 from baton.worker.batcher import Batcher
+from baton.worker.request import Request
 
 
 def audit_blocks(batcher: Batcher) -> None:
@@ -29,8 +30,15 @@ def audit_blocks(batcher: Batcher) -> None:
     lost = set(pool._references) - set(idle) - set(owners)
     assert not lost, f"blocks are neither free nor owned: {lost}"
     assert len(pool._references) == pool.num_blocks, f"{len(pool._references)} blocks instead of {pool.num_blocks}"
-    for block, count in owners.items():
-        assert count == 1 or block in pool._hash, f"block {block} is shared but may still be written"
+    for request in batcher._requests.values():
+        for block in request.blocks[_num_known(request, batcher._block_size) :]:
+            assert owners[block] == 1, f"block {block} is shared but may still be written"
+
+
+def _num_known(request: Request, block_size: int) -> int:
+    """Leading blocks that nobody writes any more: full and settled, or found here by a leg that pulls the rest."""
+    pulls = request.remote is not None and not request.settled
+    return request.remote.hit_blocks if pulls else request.settled // block_size
 
 
 def audit_shares(batchers: list[Batcher]) -> None:

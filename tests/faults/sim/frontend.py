@@ -26,6 +26,8 @@ class Call:
     params: SamplingParams
     reference: Reference
     timeout_s: float = 0.0
+    vector: bytes = b""
+    """What must come, where that is wanted instead of tokens."""
     received: list[int] = field(default_factory=list)
     outcome: Outcome | None = None
     message: str = ""
@@ -74,13 +76,13 @@ class Frontend(Process):
         self._calls.clear()
         self.streams = None
 
-    def submit(self, call: Call) -> Sid | None:
-        """A client asks; None when nobody listens."""
+    def submit(self, call: Call, sibling: Sid | None = None) -> Sid | None:
+        """A client asks, for one more sample of `sibling`'s prompt when given; None when nobody listens."""
         if self.streams is None:
             return None
         self.calls.append(call)
         prompt = np.asarray(call.prompt, dtype=np.int32)
-        sid, out = self.streams.submit(prompt, call.params, self.world.now, timeout_s=call.timeout_s)
+        sid, out = self.streams.submit(prompt, call.params, self.world.now, timeout_s=call.timeout_s, sibling=sibling)
         self._calls[sid] = call
         self._carry_out(out)
         return sid
@@ -100,10 +102,10 @@ class Frontend(Process):
         if self.streams is not None:
             self._carry_out(self.streams.on_message(message, self.world.now))
 
-    def _on_tokens(self, _sender: bytes, message: Message, _frames: tuple[bytes, ...]) -> None:
+    def _on_tokens(self, _sender: bytes, message: Message, frames: tuple[bytes, ...]) -> None:
         assert isinstance(message, TokenBatch)
         if self.streams is not None:
-            self._carry_out(self.streams.on_token_batch(message, self.world.now))
+            self._carry_out(self.streams.on_token_batch(message, self.world.now, frames))
 
     def _carry_out(self, instructions: list[Instruction]) -> None:
         assert self.streams is not None
@@ -117,7 +119,7 @@ class Frontend(Process):
                     sender = f"frontend:{self._identity.decode()}".encode()
                     self._network.send(self, f"tokens:{worker}", sender, instruction.message)
                 case Deliver():
-                    self._deliver(self._calls[instruction.sid], instruction.tokens)
+                    self._deliver(self._calls[instruction.sid], instruction)
                 case Finished():
                     self._finished(instruction)
         now = self.world.now
@@ -127,9 +129,12 @@ class Frontend(Process):
             self._network.send(self, "scheduler", self._identity + b":beat", beat, dealer=True)
         self.wake(min(self.streams.next_deadline(), self._beat_at + BEAT_INTERVAL_S))
 
-    def _deliver(self, call: Call, tokens: tuple[int, ...]) -> None:
+    def _deliver(self, call: Call, instruction: Deliver) -> None:
         assert call.outcome is None, f"tokens after {call.outcome}"
-        for token in tokens:
+        told = instruction.prompt_logprobs
+        wanted = call.params.prompt_logprobs >= 0 and not call.received
+        assert (told.data if told else None) == (call.reference.prompt_logprobs if wanted else None)
+        for token in instruction.tokens:
             assert not call.complete, f"token {token} after the end: {call.received}"
             outcome = token // NOISE
             assert outcome == call.reference.next, f"{outcome} instead of {call.reference.next} after {call.received}"
@@ -142,3 +147,4 @@ class Frontend(Process):
         call.outcome, call.message, call.attempts = event.outcome, event.message, event.ledger.attempts
         if event.outcome in (Outcome.STOP, Outcome.LENGTH):
             assert call.complete, f"{event.outcome} after {call.received}"
+            assert event.vector == call.vector, f"vector {event.vector.hex()} instead of {call.vector.hex()}"

@@ -265,14 +265,17 @@ class Worker(Process):
                     self._pull(effect)
         for endpoint, group in rows.items():
             self._seq[endpoint] = self._seq.get(endpoint, 0) + 1
-            self._send_tokens(endpoint, _token_batch(self.me, self._seq[endpoint], group))
+            frames = [row.prompt_logprobs.data for row in group if row.prompt_logprobs]
+            if vectors := b"".join(row.vector for row in group):
+                frames.append(vectors)
+            self._send_tokens(endpoint, _token_batch(self.me, self._seq[endpoint], group), tuple(frames))
         for endpoint, sent_at in self._token_sent_at.items():
             if self.world.now - sent_at >= BEAT_INTERVAL_S:
                 self._send_tokens(endpoint, TokenBatch(self.name, self.incarnation, self._seq[endpoint]))
 
-    def _send_tokens(self, endpoint: str, batch: TokenBatch) -> None:
+    def _send_tokens(self, endpoint: str, batch: TokenBatch, frames: tuple[bytes, ...] = ()) -> None:
         self._token_sent_at[endpoint] = self.world.now
-        self.network.send(self, endpoint, f"tokens:{self._identity.decode()}".encode(), batch, dealer=True)
+        self.network.send(self, endpoint, f"tokens:{self._identity.decode()}".encode(), batch, frames, dealer=True)
 
     def _to_scheduler(self, message: Message) -> None:
         self.network.send(self, "scheduler", self._identity, message, dealer=True)
@@ -372,4 +375,6 @@ def _token_batch(me: Peer, seq: int, rows: list[Emit]) -> TokenBatch:
         tokens=tuple(token for row in rows for token in row.tokens),
         finish={i: row.finish for i, row in enumerate(rows) if row.finish is not None},
         ledgers={i: row.ledger for i, row in enumerate(rows) if row.ledger is not None},
+        prompt_logprobs={i: row.prompt_logprobs.top for i, row in enumerate(rows) if row.prompt_logprobs},
+        vectors=tuple(i for i, row in enumerate(rows) if row.vector),
     )

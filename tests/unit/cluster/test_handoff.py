@@ -188,3 +188,28 @@ def test_reports_of_another_attempt_are_ignored(split: Bench) -> None:
     split.tell(split.prefill, Ended(sid, 2, "prefill", "gone"))
     assert not split.sent(StartDecode)
     assert not split.sent(Retry)
+
+
+def test_samples_of_one_prompt_go_the_same_way(bench: Bench) -> None:
+    """However much the others are idle, and although the prompt alone fills the worker's backlog."""
+    bench.frontend()
+    prefills = [bench.worker("prefill-0"), bench.worker("prefill-1")]
+    for name in ("decode-0", "decode-1"):
+        bench.worker(name)
+    sids = [bench.submit(1, tokens=1200), *(bench.submit(n, tokens=1200, sibling=1) for n in (2, 3))]
+    assert bench.recipients(StartPrefill) == ["prefill-0"] * 3
+    for lease, sid in enumerate(sids):
+        bench.tell(prefills[0], PrefillDone(sid, 1, lease, 1200, tuple(range(75)), ROWS))
+    assert len(set(bench.recipients(StartDecode))) == 1
+    bench.submit(4, tokens=64)
+    assert bench.recipients(StartPrefill) == ["prefill-1"]
+
+
+def test_a_sample_whose_sibling_is_over_goes_wherever_there_is_room(bench: Bench) -> None:
+    frontend = bench.frontend()
+    bench.worker("prefill-0")
+    bench.worker("decode-0")
+    sid = bench.submit(1)
+    bench.tell(frontend, close(sid))
+    bench.submit(2, sibling=1)
+    assert bench.recipients(StartPrefill) == ["prefill-0"] * 2

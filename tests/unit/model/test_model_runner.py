@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from baton.kernels.cpu.build import BuildError, build
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import SamplingParams
 from baton.worker.plan import Row, SlotInit, StepPlan
 
@@ -127,3 +128,48 @@ def test_models_that_can_not_be_computed_are_refused(
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
     with pytest.raises(ValueError, match=message):
         make_driver(tmp_path, load_format="dummy")
+
+
+def test_prompt_logprobs_have_the_same_bits_whole_and_chunked(dummy: Path, make_driver: Callable[..., Any]) -> None:
+    """And are those of a model that is asked for each position by itself."""
+    try:
+        build()
+    except BuildError as error:
+        pytest.skip(str(error))
+    prompt = [random.randrange(700) for _ in range(90)]
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2, prompt_logprobs=2)
+
+    def told(chunk: int) -> bytes:
+        driver = make_driver(dummy, load_format="dummy")
+        init = SlotInit(0, (0, 0), 1, params, len(prompt), prompt, list(range(6)))
+        data = b""
+        for start in range(0, len(prompt), chunk):
+            end = min(start + chunk, len(prompt))
+            targets = prompt[start + 1 : end + 1]
+            row = Row(0, start, end - start, prompt[start:end], False, [], end == len(prompt), 0, targets)
+            result = driver.runner.execute(StepPlan(start + 1, [row], [init] if start == 0 else []))
+            data += result.prompt_logprobs.get(0, b"")
+        return data
+
+    whole = told(1000)
+    assert told(37) == told(7) == whole
+    entries = PromptLogprobs(2, whole).entries()
+    ends = [prompt[:length] for length in range(1, len(prompt))]
+    asked = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2, logit_bias={})
+    _, expected = make_driver(dummy, load_format="dummy", num_blocks=600).generate(ends, asked)
+    for entry, row, target in zip(entries, expected, prompt[1:], strict=True):
+        assert entry.top == tuple((id, pytest.approx(value, abs=1e-6)) for id, value in row[0].top)
+        assert (entry.rank == 1) == (entry.top[0][0] == target)
+
+
+def test_blocks_are_copied_before_anything_is_computed(dummy: Path, make_driver: Callable[..., Any]) -> None:
+    driver = make_driver(dummy, load_format="dummy")
+    prompt = [random.randrange(700) for _ in range(20)]
+    params = SamplingParams(max_tokens=9, temperature=0.0, logprobs=0)
+    first = SlotInit(0, (0, 0), 1, params, 20, prompt, [5, 6])
+    whole = driver.runner.execute(StepPlan(1, [Row(0, 0, 20, prompt, False, [], True, 0)], [first]))
+    second = SlotInit(1, (0, 1), 1, params, 20, prompt, [5, 9])
+    goes_on = Row(0, 20, 1, [], True, [], True, 1)
+    shares = Row(1, 19, 1, prompt[19:], False, [], True, 0)
+    step = driver.runner.execute(StepPlan(2, [goes_on, shares], [second], [(6, 9)]))
+    assert (step.tokens[1], step.logprobs[1]) == (whole.tokens[0], whole.logprobs[0])
