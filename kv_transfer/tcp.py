@@ -13,7 +13,16 @@ import numpy as np
 import zmq
 
 from baton.kv_transfer.contract import Pool, TransferError, Transport
-from baton.kv_transfer.fetch import STALLED_S, Attached, FetchLink, Receiver, Sender, attach, serve_fetches
+from baton.kv_transfer.fetch import (
+    STALLED_S,
+    Attached,
+    FetchLink,
+    Receiver,
+    Sender,
+    attach,
+    encode_fetch,
+    serve_fetches,
+)
 from baton.kv_transfer.movers import HostMover
 from baton.kv_transfer.staging import Staging
 
@@ -40,7 +49,7 @@ class TcpTransport(Transport):
         return ""
 
     def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> FetchLink:
-        return FetchLink(self._pool, connection, TcpReceiver(self._pool, connection))
+        return FetchLink(self._pool, TcpReceiver(self._pool, connection))
 
     def serve(self, connection: socket.socket) -> None:
         sender = TcpSender(self._pool)
@@ -64,8 +73,8 @@ class TcpSender(Sender):
             each.bind("tcp://127.0.0.1:*")
         self.endpoints = tuple(each.getsockopt_string(zmq.LAST_ENDPOINT) for each in self._sockets)
 
-    def send(self, index: int, blocks: Sequence[int]) -> None:
-        frames = [self._staging.gather(index, blocks).numpy().data] if self._staging else self._views(blocks)
+    def send(self, index: int, blocks: np.ndarray) -> None:
+        frames = [self._staging.gather(index, blocks).numpy().data] if self._staging else self._views(blocks.tolist())
         try:
             self._sockets[index % CONNECTIONS].send_multipart(frames, copy=False)
         except zmq.Again as error:
@@ -91,6 +100,7 @@ class TcpReceiver(Receiver):
 
     def __init__(self, pool: Pool, connection: socket.socket) -> None:
         self._pool = pool
+        self._connection = connection
         self._mover = HostMover(pool.block_bytes)
         self._staging = Staging(pool) if pool.gpu >= 0 else None
         self._context = zmq.Context(io_threads=CONNECTIONS)
@@ -102,6 +112,9 @@ class TcpReceiver(Receiver):
             poller.register(puller, zmq.POLLIN)
             poller.register(connection, zmq.POLLIN)
             self._pollers.append((puller, poller))
+
+    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
+        self._connection.send(encode_fetch(blocks))
 
     def receive(self, index: int, targets: np.ndarray) -> None:
         puller, poller = self._pollers[index % CONNECTIONS]

@@ -35,6 +35,10 @@ def _open(name: str, pool: WorkerPool, folder: Path) -> Transport:
         from baton.kv_transfer.cuda_ipc import CudaIpcTransport
 
         return CudaIpcTransport(pool.blocks)
-    from baton.kv_transfer.distributed import DistributedTransport
+    if name == "nccl":
+        from baton.kv_transfer.nccl import NcclTransport
 
-    return DistributedTransport(name, pool.blocks, folder)
+        return NcclTransport(pool.blocks)
+    from baton.kv_transfer.gloo import GlooTransport
+
+    return GlooTransport(pool.blocks, folder)

@@ -33,7 +33,10 @@ def content(incarnation: int) -> torch.Tensor:
 
 
 class Side:
-    """A worker in this process. `pool.tensor` starts with `content(incarnation)`; a kind is 'shm' or 'cuda tcp'."""
+    """A worker in this process. `pool.tensor` starts with `content(incarnation)`.
+
+    A kind is a transport after its device: 'shm', 'cuda tcp', 'cuda:1 nccl'.
+    """
 
     def __init__(self, kind: str, folder: Path, name: str, incarnation: int, layout: KVLayout = LAYOUT) -> None:
         device, _, transport = kind.rpartition(" ")
@@ -73,11 +76,11 @@ class Side:
 
 
 def _open_pool(device: str, layout: KVLayout) -> Any:
-    if device != "cuda":
+    if not device:
         return HostPool(layout, NUM_BLOCKS)
     from baton.worker.cuda.memory import GpuPool, open_gpu
 
-    return GpuPool(layout, NUM_BLOCKS, open_gpu(0))
+    return GpuPool(layout, NUM_BLOCKS, open_gpu(int(device.partition(":")[2] or 0)))
 
 
 class Child:
@@ -128,7 +131,9 @@ class Child:
 
 # Children are forks of a process that has imported everything: a start takes milliseconds instead of seconds.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["support.kv_side", "baton.kv_transfer.distributed", "baton.kv_transfer.gpu_mover"])
+_FORKS.set_forkserver_preload(
+    ["support.kv_side", "baton.kv_transfer.gloo", "baton.kv_transfer.nccl", "baton.kv_transfer.gpu_mover"]
+)
 
 
 def start_fork_server() -> None:

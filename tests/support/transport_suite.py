@@ -1,7 +1,10 @@
 """What every transport must do, between real processes: subclass TransportSuite with the transport's name as `kind`."""
 
+import contextlib
 import os
+import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +27,8 @@ class TransportSuite:
     """`kind` is the transport under test, after its device; the reader is in this process, its peers are children."""
 
     kind: str
+    peer_kind = ""
+    """Of the children; empty: the same."""
 
     @pytest.fixture
     def owner(self, child: Callable[..., Child]) -> Child:
@@ -35,7 +40,7 @@ class TransportSuite:
         children: list[Child] = []
 
         def start(name: str, incarnation: int, fingerprint: str = "model") -> Child:
-            children.append(Child(self.kind, tmp_path, name, incarnation, fingerprint))
+            children.append(Child(self.peer_kind or self.kind, tmp_path, name, incarnation, fingerprint))
             return children[-1]
 
         yield start
@@ -46,11 +51,11 @@ class TransportSuite:
     def reader(self, tmp_path: Path) -> Iterator[Side]:
         start_fork_server()
         self.warm_up()
-        descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+        descriptors, threads = open_files(), threading.active_count()
         side = Side(self.kind, tmp_path, "decode-0", 22)
         yield side
         side.close()
-        assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert open_files() == descriptors
         assert threading.active_count() == threads
 
     def warm_up(self) -> None:
@@ -205,6 +210,15 @@ class TransportSuite:
         assert [message.retry for message in ended] == ["the lease on its KV is gone"]
         assert pool.num_used == 0
         assert handoff.prefill.batcher.pool.num_used == 0
+
+
+def open_files() -> Counter[str]:
+    """What this process has open, numbers left out, and how many of each."""
+    names: Counter[str] = Counter()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the folder's own
+            names[re.sub(r"\d+", "#", os.readlink(f"/proc/self/fd/{descriptor}"))] += 1
+    return names
 
 
 def start_garbage_thread() -> None:
