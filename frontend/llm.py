@@ -142,7 +142,7 @@ class LLM:
             role=Role.UNIFIED.value,
             model=config,
             cache=cache or CacheConfig(),
-            batch=batch or BatchConfig(target_itl_ms=0.0),
+            batch=msgspec.structs.replace(batch or BatchConfig(target_itl_ms=0.0), prompts_first=True),
             device=device,
             gpu=gpu,
             attention_backend=attention_backend,

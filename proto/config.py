@@ -63,6 +63,9 @@ class BatchConfig(Config):
     target_itl_ms: float | None = None
     """Time between two tokens that a step with prompts keeps while streams run, unless the queue of prompts is long; 0:
     no target; None: none on CPU, 15 on CUDA."""
+    prompts_first: bool = False
+    """Streams stay out of a step that prompts fill, instead of taking a token each in all of them: fewer, larger decode
+    steps for the same work, but streams pause while prompts queue. For offline use, where nobody waits for a token."""
     depth: int = 0
     """Steps in flight; 0: 1 on CPU, 2 on CUDA."""
 

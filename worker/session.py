@@ -154,6 +154,7 @@ class Session:
             self._batcher.complete(result, time.monotonic())
             self._load_due = True
         now = time.monotonic()
+        self._carry_out(now)  # tokens do not wait until the next step is launched
         if self._batcher.next_deadline() <= now:
             self._batcher.tick(now)
         while (plan := self._batcher.schedule(now)) is not None:

@@ -5,8 +5,8 @@ read of the cache: `per_key` for each cached token of a decode row, `per_pair` f
 and a cached key. How hot the GPU runs and what the host adds is a factor learned from finished steps.
 
     streams running   the largest step within the target between two tokens
-    prompts queue     as many tokens as would clear the queue in a few steps: a pause is a share of what others wait.
-                      One long prompt is no queue: it goes on at the target's pace
+    prompts queue     as many tokens as would clear the queue in a few steps: a pause is a share of what others wait
+                      for. One long prompt is no queue: it goes on at the target's pace
     nothing running   the whole token budget: there is nobody to hold up
 """
 
@@ -22,11 +22,14 @@ _FACTOR = (0.8, 2.0)
 
 
 class StepCosts:
-    """Seconds of steps by size. `table`: (tokens, seconds) without a cache, tokens ascending."""
+    """Seconds of steps by size. `table`: (tokens, seconds) without a cache, tokens ascending.
 
-    def __init__(self, table: Sequence[tuple[int, float]], per_key: float, per_pair: float) -> None:
+    Steps of up to `padded_to` tokens are filled up to a size of the table, larger ones may have any.
+    """
+
+    def __init__(self, table: Sequence[tuple[int, float]], per_key: float, per_pair: float, padded_to: int) -> None:
         self.table = list(table)
-        self.per_key, self.per_pair = per_key, per_pair
+        self.per_key, self.per_pair, self.padded_to = per_key, per_pair, padded_to
         self.factor = 1.0
         self._sizes = [tokens for tokens, _ in self.table]
 
@@ -43,12 +46,14 @@ class StepCosts:
         The next prompt is computed from position `start`; `backlog` prompt tokens are queued behind it.
         """
         allowed_s = max(target_s, self.seconds(rows, keys) * (1 + LEAST_PREFILL))
-        share = backlog / QUEUE_STEPS
+        share = backlog // QUEUE_STEPS
         best = self._sizes[min(bisect_left(self._sizes, rows + 1), len(self._sizes) - 1)]
         for size in self._sizes:
             chunk = size - rows
             if chunk > 0 and (chunk <= share or self.seconds(size, keys, chunk * start) <= allowed_s):
                 best = size
+        if rows + share > self.padded_to:
+            best = max(best, min(rows + share, self._sizes[-1]))
         return max(best, rows + 1)
 
     def learn(self, expected_s: float, took_s: float) -> None:

@@ -6,9 +6,9 @@
     arrive ──► kv_here ─► running                  (the KV came from another worker: it needs only a slot)
 
 A step takes running streams first, so that none waits for a newcomer's prompt, then fills its token budget with chunks
-of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). At most `depth`
-steps are in flight; their results come back in order. A stream with a grammar is planned again only once its last token
-is known, so at depth 2 it enters every other step.
+of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). With `prompts_first`
+it is the other way round. At most `depth` steps are in flight; their results come back in order. A stream with a
+grammar is planned again only once its last token is known, so at depth 2 it enters every other step.
 """
 
 from collections import deque
@@ -70,6 +70,7 @@ class StepScheduler:
         self._max_model_len = max_model_len
         self._max_tokens = batch.max_num_batched_tokens
         self._depth = batch.depth or 1
+        self._prompts_first = batch.prompts_first
         self._target_s = (batch.target_itl_ms or 0.0) / 1000
         self._costs = costs if self._target_s else None
         self.waiting: list[Request] = []  # sorted by rank
@@ -94,14 +95,16 @@ class StepScheduler:
         planned: list[Planned] = []
         budget = self._budget()
         preemptions = self.preemptions
-        for request in list(self.running):
-            if request.state is State.RUNNING and budget > 0:
-                budget -= self._add_row(request, budget, rows, planned)
+        running = list(self.running)
+        if self._prompts_first:
+            prompts, running = [r for r in running if not _decodes(r)], [r for r in running if _decodes(r)]
+            budget = self._add_rows(prompts, budget, rows, planned)
+            budget = self._admit_prompts(budget, rows, planned, now)
+        budget = self._add_rows(running, budget, rows, planned)
         while self.kv_here and self._admit_decode(self.kv_here[0]):
             budget -= self._add_row(self.kv_here.popleft(), max(budget, 1), rows, planned)
-        calm = self.preemptions == preemptions
-        while calm and self.waiting and budget > 0 and self._admit_prefill(self.waiting[0], now):
-            budget -= self._add_row(self.waiting.pop(0), budget, rows, planned)
+        if self.preemptions == preemptions:
+            self._admit_prompts(budget, rows, planned, now)
         if not rows:
             return None
         self._step += 1
@@ -114,9 +117,22 @@ class StepScheduler:
         self._in_flight.append(InFlight(plan, planned, self._expected_s(planned)))
         return plan
 
+    def _add_rows(self, requests: list[Request], budget: int, rows: list[Row], planned: list[Planned]) -> int:
+        """Plan running requests' next tokens; what is left of the budget."""
+        for request in requests:
+            if request.state is State.RUNNING and budget > 0:
+                budget -= self._add_row(request, budget, rows, planned)
+        return budget
+
+    def _admit_prompts(self, budget: int, rows: list[Row], planned: list[Planned], now: float) -> int:
+        """Fill the budget with waiting prompts, as far as there is room for them; what is left of it."""
+        while self.waiting and budget > 0 and self._admit_prefill(self.waiting[0], now):
+            budget -= self._add_row(self.waiting.pop(0), budget, rows, planned)
+        return budget
+
     def _budget(self) -> int:
         """Tokens of the next step."""
-        decoding = [r for r in self.running if r.total - r.scheduled == 1] + list(self.kv_here)
+        decoding = [r for r in self.running if _decodes(r)] + list(self.kv_here)
         prompt = next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
         if self._costs is None or not decoding or prompt is None:
             return self._max_tokens
@@ -321,3 +337,8 @@ class StepScheduler:
         """The last step in flight that may still write the request's blocks; 0 when none is."""
         first_in_flight = self._step - len(self._in_flight) + 1
         return request.last_step if request.last_step >= first_in_flight else 0
+
+
+def _decodes(request: Request) -> bool:
+    """Whether its next row is one token, drawn or about to be."""
+    return request.total - request.scheduled == 1

@@ -83,11 +83,11 @@ def _fetch(
                 rows = ()
                 for box in gl.static_range(BOXES):
                     position = first + box * BOX
-                    if WINDOWED:  # blocks wholly before the window are not read; what stands in for them is masked
-                        position = gl.maximum(position, start // BOX * BOX)
                     block = gl.load(table + position // BLOCK_SIZE, mask=position < length, other=0)
-                    row_of_block = block * (KV_HEADS * LAYERS * 2 * BLOCK_SIZE) + head_row
-                    rows = rows + (row_of_block + position % BLOCK_SIZE,)  # type: ignore[assignment]  # noqa: RUF005
+                    pool_row = block * (KV_HEADS * LAYERS * 2 * BLOCK_SIZE) + head_row + position % BLOCK_SIZE
+                    if WINDOWED:  # what lies wholly before the window is not read: rows before the pool come as zeros
+                        pool_row = gl.where(position < start // BOX * BOX, -BLOCK_SIZE - BOX, pool_row)
+                    rows = rows + (pool_row,)  # type: ignore[assignment]  # noqa: RUF005
                 stage, phase = done % STAGES, done // STAGES & 1 ^ 1
                 keys = key_smem.index(stage)._reinterpret(dtype, [PARTS * BOXES, BOX, 64], box_layout)
                 values = value_smem.index(stage)._reinterpret(dtype, [PARTS * BOXES, BOX, 64], box_layout)

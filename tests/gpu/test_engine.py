@@ -50,6 +50,18 @@ def test_steps_beyond_the_ladder_still_run(model: tuple[Any, Path]) -> None:
     engine.close()
 
 
+def test_serving_takes_no_memory_from_the_driver(model: tuple[Any, Path]) -> None:
+    """Steps of every kind fit into what start reserved: an allocation would wait for the device to be idle."""
+    _, path = model
+    engine = make_engine(path, max_num_batched_tokens=4096, max_num_seqs=700)
+    reserved = torch.cuda.memory_reserved()
+    prompts = [[random.randrange(3, 3000)] * random.choice((1, 9, 90, 500)) for _ in range(800)]
+    params = [SamplingParams(max_tokens=random.randrange(1, 40), temperature=0.0) for _ in prompts]
+    generate(engine, prompts, params)
+    assert torch.cuda.memory_reserved() == reserved
+    engine.close()
+
+
 def test_constrained_streams_keep_to_their_grammar_and_leave_others_alone(model: tuple[Any, Path]) -> None:
     """Ids below 256 are bytes, 256 is the end; the model's other 2,700 ids have no text and are never allowed."""
     _, path = model

@@ -36,6 +36,7 @@ class Bench:
         early_bind_tokens: int = 10**6,
         caching: bool = True,
         target_itl_ms: float = 0.0,
+        prompts_first: bool = False,
         costs: StepCosts | None = None,
         token_of: Callable[[int], int] = lambda position: 1000 + position,
     ) -> None:
@@ -47,7 +48,7 @@ class Bench:
             num_blocks,
             max_model_len=4096,
             cache=CacheConfig(block_size=BLOCK, num_blocks=num_blocks, enable_prefix_caching=caching),
-            batch=BatchConfig(budget, max_num_seqs, target_itl_ms, depth=depth),
+            batch=BatchConfig(budget, max_num_seqs, target_itl_ms, prompts_first, depth),
             lease=LeaseConfig(),
             early_bind_tokens=early_bind_tokens,
             costs=costs,

@@ -77,6 +77,24 @@ def test_a_long_prompt_is_computed_in_chunks_beside_running_streams() -> None:
     assert [(row.start, row.num_tokens) for row in plan.rows] == [(11, 1), (31, 31)]
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_with_prompts_first_streams_enter_what_prompts_leave_of_a_step(depth: int) -> None:
+    bench = Bench(budget=32, depth=depth, prompts_first=True)
+    bench.prefill(1, list(range(10)), max_tokens=30)
+    bench.step()
+    bench.prefill(2, list(range(100, 140)), max_tokens=30)
+    bench.prefill(3, list(range(200, 230)), max_tokens=30)
+    steps, out = [], []
+    for _ in range(3):
+        plan = bench.launch()
+        assert plan is not None
+        steps.append([row.num_tokens for row in plan.rows])
+        out += bench.finish()
+    assert steps == [[32], [8, 24], [6, 1, 1]]
+    out += bench.run()
+    assert [len(tokens(out, n)) for n in (2, 3)] == [30, 30]
+
+
 def test_a_second_request_reuses_the_blocks_of_a_shared_prefix() -> None:
     bench = Bench()
     bench.prefill(1, PROMPT, max_tokens=1)

@@ -10,7 +10,7 @@ TABLE = [(64, 0.005), (128, 0.006), (256, 0.008), (512, 0.013), (1024, 0.025), (
 
 
 def costs(per_key: float = 0.0, per_pair: float = 0.0) -> StepCosts:
-    return StepCosts(TABLE, per_key, per_pair)
+    return StepCosts(TABLE, per_key, per_pair, padded_to=1024)
 
 
 @pytest.mark.parametrize(("target_ms", "expected"), [(7, 128), (15, 512), (30, 1024), (1000, 2048)])
@@ -26,11 +26,15 @@ def test_cached_keys_and_a_chunk_deep_in_its_prompt_make_steps_smaller() -> None
 
 def test_a_long_queue_makes_steps_larger() -> None:
     sizes = [costs().budget(rows=8, keys=0, start=0, backlog=n, target_s=0.015) for n in (1000, 8000, 50_000)]
-    assert sizes == [512, 1024, 2048]
+    assert sizes == [512, 8 + 8000 // 6, 2048]
 
 
 def test_a_queue_beside_many_streams_is_cleared_too() -> None:
     assert costs().budget(rows=900, keys=0, start=0, backlog=10_000, target_s=0.015) == 2048
+
+
+def test_what_is_left_of_a_queue_beside_many_streams_needs_no_larger_size_of_the_table() -> None:
+    assert costs().budget(rows=1000, keys=0, start=0, backlog=3000, target_s=0.015) == 1500
 
 
 def test_prompts_go_on_when_decode_alone_takes_longer_than_the_target() -> None:
@@ -78,4 +82,4 @@ def test_one_long_prompt_keeps_to_the_target() -> None:
     bench.finish()
     plan = bench.launch()
     assert plan is not None
-    assert [row.num_tokens for row in plan.rows] == [1, 1023]
+    assert [row.num_tokens for row in plan.rows] == [1, 8000 // 6]

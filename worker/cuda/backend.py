@@ -10,7 +10,7 @@ from baton.kv_transfer.transports import open_transports
 from baton.proto.config import BatchConfig, WorkerConfig
 from baton.worker.backend import Backend, check_pool_size, fill_batch
 from baton.worker.cuda.costs import measure_costs
-from baton.worker.cuda.memory import GpuPool, measure_pool_blocks, open_gpu
+from baton.worker.cuda.memory import GpuPool, measure_pool_blocks, open_gpu, run_largest_steps
 from baton.worker.cuda.runner import CudaRunner
 from baton.worker.plan import StepPlan, StepResult
 
@@ -32,6 +32,7 @@ class CudaBackend(Backend):
         self._pool = GpuPool(self.layout, self.num_blocks, self._runner.device)
         self._runner.attach_pool(self._pool.tensor)
         self._runner.capture()
+        run_largest_steps(self._runner, self.num_blocks)
         if config.batch.target_itl_ms:
             self.costs = measure_costs(self._runner, self.num_blocks)
 

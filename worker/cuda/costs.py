@@ -40,7 +40,7 @@ def measure_costs(runner: CudaRunner, num_blocks: int) -> StepCosts | None:
         per_key * 1e9,
         per_pair * 1e12,
     )
-    return StepCosts(table, max(per_key, 0.0), max(per_pair, 0.0))
+    return StepCosts(table, max(per_key, 0.0), max(per_pair, 0.0), padded_to=mixed_sizes(runner.max_tokens)[-1])
 
 
 def _parts(total: int, largest: int) -> list[int]:

@@ -78,15 +78,11 @@ def measure_pool_blocks(runner: CudaRunner, config: WorkerConfig) -> int:
     # Beside others that load at this moment, what is in use says little: they are taken to need what this one does.
     workers = config.gpu_workers
     loaded = total - free if workers == 1 else torch.cuda.memory_reserved(device) + PROCESS_BYTES
-    rows = min(runner.max_seqs, runner.max_tokens)
-    per_row = min(runner.max_tokens // rows, runner.max_model_len - 1)
-    blocks_per_row = -(-per_row // cache.block_size)
-    scratch = GpuPool(runner.layout, rows * blocks_per_row, device)
+    scratch = GpuPool(runner.layout, _rows(runner) * _blocks_per_row(runner), device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_reserved(device)
     runner.attach_pool(scratch.tensor)
-    runner.execute(_largest_step(rows, per_row, blocks_per_row))
-    runner.execute(_mixed_step(max(1, min(rows - 1, SAMPLER_ROWS)), blocks_per_row))
+    run_largest_steps(runner, scratch.num_blocks)
     activations = torch.cuda.max_memory_reserved(device) - before
     graphs = runner.measure_graphs()
     scratch.close()
@@ -110,6 +106,29 @@ def measure_pool_blocks(runner: CudaRunner, config: WorkerConfig) -> int:
     return room // block_bytes
 
 
+def run_largest_steps(runner: CudaRunner, num_blocks: int) -> None:
+    """The steps that need the most memory outside of graphs; they overwrite the blocks of the pool attached.
+
+    Once everything is there they also leave that memory with torch's allocator. A step that took it from the driver
+    would wait for the device to be idle, and hold up every stream (150 ms seen).
+    """
+    rows, blocks_per_row = _rows(runner), _blocks_per_row(runner)
+    runner.execute(_largest_step(rows, _tokens_per_row(runner), blocks_per_row, num_blocks))
+    runner.execute(_mixed_step(max(1, min(rows - 1, SAMPLER_ROWS)), min(blocks_per_row, num_blocks)))
+
+
+def _rows(runner: CudaRunner) -> int:
+    return min(runner.max_seqs, runner.max_tokens)
+
+
+def _tokens_per_row(runner: CudaRunner) -> int:
+    return min(runner.max_tokens // _rows(runner), runner.max_model_len - 1)
+
+
+def _blocks_per_row(runner: CudaRunner) -> int:
+    return -(-_tokens_per_row(runner) // runner.block_size)
+
+
 def _mixed_step(num_rows: int, num_blocks: int) -> StepPlan:
     """A prompt and decode rows that ask the sampler for all it has, in no graph: compiles what such steps need."""
     params = SamplingParams(
@@ -130,12 +149,12 @@ def _mixed_step(num_rows: int, num_blocks: int) -> StepPlan:
     return StepPlan(0, [prompt] + [Row(slot, 1, 1, [0], False, [], True, 0) for slot in range(1, num_rows)], inits)
 
 
-def _largest_step(num_rows: int, per_row: int, blocks_per_row: int) -> StepPlan:
+def _largest_step(num_rows: int, per_row: int, blocks_per_row: int, num_blocks: int) -> StepPlan:
     params = SamplingParams(max_tokens=1, temperature=0.0)
     prompt = [0] * per_row
     rows, inits = [], []
     for slot in range(num_rows):
-        blocks = list(range(slot * blocks_per_row, (slot + 1) * blocks_per_row))
+        blocks = [index % num_blocks for index in range(slot * blocks_per_row, (slot + 1) * blocks_per_row)]
         inits.append(SlotInit(slot, (0, slot), 0, params, per_row, prompt, blocks))
         rows.append(Row(slot, 0, per_row, prompt, False, [], True, 0))
     return StepPlan(0, rows, inits)

@@ -85,14 +85,18 @@ def load_checkpoint(model: nn.Module, directory: Path) -> None:
             targets[name].copy_(shard.get_tensor(name))
 
 
+_DUMMY_ELEMENTS = 2**24
+"""Generated at a time: a whole matrix in float32 would leave a hole in the allocator's memory that nobody fits into."""
+
+
 def fill_dummy(model: nn.Module, seed: int) -> None:
     """Uniform in ±1e-3, generated on the model's device; the same for the same seed whatever the dtype."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
+    values = torch.empty(_DUMMY_ELEMENTS, dtype=torch.float32, device=device)
     for _, parameter in model.named_parameters():
-        values = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-        values.uniform_(-1e-3, 1e-3, generator=generator)
-        parameter.data.copy_(values)
+        for piece in parameter.data.view(-1).split(_DUMMY_ELEMENTS):
+            piece.copy_(values[: len(piece)].uniform_(-1e-3, 1e-3, generator=generator))
 
 
 def fingerprint(config: Mapping[str, Any], directory: Path, dtype: torch.dtype, load_format: str, seed: int) -> str:

@@ -86,7 +86,10 @@ class Scenario:
         cache = CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=rng.random() < 0.7)
         lease = LeaseConfig(unbound_s=3.0, holder_s=1.5, renew_interval_s=0.3, remember_s=10.0)
         batch = BatchConfig(
-            max_num_batched_tokens=rng.choice((16, 48, 256)), max_num_seqs=rng.choice((2, 4, 16)), depth=depth
+            max_num_batched_tokens=rng.choice((16, 48, 256)),
+            max_num_seqs=rng.choice((2, 4, 16)),
+            prompts_first=rng.random() < 0.2,
+            depth=depth,
         )
         early_bind_tokens = rng.choice((32, 1000))
         copy_s = rng.choice((0.0005, 0.01, 0.1, 1.0))
