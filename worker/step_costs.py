@@ -7,7 +7,8 @@ and a cached key. How hot the GPU runs and what the host adds is a factor learne
     streams running   the largest step within the target between two tokens
     prompts queue     as many tokens as would clear the queue in a few steps: a pause is a share of what others wait
                       for. One long prompt is no queue: it goes on at the target's pace
-    nothing running   the whole token budget: there is nobody to hold up
+    nothing running   prompts in their order until the device is full: with more of them a step would compute hardly
+                      more a second, and the first of a queue would wait for the first tokens of the others
 """
 
 from bisect import bisect_left
@@ -17,6 +18,8 @@ QUEUE_STEPS = 6
 """The queued prompts may take so many steps at least, however long those become."""
 LEAST_PREFILL = 0.25
 """Prompts get at least this much time of a step, as a part of what its decode rows take, whatever the target."""
+FULL = 0.95
+"""A step that computes this part of the most tokens a second fills the device."""
 _LEARNING = 0.1
 _FACTOR = (0.8, 2.0)
 
@@ -32,6 +35,9 @@ class StepCosts:
         self.per_key, self.per_pair, self.padded_to = per_key, per_pair, padded_to
         self.factor = 1.0
         self._sizes = [tokens for tokens, _ in self.table]
+        most = max(tokens / seconds for tokens, seconds in self.table)
+        self.full_tokens = next(tokens for tokens, seconds in self.table if tokens / seconds >= FULL * most)
+        """The least number of prompt tokens that fills the device."""
 
     def seconds(self, tokens: int, keys: int = 0, pairs: int = 0) -> float:
         """Of a step of so many tokens, whose decode rows read `keys` tokens and whose chunks make `pairs`."""

@@ -83,3 +83,15 @@ def test_one_long_prompt_keeps_to_the_target() -> None:
     plan = bench.launch()
     assert plan is not None
     assert [row.num_tokens for row in plan.rows] == [1, 8000 // 6]
+
+
+def test_prompts_that_queue_alone_are_computed_in_order_and_no_more_at_once_than_fill_the_device() -> None:
+    bench = Bench(num_blocks=1000, budget=4096, target_itl_ms=15.0, costs=costs())
+    assert costs().full_tokens == 1024
+    for n, length in enumerate((600, 600, 600, 3000, 100)):
+        bench.prefill(n, list(range(10_000 * n, 10_000 * n + length)), max_tokens=1)
+    steps = []
+    while plan := bench.launch():
+        steps.append([row.num_tokens for row in plan.rows])
+        bench.finish()
+    assert steps == [[600, 600], [600, 3000], [100]]
