@@ -17,12 +17,11 @@ from typing import Self
 
 import msgspec
 import numpy as np
-import zmq
 
 from baton.frontend.instructions import Deliver, Finished, Instruction, SendToScheduler, SendToWorker
 from baton.frontend.streams import Limits, Streams
 from baton.proto import PROTOCOL_VERSION
-from baton.proto.channels import Dealer, Router, identity
+from baton.proto.channels import LINGER_MS, Dealer, Router, identity
 from baton.proto.config import FrontendConfig
 from baton.proto.heartbeat import Heartbeat
 from baton.proto.lifecycle import Outcome
@@ -40,6 +39,7 @@ from baton.proto.messages import (
     TokenBatch,
     TokenLogprobs,
 )
+from baton.proto.network import open_network
 from baton.proto.supervision import set_log_level
 
 log = logging.getLogger(__name__)
@@ -154,13 +154,14 @@ class EngineClient:
         self._incarnation = int.from_bytes(os.urandom(7), "big")
         # Workers number rows per endpoint, and rows carry half a sid: a new incarnation needs a new endpoint.
         self._token_path = Path(config.run_dir) / f"{config.name}-{self._incarnation:014x}.tokens"
-        endpoint = f"ipc://{self._token_path}"
-        self._context = zmq.Context()
+        self._network = open_network(config.network)
         me = identity(config.name, self._incarnation)
-        self._tokens: Router[TokenBatch] = Router(self._context, endpoint, ToFrontendTokens)
-        self._scheduler: Dealer[ToFrontend] = Dealer(self._context, config.scheduler, me, ToFrontend)
+        self._tokens: Router[TokenBatch] = Router(
+            self._network, self._network.everywhere(f"ipc://{self._token_path}"), ToFrontendTokens
+        )
+        self._scheduler: Dealer[ToFrontend] = Dealer(self._network, config.scheduler, me, ToFrontend)
         limits = Limits(gap_timeout_s=config.gap_timeout_s, resend_interval_s=config.resend_interval_s)
-        hello = FrontendHello(self._incarnation, config.name, endpoint, os.getpid(), PROTOCOL_VERSION)
+        hello = FrontendHello(self._incarnation, config.name, self._tokens.address, os.getpid(), PROTOCOL_VERSION)
         self._streams = Streams(limits, hello)
         self._deliver: dict[Sid, Callable[[Deliver | Finished], None]] = {}
         self._metrics: dict[int, asyncio.Future[str]] = {}
@@ -176,7 +177,7 @@ class EngineClient:
         self._drain_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
-        self._beats = Heartbeat(self._context, config.scheduler, lambda: Beat(config.name, self._incarnation))
+        self._beats = Heartbeat(self._network, config.scheduler, lambda: Beat(config.name, self._incarnation))
         self._loop.add_reader(self._scheduler.fileno(), self._drain)
         self._loop.add_reader(self._tokens.fileno(), self._drain)
         self._carry_out([SendToScheduler(self._streams.hello())])
@@ -282,7 +283,7 @@ class EngineClient:
         self._scheduler.send(Goodbye(self._config.name, self._incarnation))
         self._scheduler.close()
         self._tokens.close()
-        self._context.term()
+        self._network.close(LINGER_MS)
         self._token_path.unlink(missing_ok=True)
 
     def _wake(self) -> None:

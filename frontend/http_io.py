@@ -1,14 +1,12 @@
-"""The edge between requests and the ASGI server: bodies in, answers out, clients that go away or stop reading."""
+"""The edge between answers and the ASGI server: whole or as they come, clients that go away or stop reading."""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from baton.frontend.api.errors import ApiError
 from baton.frontend.eager import run_eagerly
 
 log = logging.getLogger(__name__)
@@ -142,32 +140,9 @@ async def answer_or_disconnect(work: Awaitable[bytes], receive: Receive) -> Resp
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The whole body. Raises ApiError (413) as soon as it is known to be larger than `limit` bytes."""
-    declared = header(scope, b"content-length") or b"0"
-    if declared.isdigit() and int(declared) > limit:
-        raise _too_large(limit)
-    body = b""
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > limit:
-            raise _too_large(limit)
-    return body
-
-
 def header(scope: Scope, name: bytes) -> bytes | None:
     """The first header of this lower-case name."""
     return next((value for key, value in scope["headers"] if key == name), None)
-
-
-def _too_large(limit: int) -> ApiError:
-    # The rest of the body is still on its way: the connection can't be used again.
-    return ApiError(413, f"the request is larger than {limit} bytes", headers={"Connection": "close"})
 
 
 async def _cancel(task: "asyncio.Future[Any]") -> None:

@@ -28,13 +28,16 @@ from baton.frontend.api.requests import (
     TokenizeRequest,
     parse,
 )
+from baton.frontend.bodies import Bodies
+from baton.frontend.cors import allow_origins
 from baton.frontend.engine_client import EngineClient
-from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_disconnect, header, read_body
+from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_disconnect, header
 from baton.frontend.model_info import ModelInfo
-from baton.frontend.openapi import describe, document
-from baton.frontend.routing import Endpoint, Posts, RequireKey, error_response, internal_error
+from baton.frontend.openapi import describe, describe_plain, document
+from baton.frontend.routing import Endpoint, Posts, RequireKey, error_response, internal_error, note_ignored
 from baton.frontend.turns import Turns
 from baton.proto.config import FrontendConfig
+from baton.proto.keys import Keyring
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ class Api:
         self._prompts = prompts
         self._info = info
         self._generator = generator
+        self._bodies = Bodies(config)
         self._turns = Turns()
         self._created = int(time.time())
 
@@ -130,12 +134,10 @@ class Api:
         return responses.ModelCard(id=name, created=self._created, root=root, max_model_len=max_model_len)
 
     async def _parse(self, kind: type[R], scope: Scope, receive: Receive) -> tuple[R, dict[str, Any]]:
-        body = await read_body(scope, receive, self._config.max_request_bytes)
-        wanted, raw, unknown = parse(body, kind)
+        async with self._bodies.of(scope, receive) as body:
+            wanted, raw, unknown = parse(body, kind)
         if unknown:
-            log.warning(
-                "fields that are not known were ignored: %s", ", ".join(repr(name[:64]) for name in unknown[:20])
-            )
+            note_ignored(unknown, scope)
         return wanted, raw
 
 
@@ -153,8 +155,11 @@ def build_app(
     app.add_exception_handler(Exception, _on_exception)
     app.add_api_route("/v1/models", api.models, openapi_extra=describe(None, responses.ModelList))
     app.add_api_route("/v1/models/{name:path}", api.model, openapi_extra=describe(None, responses.ModelCard))
-    for plain in (api.health, api.ready, api.version, api.metrics):
-        app.add_api_route(f"/{plain.__name__}", plain)
+    plain = {api.health: None, api.ready: None, api.version: "application/json", api.metrics: "text/plain"}
+    for endpoint, media_type in plain.items():
+        path, extra = f"/{endpoint.__name__}", describe_plain(media_type)
+        app.add_api_route(path, endpoint, response_class=Response, openapi_extra=extra)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     posts: dict[str, tuple[Endpoint, type, type]] = {
         "/v1/completions": (api.completions, CompletionRequest, responses.Completion),
         "/v1/chat/completions": (api.chat_completions, ChatCompletionRequest, responses.ChatCompletion),
@@ -163,7 +168,9 @@ def build_app(
     }
     document(app, posts)
     whole = Posts(app, {path: endpoint for path, (endpoint, *_) in posts.items()}, config.root_path)
-    return RequireKey(whole, config.api_keys, config.root_path) if config.api_keys else whole
+    keys = Keyring(config.api_keys, config.api_key_file)
+    locked = RequireKey(whole, keys, config.root_path) if keys else whole
+    return allow_origins(locked, config.cors)
 
 
 async def _on_api_error(_request: Request, error: Exception) -> Response:

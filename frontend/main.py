@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from baton.frontend.api.generation import Generator
 from baton.frontend.api.prompts import Prompts
 from baton.frontend.chat_template import load_chat_template
 from baton.frontend.engine_client import EngineClient
+from baton.frontend.http_protocol import protocol_factory
 from baton.frontend.http_server import build_app
 from baton.frontend.model_info import ModelInfo, load_model_info
 from baton.frontend.structured.grammars import Grammars
@@ -32,6 +34,8 @@ from baton.proto.supervision import Supervised, run_child
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
+SWITCH_INTERVAL_S = 0.5e-3
+"""How long a thread that renders or tokenises may keep the event loop waiting for the interpreter."""
 FLUSH_S = 2.0
 """After the last request has been ended: how long its answer may take to be written."""
 CLOSE_ACK_S = 1.0
@@ -49,6 +53,7 @@ class _Server(uvicorn.Server):
 def main(config: FrontendConfig, supervised: Supervised) -> int:
     """The whole life of the process."""
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its steps of stopping are not news
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     listener = _listen(config)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -76,7 +81,11 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
     server = _Server(
         uvicorn.Config(
             build_app(config, client, prompts, info, generator),
-            http="httptools",
+            http=protocol_factory(config),
+            ssl_keyfile=config.tls.keyfile or None,
+            ssl_certfile=config.tls.certfile or None,
+            ssl_ca_certs=config.tls.ca_certs or None,
+            ssl_cert_reqs=config.tls.cert_reqs,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -1,6 +1,5 @@
 """Which request may go where: keys, and the short way to the endpoints that take POST requests."""
 
-import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from baton.frontend.api.errors import ApiError, http_error
+from baton.frontend.api.errors import ApiError, bad_request, http_error
 from baton.frontend.http_io import BrokenAnswerError, Receive, Scope, Send, header
+from baton.frontend.rates import Rate
+from baton.proto.keys import Keyring, bearer_key
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +18,13 @@ Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 """Need no key."""
+IGNORED_FIELDS = b"x-baton-ignored-fields"
+REFUSALS_PER_S = 200
+REFUSALS_AT_ONCE = 100
+MAX_WAIT_S = 1.0
+"""Bad requests that come faster are answered with so much delay at most."""
+MAX_NAMES = 20
+MAX_NAME_CHARS = 64
 
 
 class Posts:
@@ -26,6 +34,7 @@ class Posts:
         self._app = app
         self._endpoints = endpoints
         self._root_path = root_path
+        self._refusals = Rate(REFUSALS_PER_S, REFUSALS_AT_ONCE, MAX_WAIT_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(self._root_path).rstrip("/") if scope["type"] == "http" else ""
@@ -38,9 +47,13 @@ class Posts:
                 raise http_error(405, f"{scope['method']} is not possible at {path}", {"Allow": "POST"})
             await endpoint(scope, receive, send)
         except ApiError as error:
+            if error.status < 500 and error.status != 429:
+                await self._refusals.take()
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             pass
+        except RecursionError:  # what JSON's parser still takes can be too deep for what looks through it
+            await error_response(bad_request("the request is nested too deeply"))(scope, receive, send)
         except BrokenAnswerError:
             raise  # the server logs it and closes the connection
         except Exception:
@@ -49,28 +62,46 @@ class Posts:
 
 
 class RequireKey:
-    """ASGI middleware: a Bearer key on everything that is not open."""
+    """ASGI middleware: a key on everything that is not open, as a bearer token or in Anthropic's header.
 
-    def __init__(self, app: Any, keys: tuple[str, ...], root_path: str) -> None:
+    The key's name is in `scope["state"]["key_name"]` from here on.
+    """
+
+    def __init__(self, app: Any, keys: Keyring, root_path: str) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._keys = keys
         self._root_path = root_path
+        self._refusals = Rate(REFUSALS_PER_S, REFUSALS_AT_ONCE, MAX_WAIT_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._may_pass(scope):
-            error = ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-            error.headers["WWW-Authenticate"] = "Bearer"
-            await error_response(error)(scope, receive, send)
-            return
+        if scope["type"] == "http" and scope["path"].removeprefix(self._root_path) not in OPEN_PATHS:
+            name = self._keys.name_of(_key(scope))
+            if name is None:
+                text = "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
+                error = ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+                await self._refusals.take()
+                await error_response(error)(scope, receive, send)
+                return
+            scope["state"]["key_name"] = name
         await self._app(scope, receive, send)
 
-    def _may_pass(self, scope: Scope) -> bool:
-        if scope["path"].removeprefix(self._root_path) in OPEN_PATHS or scope["method"] == "OPTIONS":
-            return True
-        scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
-        # Every key is compared, so that the time tells nothing.
-        matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+
+def _key(scope: Scope) -> bytes:
+    return bearer_key(header(scope, b"authorization") or b"") or header(scope, b"x-api-key") or b""
+
+
+def note_ignored(names: list[str], scope: Scope) -> None:
+    """Tell log and client which fields of a request meant nothing here."""
+    shown = ", ".join(ascii(name[:MAX_NAME_CHARS]) for name in names[:MAX_NAMES])
+    shown += f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    state = scope["state"]
+    log.warning(
+        "warnings: request %s of %s: unknown fields were ignored: %s",
+        state["request_id"],
+        state.get("key_name", "a client"),
+        shown,
+    )
+    state["headers"].append((IGNORED_FIELDS, shown.encode()))
 
 
 def error_response(error: ApiError) -> Response:

@@ -123,3 +123,7 @@ class Ops(Protocol):
         the row, so that a row's token does not depend on the rows beside it. Returns int64 [n].
         """
         ...
+
+    def logsumexp(self, logits: torch.Tensor) -> torch.Tensor:
+        """log(sum(exp(row))) of each row of logits float32 [n, vocab] -> [n]; a row's bits are those it has alone."""
+        ...

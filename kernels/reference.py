@@ -119,6 +119,10 @@ class TorchOps:
         targets = uniforms[:, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=scaled.shape[1] - 1)
 
+    def logsumexp(self, logits: torch.Tensor) -> torch.Tensor:
+        """See Ops. torch's own orders the sum by the number of rows, so each row is computed by itself."""
+        return torch.stack([row.logsumexp(dim=0) for row in logits])
+
 
 def copy_blocks(source: torch.Tensor, target: torch.Tensor, jobs: torch.Tensor) -> None:
     """target[jobs[i, 1]] = source[jobs[i, 0]]: whole blocks along the first axis; jobs int64 [n, 2]."""

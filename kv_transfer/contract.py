@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from baton.proto.messages import Peer
+from baton.proto.messages import KVLink, Peer
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,7 +45,7 @@ class Source(ABC):
     """The owner's half: makes this worker's pool readable."""
 
     address: str
-    """What peers pass to their sink: 'unix:/…'."""
+    """Where peers are greeted: 'unix:/…', and 'tcp://…' besides for those on other hosts (proto/address.py)."""
 
     @abstractmethod
     def close(self) -> None:
@@ -66,6 +66,10 @@ class Sink(ABC):
     @abstractmethod
     def completed(self) -> list[PullDone]:
         """Pulls that ended since the last call. No byte of their targets will be written any more."""
+
+    @abstractmethod
+    def links(self) -> tuple[KVLink, ...]:
+        """How each owner is read that is there, or why it can't be."""
 
     @abstractmethod
     def close(self) -> None:
@@ -117,6 +121,8 @@ class Transport(ABC):
 
     name: str
     """As in --kv-transfer, in ledgers and logs."""
+    across_hosts = False
+    """Whether it reaches peers on other hosts, encrypted and for holders of the cluster's key alone."""
 
     @abstractmethod
     def offer(self) -> msgspec.Struct:
@@ -127,13 +133,17 @@ class Transport(ABC):
         """Why this worker can't read a peer that makes this offer; empty when it can."""
 
     @abstractmethod
-    def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> Link:
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> Link:
         """Open the pool of the peer that makes this offer. Raises TransferError or OSError.
 
-        The connection leads to the peer's `serve`, for transports that have one. Both it and `memfd`, -1 when there is
-        none, stay the caller's and are open as long as the link.
+        The connection leads to the peer's `serve`, for transports that have one; a peer on another host has none. Both
+        it and `memfd`, -1 when there is none, stay the caller's and are open as long as the link.
         """
 
     def serve(self, connection: socket.socket) -> None:
         """Send to one reader until its connection ends, in a thread of its own; for transports whose owner must act."""
         raise TransferError(f"{self.name} needs nothing from the owner")
+
+    def close(self) -> None:
+        """Offer the pool no longer, once no link of this side is open."""
+        return

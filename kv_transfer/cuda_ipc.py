@@ -56,7 +56,7 @@ class CudaIpcTransport(Transport):
             return f"GPU {self._pool.gpu} can't reach the memory of GPU {index}"
         return ""
 
-    def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> "CudaIpcLink":
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> "CudaIpcLink":
         owner = msgspec.msgpack.decode(offer, type=CudaIpcOffer)
         programs = PROGRAMS if owner.gpu == _uuid(self._pool.gpu) else PEER_PROGRAMS
         try:

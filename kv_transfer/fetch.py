@@ -5,6 +5,8 @@
     reader ── Fetch(blocks) ──► owner              at most WINDOW of them unanswered
     reader ◄══ the blocks' bytes, over the transport's own channel, in the order of the fetches
 
+`tcp` has only the last two, over sockets of its own.
+
 The window bounds memory on both sides: a staging buffer is used again WINDOW fetches later, when the reader is known to
 have what was in it. Bytes of a pair flow one way only, so that no order of two sides' transfers can deadlock.
 """

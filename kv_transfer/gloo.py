@@ -58,7 +58,8 @@ class GlooTransport(Transport):
     def obstacle(self, offer: msgspec.Raw) -> str:
         return ""
 
-    def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> FetchLink:
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> FetchLink:
+        assert connection is not None  # it works within one host
         (meeting,) = attach(connection, self.name).channel
         return FetchLink(self._pool, GlooReceiver(self._pool, meeting, connection))
 

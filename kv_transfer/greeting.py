@@ -1,39 +1,31 @@
 """How two workers meet before blocks cross: each says who it is and what its blocks look like.
 
-    reader ── connect, Greeting ──► owner's socket (0700 directory)
-    reader ◄── Greeting + memfd ─── owner              or a Refusal that names both layouts
-    reader ── Attach ─────────────► owner              only for transports whose owner has to send: it starts a thread
+    reader ── connect, Greeting ──► owner              its Unix socket, or from another host its TCP endpoint
+    reader ◄── Greeting ─────────── owner              with the memfd on one host; or a Refusal that names both layouts
+    reader ── Attach ─────────────► owner              only for transports whose owner needs a thread for each reader
     the connection stays open as a sign of life, and the reader keeps what it has opened as long
 
-When the owner leaves it closes its direction of every connection and waits until the readers have closed theirs: then
-nobody reads its memory any more.
+The owner's side is source.py.
 """
 
-import contextlib
-import logging
 import os
-import selectors
+import select
 import socket
-import threading
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from abc import ABC, abstractmethod
 from typing import Self
 
 import msgspec
 
-from baton.kv_transfer.contract import Source, TransferError, Transport
+from baton.kv_transfer.contract import TransferError
+from baton.kv_transfer.line import Line
+from baton.proto.address import reachable
 from baton.proto.layout import KVLayout
 from baton.proto.messages import Peer
-
-log = logging.getLogger(__name__)
+from baton.proto.network import Network
 
 SCHEME = "unix:"
 GREETING_BYTES = 65536
 CONNECT_TIMEOUT_S = 5.0
-LET_GO_S = 1.0
-"""A leaving owner gives its readers so long to end what they are copying."""
 
 
 class Greeting(msgspec.Struct, frozen=True, tag=True):
@@ -59,166 +51,115 @@ class Attach(msgspec.Struct, frozen=True, tag=True):
     transport: str
 
 
-class GreetingSource(Source):
-    """Answers greetings with what `transports` offer, in a thread of its own."""
-
-    def __init__(self, path: Path, me: Greeting, transports: Sequence[Transport], memfd: int) -> None:
-        """`memfd` goes along with every answer; -1 for none."""
-        self.address = f"{SCHEME}{path}"
-        self._path = path
-        offers = {each.name: msgspec.Raw(msgspec.msgpack.encode(each.offer())) for each in transports}
-        self._me = msgspec.structs.replace(me, offers=offers)
-        self._memfd = memfd
-        self._transports = {each.name: each for each in transports}
-        self._serving: list[tuple[socket.socket, threading.Thread]] = []
-        self._wake = os.eventfd(0)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake, selectors.EVENT_READ)
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._connections: set[socket.socket] = set()
-        self._thread = threading.Thread(target=self._serve, name="kv-source", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        os.eventfd_write(self._wake, 1)
-        self._thread.join()
-        os.close(self._wake)
-        self._path.unlink(missing_ok=True)
-
-    def _serve(self) -> None:
-        with self._selector:
-            while not self._stopped(self._selector.select()):
-                pass
-            self._selector.unregister(self._listener)
-            self._selector.unregister(self._wake)
-            self._listener.close()
-            self._say_goodbye()
-
-    def _stopped(self, events: list[tuple[selectors.SelectorKey, int]]) -> bool:
-        for key, _ in events:
-            if key.fileobj == self._wake:
-                return True
-            if key.fileobj is self._listener:
-                connection, _address = self._listener.accept()
-                connection.settimeout(CONNECT_TIMEOUT_S)
-                self._connections.add(connection)
-                self._selector.register(connection, selectors.EVENT_READ)
-            elif isinstance(key.fileobj, socket.socket) and not self._answer(key.fileobj):
-                self._drop(key.fileobj)
-        return False
-
-    def _answer(self, connection: socket.socket) -> bool:
-        """Answer what a reader says; False when the connection is over."""
-        try:
-            data = connection.recv(GREETING_BYTES)
-            if not data:
-                return False
-            peer = msgspec.msgpack.decode(data, type=Greeting | Attach)
-            if isinstance(peer, Attach):
-                self._attach(connection, self._transports[peer.transport])
-                return True
-            if reason := self._me.layout.mismatch(peer.layout):
-                refusal = Refusal(f"{self._me.name} and {peer.name} can't share KV blocks: {reason}")
-                log.error(refusal.reason)
-                connection.send(msgspec.msgpack.encode(refusal))
-                return False
-            descriptors = [self._memfd] if self._memfd >= 0 else []
-            socket.send_fds(connection, [msgspec.msgpack.encode(self._me)], descriptors)
-        except (OSError, KeyError, msgspec.DecodeError) as error:
-            log.warning("a reader's greeting failed: %s", error)
-            return False
-        return True
-
-    def _attach(self, connection: socket.socket, transport: Transport) -> None:
-        """Leave the connection to a thread that serves it."""
-        self._selector.unregister(connection)
-        self._connections.remove(connection)
-        thread = threading.Thread(target=_serve_reader, args=(transport, connection), name="kv-sender", daemon=True)
-        self._serving = [(each, running) for each, running in self._serving if running.is_alive()]
-        self._serving.append((connection, thread))
-        thread.start()
-
-    def _drop(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
-        self._connections.remove(connection)
-        connection.close()
-
-    def _say_goodbye(self) -> None:
-        for connection in (*self._connections, *(each for each, _ in self._serving)):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LET_GO_S
-        while self._connections and (left := deadline - time.monotonic()) > 0:
-            for key, _ in self._selector.select(left):
-                assert isinstance(key.fileobj, socket.socket)
-                self._drop(key.fileobj)
-        for _, thread in self._serving:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        late = len(self._connections) + sum(thread.is_alive() for _, thread in self._serving)
-        if late:
-            log.warning("%d readers have not let go of the KV pool within %.0f s", late, LET_GO_S)
-        for connection in list(self._connections):
-            self._drop(connection)
-        for connection, thread in self._serving:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            thread.join()
-
-
-def _serve_reader(transport: Transport, connection: socket.socket) -> None:
-    with connection:
-        try:
-            transport.serve(connection)
-        except (OSError, TransferError, msgspec.DecodeError) as error:
-            log.warning("a reader is served no longer: %s", error)
-        except Exception:
-            log.exception("a reader is served no longer")
-
-
-@dataclass(frozen=True)
-class Greeted:
-    """An owner that has answered. Its connection is readable, with nothing to read, once it is gone."""
+class Greeted(ABC):
+    """An owner that has answered, as long as it is there. Use it in a `with` block."""
 
     owner: Greeting
-    connection: socket.socket
-    memfd: int
-    """-1 when none came along."""
+    distant: bool
+    """Whether it is on another host."""
+    connection: socket.socket | None = None
+    """To the owner's Transport.serve; None for one on another host."""
+    memfd = -1
+    """The file behind the owner's pool; -1 when none came along."""
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """Readable when `gone` may have changed; ask `gone` before each wait."""
+
+    @abstractmethod
+    def gone(self) -> bool:
+        """Whether the owner has ended, or has closed its side."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the owner."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def greet(owner: Peer, me: Greeting, network: Network) -> Greeted:
+    """Connect and exchange greetings. Raises TransferError when refused, or when nobody is there."""
+    endpoint = reachable(owner.kv_endpoint)
+    if endpoint.startswith(SCHEME):
+        return _GreetedHere(owner, me, endpoint)
+    return _GreetedFar(owner, me, endpoint, network)
+
+
+class _GreetedHere(Greeted):
+    """Over a Unix socket."""
+
+    distant = False
+
+    def __init__(self, owner: Peer, me: Greeting, endpoint: str) -> None:
+        self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            try:
+                self.connection.settimeout(CONNECT_TIMEOUT_S)
+                self.connection.connect(endpoint.removeprefix(SCHEME))
+                self.connection.send(msgspec.msgpack.encode(me))
+                data, descriptors, _flags, _address = socket.recv_fds(self.connection, GREETING_BYTES, 1)
+            except OSError as error:
+                raise TransferError(f"{owner.worker} does not answer at {endpoint}: {error}") from error
+            self.memfd = descriptors[0] if descriptors else -1
+            self.owner = _read_answer(data, owner)
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        assert self.connection is not None
+        return self.connection.fileno()
+
+    def gone(self) -> bool:
+        """The owner sends nothing here but what a transport waits for, so what can be read is the end."""
+        return bool(select.select([self], [], [], 0)[0])
+
+    def close(self) -> None:
+        assert self.connection is not None
         self.connection.close()
         if self.memfd >= 0:
             os.close(self.memfd)
 
 
-def greet(owner: Peer, me: Greeting) -> Greeted:
-    """Connect and exchange greetings. Raises TransferError when refused, OSError when nobody is there."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        connection.settimeout(CONNECT_TIMEOUT_S)
-        connection.connect(owner.kv_endpoint.removeprefix(SCHEME))
-        connection.send(msgspec.msgpack.encode(me))
-        data, descriptors, _flags, _address = socket.recv_fds(connection, GREETING_BYTES, 1)
-    except OSError as error:
-        connection.close()
-        raise TransferError(f"{owner.worker} does not answer at {owner.kv_endpoint}: {error}") from error
-    memfd = descriptors[0] if descriptors else -1
+class _GreetedFar(Greeted):
+    """Over TCP, with the cluster's key."""
+
+    distant = True
+
+    def __init__(self, owner: Peer, me: Greeting, endpoint: str, network: Network) -> None:
+        self._line = Line(network, endpoint)
+        try:
+            try:
+                self._line.send(msgspec.msgpack.encode(me))
+                data = self._line.receive(CONNECT_TIMEOUT_S)[0].buffer
+            except TransferError as error:
+                raise TransferError(f"{owner.worker} does not answer at {endpoint}: {error}") from error
+            self.owner = _read_answer(data, owner)
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        return self._line.fileno()
+
+    def gone(self) -> bool:
+        return self._line.over()
+
+    def close(self) -> None:
+        self._line.close()
+
+
+def _read_answer(data: bytes | memoryview, owner: Peer) -> Greeting:
     try:
         answer = msgspec.msgpack.decode(data, type=Greeting | Refusal)
-        if isinstance(answer, Refusal):
-            raise TransferError(answer.reason)
-        if answer.incarnation != owner.incarnation:
-            raise TransferError(f"{owner.worker} has restarted since the pull was planned")
-    except BaseException as error:
-        connection.close()
-        if memfd >= 0:
-            os.close(memfd)
-        if isinstance(error, msgspec.DecodeError):
-            raise TransferError(f"{owner.worker} gave an answer that can't be read: {error}") from error
-        raise
-    return Greeted(answer, connection, memfd)
+    except msgspec.DecodeError as error:
+        raise TransferError(f"{owner.worker} gave an answer that can't be read: {error}") from error
+    if isinstance(answer, Refusal):
+        raise TransferError(answer.reason)
+    if answer.incarnation != owner.incarnation:
+        raise TransferError(f"{owner.worker} has restarted since the pull was planned")
+    return answer

@@ -67,7 +67,8 @@ class NcclTransport(Transport):
         theirs = msgspec.msgpack.decode(offer, type=NcclOffer).gpu
         return "nccl does not work between two processes on one GPU" if theirs == self._gpu() else ""
 
-    def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> FetchLink:
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> FetchLink:
+        assert connection is not None  # it works within one host
         (meeting,) = attach(connection, self.name).channel
         return FetchLink(self._pool, NcclReceiver(self._pool, bytes.fromhex(meeting), connection))
 

@@ -44,7 +44,7 @@ class ShmTransport(Transport):
     def obstacle(self, offer: msgspec.Raw) -> str:
         return ""
 
-    def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> "ShmLink":
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> "ShmLink":
         return ShmLink(self._pool, memfd)
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from baton.kv_transfer.contract import Link, Pull, PullDone, Sink, TransferError, Transport
 from baton.kv_transfer.greeting import Greeted, Greeting, greet
 from baton.kv_transfer.topology import choose
+from baton.proto.messages import KVLink
+from baton.proto.network import Network
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +26,10 @@ log = logging.getLogger(__name__)
 class PeerSink(Sink):
     """Pulls over `transports`, the best one first."""
 
-    def __init__(self, me: Greeting, transports: Sequence[Transport]) -> None:
+    def __init__(self, me: Greeting, transports: Sequence[Transport], network: Network) -> None:
         self._me = me
         self._transports = transports
+        self._network = network
         self._readers: dict[int, _Reader] = {}  # by the owner's incarnation
         self._done: deque[PullDone] = deque()
         self._ready = os.eventfd(0, os.EFD_NONBLOCK)
@@ -35,7 +38,9 @@ class PeerSink(Sink):
         reader = self._readers.get(pull.owner.incarnation)
         if reader is None or not reader.put(pull):
             self._forget_ended()
-            self._readers[pull.owner.incarnation] = _Reader(pull, self._me, self._transports, self._finished)
+            self._readers[pull.owner.incarnation] = _Reader(
+                pull, self._me, self._transports, self._network, self._finished
+            )
 
     def _forget_ended(self) -> None:
         for incarnation in [key for key, reader in self._readers.items() if reader.over]:
@@ -50,6 +55,10 @@ class PeerSink(Sink):
         except BlockingIOError:
             return []
         return [self._done.popleft() for _ in range(len(self._done))]
+
+    def links(self) -> tuple[KVLink, ...]:
+        states = (reader.state for reader in self._readers.values())
+        return tuple({state.owner: state for state in states if state is not None}.values())
 
     def close(self) -> None:
         for reader in self._readers.values():
@@ -68,12 +77,20 @@ class _Reader:
     """The pulls from one peer, in a thread of their own, which begins with the first of them."""
 
     def __init__(
-        self, first: Pull, me: Greeting, transports: Sequence[Transport], finished: Callable[[PullDone], None]
+        self,
+        first: Pull,
+        me: Greeting,
+        transports: Sequence[Transport],
+        network: Network,
+        finished: Callable[[PullDone], None],
     ) -> None:
         self._owner = first.owner
         self._me = me
         self._transports = transports
+        self._network = network
         self._finished = finished
+        self.state: KVLink | None = None
+        """The way to this owner, or why there is none: unknown at first, and once it is gone."""
         self._lock = threading.Lock()
         self._queue = deque([first])
         self._batch: list[Pull] = []
@@ -108,13 +125,14 @@ class _Reader:
     def _run(self) -> None:
         reason = f"{self._owner.worker} has gone"
         try:
-            with greet(self._owner, self._me) as greeted:
+            with greet(self._owner, self._me, self._network) as greeted:
                 self._read(greeted)
         except (OSError, TransferError) as error:
             reason = str(error)
         except Exception as error:
             log.exception("the transfer from %s failed", self._owner.worker)
             reason = f"{type(error).__name__}: {error}"
+        self.state = None if self.state else KVLink(self._owner.worker, "", reason)
         with self._lock:
             self.over = True
             os.close(self._wake)
@@ -126,19 +144,19 @@ class _Reader:
         transport, link, why = self._open(greeted)
         level = logging.WARNING if why else logging.INFO
         reason = why or ("the best of several" if len(self._transports) > 1 else "as asked for")
+        self.state = KVLink(self._owner.worker, transport.name, why)
         log.log(level, "%s reads %s through %s (%s)", self._me.name, self._owner.worker, transport.name, reason)
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._wake, selectors.EVENT_READ)
-                selector.register(greeted.connection, selectors.EVENT_READ)
+                selector.register(greeted, selectors.EVENT_READ)
                 more = True
-                while not self._stopping:
+                while not (self._stopping or greeted.gone()):
                     more = more and link.prepare()
                     for key, _ in selector.select(0 if more or self._queue else None):
-                        if key.fileobj is greeted.connection:
-                            return
-                        os.eventfd_read(self._wake)
-                    if self._queue:
+                        if key.fileobj == self._wake:
+                            os.eventfd_read(self._wake)
+                    if self._queue and not greeted.gone():
                         self._copy(link, transport.name, greeted.owner.num_blocks)
         finally:
             link.close()
@@ -147,7 +165,7 @@ class _Reader:
         """The best link that can be had, and why no better one."""
         left, failures = list(self._transports), ""
         while True:
-            transport, why = choose(left, greeted.owner)
+            transport, why = choose(left, greeted.owner, greeted.distant)
             try:
                 link = transport.open(greeted.owner.offers[transport.name], greeted.connection, greeted.memfd)
             except (OSError, TransferError) as error:

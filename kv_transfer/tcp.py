@@ -1,12 +1,19 @@
 """Transport `tcp`: blocks as ZeroMQ frames over several connections; the last resort, and never taken silently.
 
-Frames of host pools are sent from the pool itself, without a copy; a GPU's blocks are gathered into pinned memory by
-one kernel, and scattered by one. Sockets listen on the loopback interface only.
+The owner answers each Fetch with the blocks' bytes, from a thread that waits for no reader. Frames of host pools are
+sent from the pool itself, without a copy; a GPU's blocks are gathered into pinned memory by one kernel, and scattered
+by one. Between hosts the connections are TCP with the cluster's key; within one they are Unix sockets of the private
+directory.
 """
 
 import ctypes
+import itertools
+import logging
+import os
 import socket
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,71 +21,115 @@ import zmq
 
 from baton.kv_transfer.contract import Pool, TransferError, Transport
 from baton.kv_transfer.fetch import (
+    FETCH_BYTES,
     STALLED_S,
-    Attached,
     FetchLink,
     Receiver,
-    Sender,
-    attach,
+    blocks_per_fetch,
+    decode_fetch,
     encode_fetch,
-    serve_fetches,
 )
+from baton.kv_transfer.line import Line
 from baton.kv_transfer.movers import HostMover
 from baton.kv_transfer.staging import Staging
+from baton.proto.network import Network
+
+log = logging.getLogger(__name__)
 
 CONNECTIONS = 2
 """Fetches take them in turn."""
+_numbers = itertools.count()
 
 
 class TcpOffer(msgspec.Struct, frozen=True):
-    """Nothing beyond what Attached tells."""
+    """Where the owner answers."""
+
+    addresses: tuple[str, ...]
+    """One for each connection (proto/address.py)."""
 
 
 class TcpTransport(Transport):
     """Between any two workers."""
 
     name = "tcp"
+    across_hosts = True
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, folder: Path, network: Network) -> None:
+        """`folder` is private to this user. Bulk bytes get ZeroMQ threads of their own, beside those of `network`."""
         self._pool = pool
+        self._folder = folder
+        self._network = network.beside(io_threads=CONNECTIONS)
+        self._server: TcpServer | None = None
 
     def offer(self) -> TcpOffer:
-        return TcpOffer()
+        if self._server is None:
+            self._server = TcpServer(self._pool, self._folder, self._network)
+        return TcpOffer(self._server.addresses)
 
     def obstacle(self, offer: msgspec.Raw) -> str:
         return ""
 
-    def open(self, offer: msgspec.Raw, connection: socket.socket, memfd: int) -> FetchLink:
-        return FetchLink(self._pool, TcpReceiver(self._pool, connection))
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> FetchLink:
+        addresses = msgspec.msgpack.decode(offer, type=TcpOffer).addresses
+        return FetchLink(self._pool, TcpReceiver(self._pool, self._network, addresses))
 
-    def serve(self, connection: socket.socket) -> None:
-        sender = TcpSender(self._pool)
-        try:
-            connection.send(msgspec.msgpack.encode(Attached(sender.endpoints)))
-            serve_fetches(connection, self._pool, sender)
-        finally:
-            sender.close()
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        # Waits until no frame refers to the pool's memory any more.
+        self._network.close()
 
 
-class TcpSender(Sender):
-    """Listens for one reader."""
+class TcpServer:
+    """Answers fetches, in a thread of its own."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, folder: Path, network: Network) -> None:
         self._pool = pool
-        self._staging = Staging(pool) if pool.gpu >= 0 else None
-        self._context = zmq.Context(io_threads=CONNECTIONS)
-        self._sockets = [self._context.socket(zmq.PUSH) for _ in range(CONNECTIONS)]
-        for each in self._sockets:
-            each.setsockopt(zmq.SNDTIMEO, int(STALLED_S * 1000))
-            each.bind("tcp://127.0.0.1:*")
-        self.endpoints = tuple(each.getsockopt_string(zmq.LAST_ENDPOINT) for each in self._sockets)
+        self._at_most = blocks_per_fetch(pool, FETCH_BYTES)
+        self._wake = os.eventfd(0)
+        self._sockets = [network.context.socket(zmq.ROUTER) for _ in range(CONNECTIONS)]
+        self._paths = [folder / f"kv-{os.getpid()}-{next(_numbers)}" for _ in self._sockets]
+        self.addresses = tuple(
+            network.bind(each, network.everywhere(f"ipc://{path}"))
+            for each, path in zip(self._sockets, self._paths, strict=True)
+        )
+        self._thread = threading.Thread(target=self._run, name="kv-sender", daemon=True)
+        self._thread.start()
 
-    def send(self, index: int, blocks: np.ndarray) -> None:
-        frames = [self._staging.gather(index, blocks).numpy().data] if self._staging else self._views(blocks.tolist())
+    def close(self) -> None:
+        """Answer no longer; readers see the end of their connections."""
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        os.close(self._wake)
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        staging = Staging(self._pool) if self._pool.gpu >= 0 else None
+        poller = zmq.Poller()
+        poller.register(self._wake, zmq.POLLIN)
+        for each in self._sockets:
+            poller.register(each, zmq.POLLIN)
+        while self._wake not in (ready := dict(poller.poll())):
+            for each in self._sockets:
+                if each in ready:
+                    self._answer(each, staging)
+        for each in self._sockets:
+            each.close(0)
+
+    def _answer(self, router: zmq.Socket, staging: Staging | None) -> None:
+        """One fetch: the other connection, and other readers, have their turn after it."""
+        reader, *rest = router.recv_multipart()
         try:
-            self._sockets[index % CONNECTIONS].send_multipart(frames, copy=False)
-        except zmq.Again as error:
-            raise TransferError(f"it has taken nothing for {STALLED_S:.0f} s") from error
+            blocks = decode_fetch(rest[0] if rest else b"", self._pool, self._at_most)
+        except (TransferError, msgspec.DecodeError) as error:
+            log.warning("a reader is not answered: %s", error)
+            return
+        # A ROUTER drops what its reader does not take, or is no longer there to take; the reader gives up by itself.
+        if staging is None:
+            router.send_multipart([reader, *self._views(blocks.tolist())], zmq.NOBLOCK, copy=False)
+        else:  # copied, so that the buffer is free for the next one, whoever it is for
+            router.send_multipart([reader, staging.gather(0, blocks).numpy().data], zmq.NOBLOCK)
 
     def _views(self, blocks: Sequence[int]) -> list[memoryview]:
         """The pool's own memory, a view for each stretch of blocks that lie side by side."""
@@ -90,38 +141,28 @@ class TcpSender(Sender):
             for start, end in zip(starts, ends, strict=True)
         ]
 
-    def close(self) -> None:
-        # Waits until no frame refers to the pool's memory any more.
-        self._context.destroy(linger=0)
-
 
 class TcpReceiver(Receiver):
-    """Connects to a sender's sockets."""
+    """Connects to a server's sockets."""
 
-    def __init__(self, pool: Pool, connection: socket.socket) -> None:
+    def __init__(self, pool: Pool, network: Network, addresses: Sequence[str]) -> None:
         self._pool = pool
-        self._connection = connection
         self._mover = HostMover(pool.block_bytes)
         self._staging = Staging(pool) if pool.gpu >= 0 else None
-        self._context = zmq.Context(io_threads=CONNECTIONS)
-        self._pollers: list[tuple[zmq.Socket, zmq.Poller]] = []
-        for endpoint in attach(connection, TcpTransport.name).channel:
-            puller = self._context.socket(zmq.PULL)
-            puller.connect(endpoint)
-            poller = zmq.Poller()
-            poller.register(puller, zmq.POLLIN)
-            poller.register(connection, zmq.POLLIN)
-            self._pollers.append((puller, poller))
+        self._lines: list[Line] = []
+        try:
+            for address in addresses:
+                self._lines.append(Line(network, address))
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
-        self._connection.send(encode_fetch(blocks))
+        self._lines[index % len(self._lines)].send(encode_fetch(blocks))
 
     def receive(self, index: int, targets: np.ndarray) -> None:
-        puller, poller = self._pollers[index % CONNECTIONS]
-        ready = dict(poller.poll(int(STALLED_S * 1000)))
-        if puller not in ready:
-            raise TransferError("the owner has gone" if ready else f"the owner has sent nothing for {STALLED_S:.0f} s")
-        frames = [np.frombuffer(frame.buffer, dtype=np.uint8) for frame in puller.recv_multipart(copy=False)]
+        message = self._lines[index % len(self._lines)].receive(STALLED_S)
+        frames = [np.frombuffer(frame.buffer, dtype=np.uint8) for frame in message]
         if sum(map(len, frames)) != len(targets) * self._pool.block_bytes:
             raise TransferError(f"{sum(map(len, frames))} bytes came instead of {len(targets)} blocks")
         if self._staging is not None:
@@ -134,4 +175,5 @@ class TcpReceiver(Receiver):
         self._mover.move(np.concatenate(sources), targets)
 
     def close(self) -> None:
-        self._context.destroy(linger=0)
+        for line in self._lines:
+            line.close()

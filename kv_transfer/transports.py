@@ -4,8 +4,12 @@ from pathlib import Path
 from typing import Protocol
 
 from baton.kv_transfer.contract import Pool, Transport
+from baton.kv_transfer.greeting import Greeting
 from baton.kv_transfer.shm import ShmTransport
+from baton.kv_transfer.sink import PeerSink
+from baton.kv_transfer.source import PeerSource
 from baton.kv_transfer.tcp import TcpTransport
+from baton.proto.network import Network
 
 AUTO = {"cpu": ("shm", "tcp"), "cuda": ("cuda_ipc", "tcp")}
 """What auto tries, the best first. nccl is not among them before it has been run between two GPUs."""
@@ -19,18 +23,26 @@ class WorkerPool(Protocol):
         """The bytes."""
 
 
-def open_transports(wanted: str, pool: WorkerPool, folder: Path) -> list[Transport]:
+def open_halves(
+    wanted: str, pool: WorkerPool, path: Path, me: Greeting, network: Network
+) -> tuple[PeerSource, PeerSink]:
+    """Both halves of a worker: how peers read its pool, through a socket at `path`, and how it reads theirs."""
+    transports = open_transports(wanted, pool, path.parent, network)
+    return PeerSource(path, me, transports, pool.blocks.memfd, network), PeerSink(me, transports, network)
+
+
+def open_transports(wanted: str, pool: WorkerPool, folder: Path, network: Network) -> list[Transport]:
     """`wanted` as in WorkerConfig.kv_transfer, the best first; `folder` is private to this user."""
     device = "cpu" if pool.blocks.gpu < 0 else "cuda"
     names = {"auto": AUTO[device], "local": ()}.get(wanted, (wanted,))
-    return [_open(name, pool, folder) for name in names]
+    return [_open(name, pool, folder, network) for name in names]
 
 
-def _open(name: str, pool: WorkerPool, folder: Path) -> Transport:
+def _open(name: str, pool: WorkerPool, folder: Path, network: Network) -> Transport:
     if name == "shm":
         return ShmTransport(pool.blocks)
     if name == "tcp":
-        return TcpTransport(pool.blocks)
+        return TcpTransport(pool.blocks, folder, network)
     if name == "cuda_ipc":
         from baton.kv_transfer.cuda_ipc import CudaIpcTransport
 

@@ -4,9 +4,10 @@ Sends never block. A receive drains what has arrived; whoever polls the file des
 ZeroMQ's descriptor is edge-triggered. A frame that does not decode is counted and logged with its sender, never guessed
 at, and the process stays alive.
 
-An identity is `name:incarnation`, so that a restarted peer is another peer.
+An identity is `name:incarnation`, so that a restarted peer is another peer. Who may connect is network.py's business.
 """
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import msgspec
 import zmq
 
 from baton.proto.messages import Message
+from baton.proto.network import Network, Refusals
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +40,14 @@ def identity(name: str, incarnation: int) -> bytes:
 
 
 class _Channel(Generic[M]):
-    def __init__(self, context: zmq.Context, kind: int, reads: Any) -> None:
-        self.socket = context.socket(kind)
+    def __init__(self, network: Network, kind: int, reads: Any) -> None:
+        self.socket = network.context.socket(kind)
         self.socket.setsockopt(zmq.LINGER, LINGER_MS)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self.socket.setsockopt(zmq.SNDHWM, MAX_BACKLOG)
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self._decoder = msgspec.msgpack.Decoder(reads)
+        self._refusals = Refusals(self.socket) if network.guarded else None
         self.malformed = 0
 
     def fileno(self) -> int:
@@ -53,11 +56,31 @@ class _Channel(Generic[M]):
 
     def readable(self) -> bool:
         """Whether a message is waiting now."""
-        return bool(self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+        return bool(int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def close(self, linger_ms: int = LINGER_MS) -> None:
         """Close the socket; unsent messages get linger_ms."""
+        if self._refusals is not None:
+            self._refusals.close()
         self.socket.close(linger_ms)
+
+    @contextlib.contextmanager
+    def _or_closed(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close(0)
+            raise
+
+    def _receive(self) -> Iterator[list[zmq.Frame]]:
+        """Parts of all messages that have arrived."""
+        if self._refusals is not None:
+            self._refusals.tell()
+        while True:
+            try:
+                yield self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
 
     def _decode(self, frame: zmq.Frame, sender: str) -> M | None:
         try:
@@ -69,15 +92,15 @@ class _Channel(Generic[M]):
 
 
 class Dealer(_Channel[M]):
-    """One connection to one peer."""
+    """One connection to one peer, at the endpoint of its address that can be reached from here."""
 
-    def __init__(self, context: zmq.Context, endpoint: str, me: bytes, reads: Any) -> None:
-        super().__init__(context, zmq.DEALER, reads)
-        self.endpoint = endpoint
+    def __init__(self, network: Network, address: str, me: bytes, reads: Any) -> None:
+        super().__init__(network, zmq.DEALER, reads)
         self.socket.setsockopt(zmq.IDENTITY, me)
         self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        self.socket.connect(endpoint)
+        with self._or_closed():
+            self.endpoint = network.connect(self.socket, address)
         self._backlog: deque[list[Any]] = deque()
 
     def send(self, message: Message, *frames: Frame) -> None:
@@ -99,11 +122,7 @@ class Dealer(_Channel[M]):
         """All messages that have arrived, with their extra frames."""
         if self._backlog:
             self.flush()
-        while True:
-            try:
-                parts: list[zmq.Frame] = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
+        for parts in self._receive():
             message = self._decode(parts[0], self.endpoint)
             if message is not None:
                 yield message, tuple(part.buffer for part in parts[1:])
@@ -112,11 +131,12 @@ class Dealer(_Channel[M]):
 class Router(_Channel[M]):
     """Many peers, each known by its identity. A send to a peer that is not connected says so."""
 
-    def __init__(self, context: zmq.Context, endpoint: str, reads: Any) -> None:
-        super().__init__(context, zmq.ROUTER, reads)
+    def __init__(self, network: Network, address: str, reads: Any) -> None:
+        super().__init__(network, zmq.ROUTER, reads)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.bind(endpoint)
-        self.endpoint = endpoint
+        with self._or_closed():
+            self.address = network.bind(self.socket, address)
+        """For peers: proto/address.py."""
 
     def send(self, peer: bytes, message: Message, *frames: Frame) -> bool:
         """False when the peer is gone or does not read: the caller's timers must cover the loss."""
@@ -137,11 +157,7 @@ class Router(_Channel[M]):
 
     def drain(self) -> Iterator[tuple[bytes, M, Body]]:
         """All messages that have arrived: (identity, message, extra frames)."""
-        while True:
-            try:
-                parts: list[zmq.Frame] = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
+        for parts in self._receive():
             sender = parts[0].bytes
             if len(parts) < 2:
                 self.malformed += 1

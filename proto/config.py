@@ -15,6 +15,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all configuration structs."""
 
 
+class NetworkConfig(Config):
+    """How a process is reached from other hosts."""
+
+    host: str = ""
+    """IP address of this host at which its sockets listen besides; empty: they are for this host alone."""
+    key_file: str = ""
+    """The cluster's key, which TCP connections need then; required beyond loopback."""
+
+
 class ModelConfig(Config):
     """What is served."""
 
@@ -109,9 +118,10 @@ class WorkerConfig(Config):
     threads: int = 0
     """Compute threads on CPU; 0: all cores that this process may use."""
     scheduler: str = ""
-    """ZeroMQ endpoint of the scheduler."""
+    """Address of the scheduler."""
     run_dir: str = ""
     """0700 directory for this worker's sockets."""
+    network: NetworkConfig = NetworkConfig()
     early_bind_tokens: int = 512
     """Prompts with at least this many tokens to compute are handed over chunk by chunk while they run."""
     log_interval_s: float = 10.0
@@ -128,11 +138,13 @@ class RpcConfig(Config):
     tls_key: str = ""
     """PEM file with its private key."""
     api_keys: tuple[str, ...] = ()
-    """Bearer keys in the metadata; empty: no authentication."""
+    """Bearer keys in the metadata; no authentication without keys and key file."""
     max_request_bytes: int = 16 * 2**20
     """Largest message of a client."""
     shares_port: bool = False
     """Several processes listen on the port, and the kernel gives each connection to one of them."""
+    api_key_file: str = ""
+    """More keys, with names: proto/keys.py has the format."""
 
 
 class PlacementConfig(Config):
@@ -146,8 +158,10 @@ class SchedulerConfig(Config):
     """The scheduler process."""
 
     endpoint: str
-    """ZeroMQ endpoint it binds."""
+    """The address it binds: an ipc endpoint, and a tcp one when workers on other hosts may join."""
     run_dir: str = ""
+    network: NetworkConfig = NetworkConfig()
+    """Its `host` is not used: `endpoint` says where."""
     max_waiting: int = 4096
     """Requests queued for a prefill worker; one more is rejected with 429."""
     placement: PlacementConfig = PlacementConfig()
@@ -169,6 +183,29 @@ class SchedulerConfig(Config):
     """The Admin service."""
 
 
+class TlsConfig(Config):
+    """TLS of the HTTP server; flags and meaning are uvicorn's."""
+
+    keyfile: str = ""
+    """PEM file with the private key; may be empty when certfile has it too."""
+    certfile: str = ""
+    """PEM file with the certificate chain; empty: plaintext."""
+    ca_certs: str = ""
+    """PEM file with the authorities that clients' certificates are checked against."""
+    cert_reqs: int = 0
+    """Certificates of clients: 0 not asked for | 1 checked if there | 2 required."""
+
+
+class CorsConfig(Config):
+    """Which web pages may call the API from a browser; "*" is every one."""
+
+    allowed_origins: tuple[str, ...] = ("*",)
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    """Cookies and HTTP authentication that the browser adds by itself."""
+
+
 class FrontendConfig(Config):
     """One frontend process."""
 
@@ -184,7 +221,7 @@ class FrontendConfig(Config):
     """Unix socket to serve HTTP on instead of host and port."""
     root_path: str = ""
     api_keys: tuple[str, ...] = ()
-    """Bearer keys; empty: no authentication."""
+    """Bearer keys; no authentication without keys and key file."""
     max_logprobs: int = 20
     block_size: int = 16
     gap_timeout_s: float = 0.5
@@ -195,10 +232,19 @@ class FrontendConfig(Config):
     """A client that reads nothing for so long while text is waiting is aborted."""
     max_request_bytes: int = 16 * 2**20
     """Largest HTTP body."""
+    max_pending_bytes: int = 256 * 2**20
+    """Of all bodies that have not been read to the end; beyond it requests are answered with 503."""
+    max_header_bytes: int = 64 * 2**10
+    """Request line and headers of one request together."""
+    head_timeout_s: float = 20.0
+    """From the first byte of a request to the end of its headers; a connection that sends nothing has as long."""
+    body_timeout_s: float = 120.0
+    """From the end of the headers to the end of the body."""
     shutdown_timeout_s: float = 15.0
     """After SIGTERM running streams may finish for so long."""
     grpc: RpcConfig = RpcConfig()
     """The Inference service."""
+    network: NetworkConfig = NetworkConfig()
     enable_auto_tool_choice: bool = False
     """Whether the model may decide by itself to call tools; needs tool_call_parser."""
     tool_call_parser: str = ""
@@ -207,6 +253,10 @@ class FrontendConfig(Config):
     """Tells reasoning from the answer."""
     tool_parser_plugin: str = ""
     """Python file with parsers of the user's own."""
+    api_key_file: str = ""
+    """More keys, with names: proto/keys.py has the format."""
+    tls: TlsConfig = TlsConfig()
+    cors: CorsConfig = CorsConfig()
 
 
 class ServeConfig(Config):

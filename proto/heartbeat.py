@@ -3,10 +3,9 @@
 import threading
 from collections.abc import Callable
 
-import zmq
-
 from baton.proto.channels import Dealer, identity
 from baton.proto.messages import Beat, Message
+from baton.proto.network import Network
 
 BEAT_INTERVAL_S = 0.5
 
@@ -14,9 +13,9 @@ BEAT_INTERVAL_S = 0.5
 class Heartbeat:
     """A thread with a socket of its own, so that a process with a busy loop does not look dead."""
 
-    def __init__(self, context: zmq.Context, scheduler: str, make_beat: Callable[[], Beat]) -> None:
+    def __init__(self, network: Network, scheduler: str, make_beat: Callable[[], Beat]) -> None:
         """`make_beat` is called in the thread, every BEAT_INTERVAL_S."""
-        self._context = context
+        self._network = network
         self._scheduler = scheduler
         self._make_beat = make_beat
         self._stop = threading.Event()
@@ -32,7 +31,7 @@ class Heartbeat:
         beat = self._make_beat()
         me = identity(beat.name, beat.incarnation) + b":beat"
         # Answers go to the main socket: this one reads nothing.
-        dealer: Dealer[Message] = Dealer(self._context, self._scheduler, me, Message)
+        dealer: Dealer[Message] = Dealer(self._network, self._scheduler, me, Message)
         while not self._stop.wait(BEAT_INTERVAL_S):
             dealer.send(self._make_beat())
         dealer.close(0)

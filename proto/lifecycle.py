@@ -9,11 +9,14 @@ The frontend owns the whole of it (frontend/streams.py); the scheduler's cluster
 worker's batcher.py knows only its own leg.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 
 class Stage(StrEnum):
-    """Moments of a request, as seconds on CLOCK_MONOTONIC (one clock for all processes of a host).
+    """Moments of a request, as seconds on the CLOCK_MONOTONIC of the scheduler's host.
+
+    Processes of a host have one clock; workers on other hosts translate (worker/clock.py).
 
     A ledger holds at most one time per stage: the latest attempt's.
     """
@@ -28,6 +31,8 @@ class Stage(StrEnum):
     """The first chunk entered a step (prefill worker)."""
     SAMPLED = "sampled"
     """The first token of this attempt was sampled and sent to the frontend (prefill worker)."""
+    REPORTED = "reported"
+    """PrefillDone reached the scheduler; absent when the stream was bound before, while its prompt was computed."""
     BOUND = "bound"
     """StartDecode reached the decode worker's batcher."""
     PULL_ISSUED = "pull_issued"
@@ -42,6 +47,32 @@ class Stage(StrEnum):
     """The first token of the stream was accepted by the frontend."""
     FINISHED = "finished"
     """The terminal message was produced (frontend)."""
+
+
+_HANDOFF = (
+    *(Stage.SAMPLED, Stage.REPORTED, Stage.BOUND, Stage.PULL_ISSUED, Stage.PULLED, Stage.CONFIRMED),
+    Stage.STEPPED,
+)
+HANDOFF_PARTS = _HANDOFF[1:]
+"""Parts of a handoff, each named after the moment that ends it."""
+
+
+def handoff_parts(stages: Mapping[str, float]) -> dict[Stage, float]:
+    """Seconds of each part; their sum is the handoff's own time, from SAMPLED to STEPPED. Empty without a handoff.
+
+    What happened before the first token, as when a long prompt moves while it is computed, takes nothing of it, nor
+    does a moment that did not come, as when there was nothing to pull.
+    """
+    if Stage.SAMPLED not in stages or Stage.STEPPED not in stages:
+        return {}
+    before, last = stages[Stage.SAMPLED], stages[Stage.STEPPED]
+    if last < before:
+        return {}
+    parts = {}
+    for stage in HANDOFF_PARTS:
+        at = min(max(stages.get(stage, before), before), last)
+        parts[stage], before = at - before, at
+    return parts
 
 
 class FinishReason(StrEnum):

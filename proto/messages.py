@@ -2,7 +2,8 @@
 
 A message is one frozen msgspec struct, encoded as a msgpack array whose first element is the tag. Fields are only
 appended, with defaults, so that an older peer can read a newer one. Bulk bytes (token ids, hashes) travel as extra
-frames after the message, never inside it. Times named *_s are durations in seconds.
+frames after the message, never inside it. Times named *_s are durations in seconds, those named *_at moments on the
+scheduler's CLOCK_MONOTONIC. An address names every endpoint of a socket (address.py).
 
 The rules behind the messages, and the failure each closes, are in docs/protocol.md.
 """
@@ -108,7 +109,7 @@ class Ledger(msgspec.Struct, omit_defaults=True):
     notes: list[str] = []
     """Why something fell back, one sentence each."""
     stages: dict[str, float] = {}
-    """Stage -> seconds on CLOCK_MONOTONIC."""
+    """Stage -> seconds on the CLOCK_MONOTONIC of the scheduler's host."""
 
     def merge(self, part: "Ledger") -> None:
         """Overlay the fields that `part` sets: a worker sends each field once per attempt."""
@@ -131,9 +132,9 @@ class Peer(Record):
     worker: str
     incarnation: int
     endpoint: str
-    """ZeroMQ endpoint of the worker's ROUTER for Open and Confirm."""
+    """Address of the worker's ROUTER for Open and Confirm."""
     kv_endpoint: str
-    """Transport address, e.g. 'shm:/run/…/decode-0.kv'."""
+    """Address at which it greets those who read its KV blocks: 'unix:/run/…/decode-0.kv tcp://10.0.0.5:41878'."""
 
 
 class Holder(Record):
@@ -167,6 +168,17 @@ class Settings(Record):
     """debug | info | warning | error; empty: as at the start."""
 
 
+class KVLink(Record):
+    """How a worker reads the KV blocks of another one."""
+
+    owner: str
+    """Name of the other one."""
+    transport: str
+    """As in --kv-transfer; empty when there is no way."""
+    reason: str = ""
+    """Why this one: empty for the best there is, else what kept the better ones, or all, from being used."""
+
+
 class Claim(Record):
     """One open stream, as its frontend sees it after the scheduler came back."""
 
@@ -185,7 +197,7 @@ class FrontendHello(Message):
     """Incarnation, the first half of its sids."""
     name: str
     endpoint: str
-    """Where workers connect to deliver TokenBatch."""
+    """Address to which workers deliver TokenBatch."""
     pid: int
     """Watched by the scheduler when the frontend is on the same host; 0 when it is not."""
     protocol: int
@@ -317,6 +329,12 @@ class WorkerHello(Message):
     holdings: tuple[Holding, ...] = ()
     settings: Settings = Settings()
     """As they are now: a restarted scheduler goes on with them."""
+    host: str = ""
+    """Name of its host, for operators."""
+    pid_space: str = ""
+    """Where its pid means something (proto/host.py)."""
+    distant: bool = False
+    """It speaks to the scheduler over TCP: what has no TCP endpoint is out of its reach."""
 
 
 class WhoAreYou(Message):
@@ -338,6 +356,16 @@ class Fenced(Message):
     reason: str
 
 
+class ClockReply(Message):
+    """S→W."""
+
+    sent_s: float
+    """From the request."""
+    now_at: float
+    clock_space: str
+    """Where this clock is read (proto/host.py)."""
+
+
 class StartPrefill(Message):
     """S→W. Frames: int32 prompt ‖ accepted; hash chain, root first."""
 
@@ -348,7 +376,7 @@ class StartPrefill(Message):
     prompt_len: int
     params: SamplingParams
     reply_to: str
-    """The frontend's token-plane endpoint."""
+    """The frontend's token-plane address."""
     continue_decode: bool
     """True: this worker also decodes (transport `local`, nothing is handed over). False: hold a lease when done."""
     priority: int = 0
@@ -373,6 +401,8 @@ class StartDecode(Message):
     first_rows: FirstRows | None
     """None while the prefill is still running: Settled brings it."""
     priority: int = 0
+    reported_at: float = 0.0
+    """When PrefillDone reached the scheduler; 0 while the prefill is still running."""
 
 
 class Configure(Message):
@@ -418,6 +448,15 @@ class Load(Message):
     """All streams this worker keeps, for reconciliation; None in the light reports between."""
     settings: Settings | None = None
     """As they are, beside the holdings."""
+    links: tuple[KVLink, ...] | None = None
+    """To every worker whose blocks it reads, or could not read; beside the holdings."""
+
+
+class ClockRequest(Message):
+    """W→S: what time is it? Once, and every second from a worker whose clock is another one."""
+
+    sent_s: float
+    """The asker's CLOCK_MONOTONIC."""
 
 
 class Progress(Message):
@@ -577,6 +616,7 @@ ToScheduler = (
     | MetricsRequest
     | WorkerHello
     | Load
+    | ClockRequest
     | Progress
     | PrefillDone
     | FirstToken
@@ -587,7 +627,7 @@ ToScheduler = (
 )
 ToFrontend = Accepted | Rejected | Retry | Cancelled | CloseAck | MetricsReply | ClusterStatus | WhoAreYou | Welcome
 ToFrontendTokens = TokenBatch
-ToWorker = WhoAreYou | Welcome | Fenced | StartPrefill | StartDecode | CancelCommand | Configure
+ToWorker = WhoAreYou | Welcome | Fenced | ClockReply | StartPrefill | StartDecode | CancelCommand | Configure
 ToWorkerFromFrontend = CancelStream
 ToOwner = Open | Confirm
 ToHolder = Settled | Ok | Gone

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import grpc
+from msgspec.structs import asdict
 
 from baton.proto.config import RpcConfig
 from baton.proto.lifecycle import Duty
@@ -132,6 +133,11 @@ class Admin:
         names = await self._ask(lambda operator, _: operator.set_log_level(request.level.lower(), request.process))
         return self._messages.new("SetLogLevelResponse", processes=names)
 
+    async def list_links(self, request: Any, _context: Context) -> Any:
+        links = await self._ask(lambda operator, _: operator.links(request.worker))
+        new = self._messages.new
+        return new("ListLinksResponse", links=[new("KvLink", reader=reader, **asdict(it)) for reader, it in links])
+
     async def watch_events(self, _request: Any, context: Context) -> None:
         with Subscription(self._desk) as subscription:
             await context.send_initial_metadata(())
@@ -185,6 +191,7 @@ class _Messages:
             streams=len(worker.streams),
             member_seconds=now - worker.joined_at,
             generated_tokens=load.generated_tokens if load else 0,
+            host=hello.host,
         )
 
     def request(self, stream: Stream, registry: Registry, now: float) -> Any:

@@ -24,6 +24,7 @@ from baton.proto.messages import (
     FirstToken,
     FrontendHello,
     Goodbye,
+    KVLink,
     Load,
     PrefillDone,
     Progress,
@@ -250,7 +251,10 @@ class Cluster:
             self._retry(self.streams[sid], f"{worker.name}: {reason}", now)
 
     def _on_load(self, worker: Worker, load: Load, now: float) -> None:
+        before = worker.links
         worker.take_load(load)
+        for link in [link for link in worker.links if link not in before]:
+            self._outbox.happened(EventKind.LINK_CHANGED, worker.name, _described(link))
         self._orders.reported(worker, load)
         self._outbox.add(Observe(LoadReport(worker.name, worker.hello.incarnation, worker.role, load)))
         if load.holdings is not None:
@@ -269,7 +273,7 @@ class Cluster:
         stream = self._prefilling(worker, report)
         if stream is None:
             return
-        stream.handoff = Handoff(report.lease, report.num_tokens, report.blocks, report.first_rows)
+        stream.handoff = Handoff(report.lease, report.num_tokens, report.blocks, report.first_rows, now)
         if stream.decode is None:
             stream.enter(State.HANDOFF, now)
             self._bind(stream, now)
@@ -396,3 +400,9 @@ class Cluster:
         """Whether an adopted prefill can't be handed over: the prompt went with the scheduler that had it."""
         worker = self.registry.workers.get(stream.prefill.worker) if stream.prefill else None
         return not stream.frames and worker is not None and worker.role == Role.PREFILL
+
+
+def _described(link: KVLink) -> str:
+    if not link.transport:
+        return f"can't read {link.owner}: {link.reason}"
+    return f"reads {link.owner} through {link.transport}{f' ({link.reason})' if link.reason else ''}"

@@ -20,10 +20,12 @@ class Send:
 
 @dataclass(slots=True, frozen=True)
 class Watch:
-    """Tell peer_lost when this local process dies."""
+    """Tell peer_lost when this process dies, if it can be seen from here."""
 
     peer: bytes
     pid: int
+    pid_space: str = ""
+    """Where the pid means something; empty: here."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -87,6 +89,7 @@ class EventKind(StrEnum):
     NOT_READY = "NOT_READY"
     REQUEST_RETRIED = "REQUEST_RETRIED"
     REQUEST_CANCELLED = "REQUEST_CANCELLED"
+    LINK_CHANGED = "LINK_CHANGED"
 
 
 @dataclass(slots=True, frozen=True)

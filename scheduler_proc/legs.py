@@ -59,6 +59,7 @@ class Legs:
             blocks=stream.handoff.blocks,
             first_rows=stream.handoff.first_rows,
             priority=stream.priority,
+            reported_at=stream.handoff.reported_at,
         )
         self._outbox.send(worker.identity, command, stream.frames)
         self._promise(stream, worker, computes=False)

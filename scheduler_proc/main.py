@@ -12,10 +12,12 @@ from contextlib import AbstractContextManager, closing, nullcontext
 import zmq
 from prometheus_client import disable_created_metrics
 
-from baton.proto.channels import Router
+from baton.proto.channels import LINGER_MS, Router
 from baton.proto.config import SchedulerConfig
 from baton.proto.errors import UserError
-from baton.proto.messages import MetricsReply, MetricsRequest, ToScheduler
+from baton.proto.host import clock_space, pid_space
+from baton.proto.messages import ClockReply, ClockRequest, MetricsReply, MetricsRequest, ToScheduler
+from baton.proto.network import open_network
 from baton.proto.supervision import Supervised, run_child, set_log_level
 from baton.scheduler_proc.activity import Activity
 from baton.scheduler_proc.cluster import Cluster
@@ -45,6 +47,7 @@ class Scheduler:
         self._router = router
         self._desk = desk
         self._stop_fd = stop_fd
+        self._pid_space, self._clock_space = pid_space(), clock_space()
         self._pidfds: dict[bytes, int] = {}
         self._peers: dict[int, bytes] = {}  # pidfd -> identity
         self._poller = zmq.Poller()
@@ -79,11 +82,14 @@ class Scheduler:
 
     def _drain(self) -> None:
         for sender, message, frames in self._router.drain():
-            if isinstance(message, MetricsRequest):
-                self._metrics.set_queued(len(self._cluster.queue))
-                self._router.send(sender, MetricsReply(message.request, self._metrics.text()))
-            else:
-                self._carry_out(self._cluster.handle(sender, message, frames, time.monotonic()))
+            match message:
+                case MetricsRequest():
+                    self._metrics.set_queued(len(self._cluster.queue))
+                    self._router.send(sender, MetricsReply(message.request, self._metrics.text()))
+                case ClockRequest():
+                    self._router.send(sender, ClockReply(message.sent_s, time.monotonic(), self._clock_space))
+                case _:
+                    self._carry_out(self._cluster.handle(sender, message, frames, time.monotonic()))
 
     def _carry_out(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
@@ -99,7 +105,8 @@ class Scheduler:
                 case SetLogLevel():
                     set_log_level(instruction.level)
                 case Watch():
-                    self._watch(instruction.peer, instruction.pid)
+                    if instruction.pid_space in ("", self._pid_space):
+                        self._watch(instruction.peer, instruction.pid)
                 case Unwatch():
                     self._unwatch(instruction.peer)
 
@@ -126,9 +133,9 @@ class Scheduler:
 def main(config: SchedulerConfig, supervised: Supervised) -> int:
     """The whole life of the process."""
     disable_created_metrics()  # a second series for each counter and histogram that nobody reads
-    context = zmq.Context()
+    network = open_network(config.network)
     try:
-        router: Router = Router(context, config.endpoint, ToScheduler)
+        router: Router = Router(network, config.endpoint, ToScheduler)
     except zmq.ZMQError as error:
         raise UserError(f"the scheduler can't listen on {config.endpoint}: {error}") from error
     desk = Desk()
@@ -140,7 +147,7 @@ def main(config: SchedulerConfig, supervised: Supervised) -> int:
     finally:
         scheduler.close()
         desk.close()
-        context.term()
+        network.close(LINGER_MS)
     return 0
 
 

@@ -84,11 +84,13 @@ class Membership:
         if earlier is not None:
             self.lost(earlier.identity, "a newer incarnation has registered", now)
         worker = Worker(sender, hello, joined_at=now, heard_at=now)
-        self._join(worker, hello.pid)
+        self._join(worker, hello.pid, hello.pid_space)
         self._orders.joined(worker)
         self._outbox.happened(EventKind.WORKER_JOINED, worker.name, f"{worker.role}, {worker.settings.duty}")
         self._outbox.add(Observe(WorkerJoined(worker.name, worker.role)))
-        self._outbox.log(f"{worker.name} joined: {worker.role}, {hello.num_blocks} blocks of {hello.block_size} tokens")
+        where = f" on {hello.host}" if hello.distant else ""
+        blocks = f"{hello.num_blocks} blocks of {hello.block_size} tokens"
+        self._outbox.log(f"{worker.name} joined{where}: {worker.role}, {blocks}")
         for other, why in self._registry.mismatches_of(worker):
             self._outbox.log(f"{worker.name} and {other.name} can't exchange KV: {why}", logging.ERROR)
         return worker
@@ -115,13 +117,13 @@ class Membership:
             self._outbox.log(f"{name} speaks protocol {protocol}, this is {PROTOCOL_VERSION}: refused", logging.ERROR)
         return False
 
-    def _join(self, member: Worker | Frontend, pid: int) -> None:
+    def _join(self, member: Worker | Frontend, pid: int, pid_space: str = "") -> None:
         self._registry.add(member)
         self._changed = True
         self._asked.pop(member.identity, None)
         self._outbox.send(member.identity, Welcome(self._epoch))
         if pid:
-            self._outbox.add(Watch(member.identity, pid))
+            self._outbox.add(Watch(member.identity, pid, pid_space))
 
     def heard(self, sender: bytes, now: float) -> Worker | Frontend | None:
         """The member that spoke; whoever is none is asked to say hello, or told that it is out."""

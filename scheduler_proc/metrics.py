@@ -4,11 +4,12 @@ Gauges and token counters come from workers' Loads, request metrics from the led
 Every series exists, as 0, from the moment its worker joins; a worker's gauges end when it leaves, its counters stay.
 """
 
-from itertools import pairwise
+from collections import Counter as Counts
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from baton.proto.lifecycle import Outcome, Role, Stage
+from baton.proto.config import KV_TRANSFERS
+from baton.proto.lifecycle import HANDOFF_PARTS, Outcome, Role, Stage, handoff_parts
 from baton.proto.messages import Close, Load, Retry
 from baton.scheduler_proc.instructions import LoadReport, WorkerJoined, WorkerLeft
 
@@ -16,9 +17,11 @@ WORKER_LABELS = ("worker", "role")
 SCHEDULER_LABELS = ("scheduler", "scheduler")
 """Under which the scheduler's own queue is counted among the waiting."""
 
+NO_TRANSPORT = "none"
+TRANSPORTS = (*sorted({name for names in KV_TRANSFERS.values() for name in names}), NO_TRANSPORT)
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TPOT_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
-HANDOFF_STAGES = (Stage.SAMPLED, Stage.BOUND, Stage.PULL_ISSUED, Stage.PULLED, Stage.CONFIRMED, Stage.STEPPED)
 
 GAUGES = {
     "baton_requests_running": "Streams in the running set of a worker",
@@ -51,6 +54,15 @@ class Metrics:
             ("source", *WORKER_LABELS),
         )
         self._preemptions = self._counter("baton_preemptions", "Streams preempted for lack of blocks", WORKER_LABELS)
+        self._moved = self._counter(
+            "baton_kv_moved_bytes", "KV that came from another worker, by transport", ("transport", *WORKER_LABELS)
+        )
+        self._links = Gauge(
+            "baton_kv_links",
+            "Workers whose KV a worker reads, by transport; none: it can't",
+            ("transport", *WORKER_LABELS),
+            registry=self._registry,
+        )
         self._retries = self._counter("baton_retries", "Attempts that ended and were continued by another", ())
         spans = {**PREFILL_SPANS, **DECODE_SPANS}
         self._spans = {name: self._histogram(name, text, SECONDS) for name, (text, _, _) in spans.items()}
@@ -93,6 +105,8 @@ class Metrics:
             case WorkerLeft():
                 for gauge in self._gauges.values():
                     gauge.remove(event.worker, event.role)
+                for transport in TRANSPORTS if event.role != Role.PREFILL else ():
+                    self._links.remove(transport, event.worker, event.role)
             case LoadReport():
                 self._load(event)
             case Retry():
@@ -115,7 +129,10 @@ class Metrics:
             for name in DECODE_SPANS:
                 self._spans[name].labels(*labels)
             self._tpot.labels(*labels)
-            for stage in HANDOFF_STAGES[1:]:
+            for transport in TRANSPORTS:
+                self._links.labels(transport, *labels)
+                self._moved.labels(transport, *labels)
+            for stage in HANDOFF_PARTS:
                 self._handoff_stages.labels(stage.value, *labels)
 
     def _load(self, event: LoadReport) -> None:
@@ -133,6 +150,10 @@ class Metrics:
         for source in ("computed", "cached", "pulled", "generated"):
             name = f"{source}_tokens"
             self._tokens.labels(source, *labels).inc(getattr(load, name) - (getattr(before, name) if before else 0))
+        if load.links is not None and event.role != Role.PREFILL:
+            links = Counts(link.transport or NO_TRANSPORT for link in load.links)
+            for transport in TRANSPORTS:
+                self._links.labels(transport, *labels).set(links[transport])
         self._preemptions.labels(*labels).inc(load.preemptions - (before.preemptions if before else 0))
 
     def _closed(self, close: Close) -> None:
@@ -149,10 +170,10 @@ class Metrics:
         decoding = _between(ledger.stages, Stage.FIRST_TOKEN, Stage.FINISHED)
         if decoding is not None and close.output_tokens > 1:
             self._tpot.labels(*labels).observe(decoding / (close.output_tokens - 1))
-        if all(stage in ledger.stages for stage in HANDOFF_STAGES):
-            for start, end in pairwise(HANDOFF_STAGES):
-                seconds = max(ledger.stages[end] - ledger.stages[start], 0.0)
-                self._handoff_stages.labels(end.value, *labels).observe(seconds)
+        if ledger.moved_bytes:
+            self._moved.labels(ledger.transport, *labels).inc(ledger.moved_bytes)
+        for stage, seconds in handoff_parts(ledger.stages).items():
+            self._handoff_stages.labels(stage.value, *labels).observe(seconds)
 
 
 def _between(stages: dict[str, float], start: Stage, end: Stage) -> float | None:

@@ -11,7 +11,7 @@ from enum import StrEnum
 import msgspec
 
 from baton.proto.lifecycle import Duty, Role
-from baton.proto.messages import Sid
+from baton.proto.messages import KVLink, Sid
 from baton.scheduler_proc.instructions import EventKind, Observe, Outbox, SetLogLevel, WorkerJoined, WorkerLeft
 from baton.scheduler_proc.membership import Membership
 from baton.scheduler_proc.orders import Orders
@@ -124,6 +124,11 @@ class Operator:
         if worker:
             chosen = [self._streams[sid] for sid in self.worker(worker).streams]
         return sorted(chosen, key=lambda stream: stream.arrived)
+
+    def links(self, worker: str) -> list[tuple[str, KVLink]]:
+        """How one worker reads the KV of others, or how all do when its name is empty: (reader, link)."""
+        chosen = [self.worker(worker)] if worker else self.registry.workers.values()
+        return [(each.name, link) for each in chosen for link in each.links]
 
     def cancel(self, request: str, now: float) -> None:
         """End a stream at its workers and at its client."""

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from baton.proto.address import crosses_hosts
 from baton.proto.lifecycle import Duty, Role
-from baton.proto.messages import FrontendHello, Load, Settings, Sid, WorkerHello, WorkerStatus
+from baton.proto.messages import FrontendHello, KVLink, Load, Settings, Sid, WorkerHello, WorkerStatus
 
 PREFILL_BACKLOG_STEPS = 4
 """Steps' worth of prompt tokens that a worker may have before it: enough to stay busy, few enough to place late."""
@@ -68,6 +69,8 @@ class Worker:
     """With a leg here."""
     holdings: dict[tuple[Sid, int], str] = field(default_factory=dict)
     """(sid, attempt) -> leg, as last reported."""
+    links: tuple[KVLink, ...] = ()
+    """How it reads the KV of others, as last reported."""
     settings: Settings = field(default_factory=Settings)
     """What it should be; orders.py sees to it."""
     obeys: bool = True
@@ -146,6 +149,7 @@ class Worker:
     def take_load(self, load: Load) -> None:
         """Believe a report; promises that it has seen are part of it."""
         self.load = load
+        self.links = self.links if load.links is None else load.links
         self.promises.settle(load.last_cmd_seq)
 
     def status(self) -> WorkerStatus:
@@ -234,7 +238,7 @@ class Registry:
         """Why blocks can't cross between two workers, or None. Compared once per pair."""
         pair = (one.identity, other.identity)
         if pair not in self._mismatches:
-            self._mismatches[pair] = one.hello.layout.mismatch(other.hello.layout)
+            self._mismatches[pair] = _separated(one, other) or one.hello.layout.mismatch(other.hello.layout)
         return self._mismatches[pair]
 
     def prefill_workers(self) -> list[Worker]:
@@ -270,4 +274,19 @@ class Registry:
             return f"waiting for a prefill worker beside {', '.join(decodes)}{but}"
         if not decodes:
             return f"waiting for a decode worker beside {', '.join(prefills)}{but}"
-        return f"the KV layouts of {', '.join(prefills)} and {', '.join(decodes)} differ"
+        members = self.workers.values()
+        pairs = [(one, other) for one in members if one.prefills for other in members if other.decodes]
+        why = next(filter(None, (self.mismatch(one, other) for one, other in pairs)), "")
+        return f"no KV can pass between {', '.join(prefills)} and {', '.join(decodes)}: {why}"
+
+
+def _separated(one: Worker, other: Worker) -> str | None:
+    """Why two workers, of which one is on another host, have no way to each other; None when they have."""
+    if not (one.hello.distant or other.hello.distant):
+        return None
+    for worker, far in ((one, other), (other, one)):
+        if not crosses_hosts(worker.hello.peer.endpoint):
+            return f"{far.name} is on another host than {worker.name}, which listens on its own alone"
+        if not crosses_hosts(worker.hello.peer.kv_endpoint):
+            return f"{far.name} is on another host than {worker.name}, whose --kv-transfer works within one alone"
+    return None

@@ -52,6 +52,8 @@ class Handoff:
     num_tokens: int
     blocks: tuple[int, ...]
     first_rows: FirstRows | None
+    reported_at: float = 0.0
+    """When PrefillDone came; 0 before."""
 
 
 @dataclass(slots=True, eq=False)

@@ -31,7 +31,7 @@ has_gpu() {
 make_venv() {
   local python
   python=$(find_python)
-  echo "making .venv with $("$python" --version)"
+  echo "making ${venv##*/} with $("$python" --version)"
   # Some distributions ship venv without ensurepip; the system's pip can fill such an environment too.
   "$python" -m venv --clear "$venv" 2>/dev/null || "$python" -m venv --clear --without-pip "$venv"
 }

@@ -10,7 +10,6 @@ handoff.
 import argparse
 import ctypes
 import http.client
-import itertools
 import json
 import random
 import statistics
@@ -30,15 +29,17 @@ import numpy as np
 import torch
 
 from baton.kv_transfer.contract import Pool, Pull
-from baton.kv_transfer.greeting import Greeting, GreetingSource, greet
+from baton.kv_transfer.greeting import Greeting, greet
+from baton.kv_transfer.source import PeerSource
 from baton.kv_transfer.transports import open_transports
 from baton.proto.layout import Group, KVLayout
+from baton.proto.lifecycle import HANDOFF_PARTS, handoff_parts
 from baton.proto.messages import Peer
+from baton.proto.network import Network
 from baton.proto.supervision import die_with_parent
 from baton.worker.kv_pool import HostPool
 
 GIB = 2**30
-STAGES = ("sampled", "bound", "pull_issued", "pulled", "confirmed", "stepped")
 BUSY_CYCLES = 500_000
 NOBODY = Peer("owner", 1, "", "")
 
@@ -70,14 +71,17 @@ def opened(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> I
     assert owner.stdout is not None
     address = owner.stdout.readline().decode().strip()
     pool = open_pool(transport, block_bytes, size, gpu=0)
-    (reading,) = open_transports(transport, pool, Path(address).parent)
+    network = Network()
+    (reading,) = open_transports(transport, pool, Path(address.removeprefix("unix:")).parent, network)
     me = Greeting(layout_of(block_bytes), "reader", 2, pool.num_blocks)
-    with greet(Peer("owner", 1, "", address), me) as greeted:
+    with greet(Peer("owner", 1, "", address), me, network) as greeted:
         link = reading.open(greeted.owner.offers[transport], greeted.connection, greeted.memfd)
         while link.prepare():
             pass
         yield link, pool.blocks
         link.close()
+    reading.close()
+    network.close()
     pool.close()
     owner.stdin.close()
     owner.wait()
@@ -88,12 +92,14 @@ def own(transport: str, block_bytes: int, size: int, gpu: int) -> None:
     pool = open_pool(transport, block_bytes, size, gpu)
     pool.tensor.uniform_()
     with tempfile.TemporaryDirectory() as folder:
-        transports = open_transports(transport, pool, Path(folder))
+        network = Network()
+        transports = open_transports(transport, pool, Path(folder), network)
         greeting = Greeting(layout_of(block_bytes), "owner", 1, pool.num_blocks)
-        source = GreetingSource(Path(folder) / "owner.kv", greeting, transports, pool.blocks.memfd)
+        source = PeerSource(Path(folder) / "owner.kv", greeting, transports, pool.blocks.memfd, network)
         print(source.address, flush=True)
         sys.stdin.read()
         source.close()
+        network.close()
     pool.close()
 
 
@@ -277,15 +283,12 @@ def handoffs(url: str, input_len: int, count: int, warm_up: int = 3) -> Figures:
         "moved MiB": ledgers[0]["moved_bytes"] / 2**20,
         "first token sampled to client, ms": spread(receipts),
         "first to second token at the client, ms": spread(gaps),
-        "sampled to stepped, ms": spread([between(ledger, "sampled", "stepped") for ledger in ledgers]),
     }
-    for begin, end in itertools.pairwise(STAGES):
-        figures[f"{begin} to {end}, ms"] = spread([between(ledger, begin, end) for ledger in ledgers])
+    parts = [handoff_parts(ledger["stages"]) for ledger in ledgers]
+    figures["sampled to stepped, ms"] = spread([sum(each.values()) * 1e3 for each in parts])
+    for stage in HANDOFF_PARTS:
+        figures[f"of it up to {stage}, ms"] = spread([each[stage] * 1e3 for each in parts])
     return figures
-
-
-def between(ledger: Figures, begin: str, end: str) -> float:
-    return (ledger["stages"][end] - ledger["stages"][begin]) * 1e3
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -12,14 +12,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import zmq
-
 from baton.frontend.tokenizer import load_tokenizer
 from baton.kv_transfer.contract import Sink, Source
-from baton.kv_transfer.greeting import Greeting, GreetingSource
+from baton.kv_transfer.greeting import Greeting
 from baton.kv_transfer.sink import PeerSink
+from baton.kv_transfer.source import PeerSource
+from baton.proto.channels import LINGER_MS
 from baton.proto.config import BatchConfig, WorkerConfig
 from baton.proto.layout import Group, KVLayout
+from baton.proto.network import Network, open_network
 from baton.proto.supervision import Supervised, run_child
 from baton.worker.backend import Backend, fill_batch
 from baton.worker.device import Device
@@ -69,8 +70,8 @@ class InstantBackend(Backend):
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         return partial(self._runner.execute, plan)
 
-    def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
-        return GreetingSource(path, greeting, (), memfd=-1), PeerSink(greeting, ())
+    def open_transport(self, path: Path, greeting: Greeting, network: Network) -> tuple[Source, Sink]:
+        return PeerSource(path, greeting, (), -1, network), PeerSink(greeting, (), network)
 
     def close(self) -> None:
         self.grammars.close()
@@ -80,12 +81,12 @@ def main(config: WorkerConfig, supervised: Supervised, steps_per_s: float) -> in
     """One incarnation, until SIGTERM."""
     backend = InstantBackend(config, steps_per_s)
     device = Device(backend.launch)
-    context = zmq.Context()
-    session = Session(backend, device, context, supervised)
+    network = open_network(config.network)
+    session = Session(backend, device, network, supervised)
     session.run()
     session.close()
     device.close()
-    context.term()
+    network.close(LINGER_MS)
     backend.close()
     return 0
 

@@ -12,6 +12,7 @@ from baton.proto.config import BatchConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.layout import KVLayout
 from baton.proto.messages import Peer
+from baton.proto.network import Network
 from baton.worker.batcher import Batcher
 from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.plan import StepPlan, StepResult
@@ -36,7 +37,7 @@ class Backend(ABC):
         """Begin a step; what is returned waits for its end."""
 
     @abstractmethod
-    def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
+    def open_transport(self, path: Path, greeting: Greeting, network: Network) -> tuple[Source, Sink]:
         """How peers read this worker's pool, through a socket at `path`, and how it reads theirs."""
 
     @abstractmethod

@@ -196,6 +196,8 @@ class Batcher:
 
     def _start_decode(self, request: Request, command: StartDecode, now: float) -> None:
         request.ledger = Ledger(decode_worker=self.me.worker, stages={Stage.BOUND: now})
+        if command.reported_at:
+            request.ledger.stages[Stage.REPORTED] = command.reported_at
         holder = Holder(self.me.worker, self.me.incarnation, command.sid, command.attempt)
         if command.owner.incarnation == self.me.incarnation:
             self._take_over(request, command, holder, now)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baton.kv_transfer.contract import Sink, Source
-from baton.kv_transfer.greeting import Greeting, GreetingSource
-from baton.kv_transfer.sink import PeerSink
-from baton.kv_transfer.transports import open_transports
+from baton.kv_transfer.greeting import Greeting
+from baton.kv_transfer.transports import open_halves
 from baton.proto.config import BatchConfig, CacheConfig, WorkerConfig
 from baton.proto.errors import UserError
+from baton.proto.network import Network
 from baton.worker.backend import Backend, check_pool_size, fill_batch
 from baton.worker.kv_pool import HostPool
 from baton.worker.model_runner import ModelRunner
@@ -42,9 +42,8 @@ class CpuBackend(Backend):
         """All of the step happens in the call that waits for it."""
         return functools.partial(self._runner.execute, plan)
 
-    def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
-        transports = open_transports(self.config.kv_transfer, self._pool, path.parent)
-        return GreetingSource(path, greeting, transports, self._pool.memfd), PeerSink(greeting, transports)
+    def open_transport(self, path: Path, greeting: Greeting, network: Network) -> tuple[Source, Sink]:
+        return open_halves(self.config.kv_transfer, self._pool, path, greeting, network)
 
     def close(self) -> None:
         self._runner.close()

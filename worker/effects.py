@@ -47,7 +47,7 @@ class Emit:
     """One row of a TokenBatch for the stream's frontend."""
 
     reply_to: str
-    """The frontend's token-plane endpoint."""
+    """The frontend's token-plane address."""
     sid: Sid
     attempt: int
     pos: int

@@ -3,10 +3,9 @@
 import logging
 import time
 
-import zmq
-
 from baton.proto.channels import LINGER_MS
 from baton.proto.config import WorkerConfig
+from baton.proto.network import open_network
 from baton.proto.supervision import Supervised, run_child
 from baton.worker.backend import open_backend
 from baton.worker.device import Device
@@ -27,18 +26,18 @@ def main(config: WorkerConfig, supervised: Supervised) -> int:
         backend.num_blocks * config.cache.block_size,
     )
     device = Device(backend.launch)
-    context = zmq.Context(io_threads=1)
+    network = open_network(config.network)
     try:
         again = True
         while again:
-            session = Session(backend, device, context, supervised)
+            session = Session(backend, device, network, supervised)
             try:
                 again = session.run()
             finally:
                 session.close()
     finally:
         device.close()
-        context.destroy(linger=LINGER_MS)
+        network.close(LINGER_MS)
         backend.close()
     return 0
 

@@ -204,7 +204,7 @@ class Sampler(SlotParams):
     ) -> dict[int, TokenLogprobs]:
         """logits [len(rows), vocab], as the model gave them."""
         wanted = [self._params[slot].logprobs for slot in slots[rows]]
-        normaliser = logits.logsumexp(dim=-1, keepdim=True)
+        normaliser = self._ops.logsumexp(logits)[:, None]
         chosen = logits.gather(1, torch.from_numpy(tokens[rows])[:, None])
         ranks = ((logits > chosen).sum(dim=-1) + 1).tolist()
         values, ids = logits.topk(max(wanted), dim=-1)

@@ -6,6 +6,7 @@ steps; carry out what the batcher asked for. Nothing here decides anything.
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,16 @@ import zmq
 from baton.kv_transfer.contract import Pull
 from baton.kv_transfer.greeting import Greeting
 from baton.proto import PROTOCOL_VERSION
+from baton.proto.address import is_local
 from baton.proto.channels import Body, Dealer, Router, identity
 from baton.proto.heartbeat import Heartbeat
+from baton.proto.host import clock_space, pid_space
 from baton.proto.lifecycle import Duty
 from baton.proto.messages import (
     Beat,
     CancelCommand,
+    ClockReply,
+    ClockRequest,
     Configure,
     Fenced,
     Goodbye,
@@ -37,9 +42,11 @@ from baton.proto.messages import (
     WhoAreYou,
     WorkerHello,
 )
+from baton.proto.network import Network
 from baton.proto.supervision import Supervised, set_log_level
 from baton.worker import effects
 from baton.worker.backend import Backend
+from baton.worker.clock import ClusterClock
 from baton.worker.device import Device
 from baton.worker.token_plane import TokenPlane
 
@@ -54,24 +61,26 @@ HELLO_INTERVAL_S = 1.0
 class Session:
     """Everything that carries this incarnation's name."""
 
-    def __init__(self, backend: Backend, device: Device, context: zmq.Context, supervised: Supervised) -> None:
+    def __init__(self, backend: Backend, device: Device, network: Network, supervised: Supervised) -> None:
         config = backend.config
         self._backend = backend
         self._device = device
-        self._context = context
+        self._network = network
         self._supervised = supervised
         self._incarnation = int.from_bytes(os.urandom(7), "big")
         stem = Path(config.run_dir) / f"{config.name}-{self._incarnation:014x}"
         self._poller = zmq.Poller()
         self._me_bytes = identity(config.name, self._incarnation)
         greeting = Greeting(backend.layout, config.name, self._incarnation, backend.num_blocks)
-        self._source, self._sink = backend.open_transport(stem.with_suffix(".kv"), greeting)
-        self._peers: Router[ToOwner] = Router(context, f"ipc://{stem}.peer", ToOwner)
+        self._source, self._sink = backend.open_transport(stem.with_suffix(".kv"), greeting, network)
+        self._peers: Router[ToOwner] = Router(network, network.everywhere(f"ipc://{stem}.peer"), ToOwner)
         self._peer_path = stem.with_suffix(".peer")
-        self._me = Peer(config.name, self._incarnation, self._peers.endpoint, self._source.address)
-        self._scheduler: Dealer[ToWorker] = Dealer(context, config.scheduler, self._me_bytes, ToWorker)
-        self._owners: dict[str, Dealer[ToHolder]] = {}
-        self._tokens = TokenPlane(context, self._poller, config.name, self._incarnation)
+        self._me = Peer(config.name, self._incarnation, self._peers.address, self._source.address)
+        self._scheduler: Dealer[ToWorker] = Dealer(network, config.scheduler, self._me_bytes, ToWorker)
+        self._distant = not is_local(self._scheduler.endpoint)
+        self._clock = ClusterClock(clock_space(), same_host=not self._distant)
+        self._owners: dict[str, tuple[int, Dealer[ToHolder]]] = {}  # worker -> its incarnation, and the socket to it
+        self._tokens = TokenPlane(network, self._poller, config.name, self._incarnation, self._clock)
         self._batcher = backend.new_batcher(self._me)
         self._settings = Settings(role=config.role)
         self._epoch = 0
@@ -84,15 +93,16 @@ class Session:
         loop_sources = (device, self._sink, backend.grammars, supervised.stop_fd)
         for source in (self._peers.socket, self._scheduler.socket, *loop_sources):
             self._poller.register(source, zmq.POLLIN)
-        self._beats = Heartbeat(context, config.scheduler, self._beat)
+        self._beats = Heartbeat(network, config.scheduler, self._beat)
         self._dispatch: dict[type, Callable[[Any, Body], None]] = {
             StartPrefill: self._to_batcher,
-            StartDecode: self._to_batcher,
+            StartDecode: self._on_start_decode,
             CancelCommand: self._to_batcher,
             Configure: self._on_configure,
             Welcome: self._on_welcome,
             WhoAreYou: self._on_who_are_you,
             Fenced: self._on_fenced,
+            ClockReply: self._on_clock,
         }
 
     def run(self) -> bool:
@@ -113,7 +123,7 @@ class Session:
         self._sink.close()
         self._source.close()
         self._tokens.close()
-        for owner in self._owners.values():
+        for _incarnation, owner in self._owners.values():
             owner.close(0)
         self._scheduler.close()
         self._peers.close(0)
@@ -126,6 +136,8 @@ class Session:
         at = min(self._batcher.next_deadline(), self._tokens.next_beat(), self._holdings_at + HOLDINGS_INTERVAL_S)
         if not self._welcome:
             at = min(at, self._hello_at + HELLO_INTERVAL_S)
+        else:
+            at = min(at, self._clock.next_question())
         if self._load_due:
             at = min(at, self._load_at + LOAD_INTERVAL_S)
         return max(0, int((at - now) * 1000) + 1)
@@ -137,7 +149,7 @@ class Session:
         for _peer, lease_message, _frames in self._peers.drain():
             self._batcher.handle(lease_message, (), now)
             self._load_due = True
-        for owner in self._owners.values():
+        for _incarnation, owner in self._owners.values():
             for answer, _frames in owner.drain():
                 self._batcher.handle(answer, (), now)
         for cancel in self._tokens.cancels():
@@ -184,13 +196,15 @@ class Session:
         self._tokens.beat(now)
 
     def _owner(self, owner: Peer) -> Dealer[ToHolder]:
-        dealer = self._owners.get(owner.endpoint)
+        incarnation, dealer = self._owners.get(owner.worker, (0, None))
+        if dealer is not None and incarnation != owner.incarnation:
+            # An earlier one: nobody listens there any more.
+            self._poller.unregister(dealer.socket)
+            dealer.close(0)
+            dealer = None
         if dealer is None:
-            for endpoint in [e for e, d in self._owners.items() if _worker_of(e) == _worker_of(owner.endpoint)]:
-                # An earlier incarnation of the same worker: its socket file is gone.
-                self._poller.unregister(self._owners[endpoint].socket)
-                self._owners.pop(endpoint).close(0)
-            dealer = self._owners[owner.endpoint] = Dealer(self._context, owner.endpoint, self._me_bytes, ToHolder)
+            dealer = Dealer(self._network, owner.endpoint, self._me_bytes, ToHolder)
+            self._owners[owner.worker] = owner.incarnation, dealer
             self._poller.register(dealer.socket, zmq.POLLIN)
         return dealer
 
@@ -203,17 +217,26 @@ class Session:
         if with_holdings or (self._load_due and now - self._load_at >= LOAD_INTERVAL_S):
             load = self._batcher.load(with_holdings)
             if with_holdings:
-                load = msgspec.structs.replace(load, settings=self._settings)
+                load = msgspec.structs.replace(load, settings=self._settings, links=self._sink.links())
             self._scheduler.send(load)
             self._load_at, self._load_due = now, False
             if with_holdings:
                 self._holdings_at = now
+        if now >= self._clock.next_question():
+            self._scheduler.send(ClockRequest(now))
+            self._clock.asked(now)
 
     # ------------------------------------------------------------------------------------------- scheduler's messages
 
     def _to_batcher(self, message: StartPrefill | StartDecode | CancelCommand, frames: Body) -> None:
         self._batcher.handle(message, frames, time.monotonic())
         self._load_due = True
+
+    def _on_start_decode(self, message: StartDecode, frames: Body) -> None:
+        self._to_batcher(msgspec.structs.replace(message, reported_at=self._clock.local(message.reported_at)), frames)
+
+    def _on_clock(self, message: ClockReply, _frames: Body) -> None:
+        self._clock.take(message, time.monotonic())
 
     def _on_welcome(self, message: Welcome, _frames: Body) -> None:
         if not self._welcome:
@@ -262,6 +285,9 @@ class Session:
             max_num_batched_tokens=config.batch.max_num_batched_tokens,
             holdings=self._batcher.holdings(),
             settings=self._settings,
+            host=socket.gethostname(),
+            pid_space=pid_space(),
+            distant=self._distant,
         )
         self._scheduler.send(hello)
         self._batcher.resend_ready()
@@ -270,7 +296,3 @@ class Session:
         step, started, expected_s = self._device.running or (0, 0.0, 0.0)
         running_s = time.monotonic() - started if step else 0.0
         return Beat(self._backend.config.name, self._incarnation, step, running_s, expected_s)
-
-
-def _worker_of(endpoint: str) -> str:
-    return Path(endpoint).name.rsplit("-", 1)[0]

@@ -5,21 +5,28 @@ read of the cache: `per_key` for each cached token of a decode row, `per_pair` f
 and a cached key. How hot the GPU runs and what the host adds is a factor learned from finished steps.
 
     streams running   the largest step within the target between two tokens
-    prompts queue     as many tokens as would clear the queue in a few steps: a pause is a share of what others wait
-                      for. One long prompt is no queue: it goes on at the target's pace
-    nothing running   prompts in their order until the device is full: with more of them a step would compute hardly
-                      more a second, and the first of a queue would wait for the first tokens of the others
+    prompts queue     the target grows with the queue, up to MOST_HURRY times: larger steps compute more a second, and
+                      a pause is a share of what others wait for. A long queue is cleared in QUEUE_STEPS steps, however
+                      long those become. One long prompt is no queue: it goes on at the target's pace
+    nothing running   prompts in their order until the device is full, long ones in pieces: a larger step would compute
+                      hardly more a second, the first of a queue would wait for the first tokens of the others, and a
+                      handoff for the whole of its transfer
+
+`scripts/simulate_steps.py` plays the batcher against such a table, which is how the constants were chosen.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
-QUEUE_STEPS = 6
-"""The queued prompts may take so many steps at least, however long those become."""
+HURRY_TOKENS = 3400
+"""So many queued tokens add the target once more to a step's time."""
+MOST_HURRY = 2.5
+QUEUE_STEPS = 8
+"""The queued prompts may take so many steps at least."""
 LEAST_PREFILL = 0.25
 """Prompts get at least this much time of a step, as a part of what its decode rows take, whatever the target."""
 FULL = 0.95
-"""A step that computes this part of the most tokens a second fills the device."""
+"""A step that computes this part of the most prompt tokens a second fills the device."""
 _LEARNING = 0.1
 _FACTOR = (0.8, 2.0)
 
@@ -35,9 +42,11 @@ class StepCosts:
         self.per_key, self.per_pair, self.padded_to = per_key, per_pair, padded_to
         self.factor = 1.0
         self._sizes = [tokens for tokens, _ in self.table]
-        most = max(tokens / seconds for tokens, seconds in self.table)
-        self.full_tokens = next(tokens for tokens, seconds in self.table if tokens / seconds >= FULL * most)
-        """The least number of prompt tokens that fills the device."""
+        rates = {tokens: tokens / seconds for tokens, seconds in self.table}
+        self.best_tokens = max(rates, key=rates.__getitem__)
+        """With so many a step computes the most prompt tokens a second."""
+        self.full_tokens = next(tokens for tokens in rates if rates[tokens] >= FULL * rates[self.best_tokens])
+        """With so many it fills the device."""
 
     def seconds(self, tokens: int, keys: int = 0, pairs: int = 0) -> float:
         """Of a step of so many tokens, whose decode rows read `keys` tokens and whose chunks make `pairs`."""
@@ -51,6 +60,7 @@ class StepCosts:
 
         The next prompt is computed from position `start`; `backlog` prompt tokens are queued behind it.
         """
+        target_s *= min(1 + backlog / HURRY_TOKENS, MOST_HURRY)
         allowed_s = max(target_s, self.seconds(rows, keys) * (1 + LEAST_PREFILL))
         share = backlog // QUEUE_STEPS
         best = self._sizes[min(bisect_left(self._sizes, rows + 1), len(self._sizes) - 1)]

@@ -137,20 +137,20 @@ class StepScheduler:
         if self._costs is None or prompt is None:
             return self._max_tokens
         if not decoding:
-            return self._max_tokens if self._prompts_first else self._whole_prompts(self._costs.full_tokens)
+            return self._max_tokens if self._prompts_first else self._filling(self._costs)
         keys = sum(request.total for request in decoding)
         behind = max(0, self.queued_tokens - (prompt.total - prompt.scheduled))
         budget = self._costs.budget(len(decoding), keys, prompt.scheduled, behind, self._target_s)
         return min(budget, self._max_tokens)
 
-    def _whole_prompts(self, at_least: int) -> int:
-        """Tokens of the next prompts, as many of them as come to `at_least`."""
+    def _filling(self, costs: StepCosts) -> int:
+        """Tokens of the next prompts: as many prompts as fill the device, or a piece of a long one."""
         tokens = 0
         for request in [*self.running, *self.waiting]:
-            if tokens >= at_least:
+            if tokens >= costs.full_tokens:
                 break
             tokens += request.total - request.scheduled
-        return min(tokens, self._max_tokens)
+        return min(tokens, costs.best_tokens, self._max_tokens)
 
     def _expected_s(self, planned: list[Planned]) -> float:
         """Of a step with prompt chunks: those are what the costs are learned from."""

@@ -7,6 +7,8 @@ import zmq
 
 from baton.proto.channels import Dealer, identity
 from baton.proto.messages import CancelStream, TokenBatch, ToWorkerFromFrontend
+from baton.proto.network import Network
+from baton.worker.clock import ClusterClock
 from baton.worker.effects import Emit
 
 BEAT_INTERVAL_S = 0.5
@@ -25,11 +27,14 @@ class _Link:
 class TokenPlane:
     """Links of one worker incarnation to every frontend it has rows for."""
 
-    def __init__(self, context: zmq.Context, poller: zmq.Poller, worker: str, incarnation: int) -> None:
-        self._context = context
+    def __init__(
+        self, network: Network, poller: zmq.Poller, worker: str, incarnation: int, clock: ClusterClock
+    ) -> None:
+        self._network = network
         self._poller = poller
         self._worker = worker
         self._incarnation = incarnation
+        self._clock = clock
         self._links: dict[str, _Link] = {}
         self._seq: dict[str, int] = defaultdict(int)  # outlives a link: a reopened one goes on counting
 
@@ -72,7 +77,7 @@ class TokenPlane:
         link = self._links.get(endpoint)
         if link is None:
             me = identity(self._worker, self._incarnation)
-            link = self._links[endpoint] = _Link(Dealer(self._context, endpoint, me, ToWorkerFromFrontend))
+            link = self._links[endpoint] = _Link(Dealer(self._network, endpoint, me, ToWorkerFromFrontend))
             self._poller.register(link.dealer.socket, zmq.POLLIN)
         return link
 
@@ -93,5 +98,5 @@ class TokenPlane:
             tokens=tuple(token for row in rows for token in row.tokens),
             finish={i: row.finish for i, row in enumerate(rows) if row.finish},
             logprobs={i: row.logprobs for i, row in enumerate(rows) if row.logprobs},
-            ledgers={i: row.ledger for i, row in enumerate(rows) if row.ledger},
+            ledgers={i: self._clock.outgoing(row.ledger) for i, row in enumerate(rows) if row.ledger},
         )

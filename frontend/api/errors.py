@@ -8,11 +8,8 @@ from baton.frontend.instructions import Finished
 from baton.proto.lifecycle import Outcome, RejectCode
 
 _TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
-    405: "invalid_request_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
@@ -24,6 +21,10 @@ _REJECT_STATUS = {
     RejectCode.SHUTTING_DOWN: 503,
 }
 _DEFAULT_RETRY_AFTER_S = 1
+MAX_MESSAGE = 1500
+"""Characters of an error's text, which may quote what a client sent; JSON may need six bytes for each."""
+MAX_NAME = 200
+"""Characters of its param and code."""
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -54,14 +55,22 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        message = _bounded(message, MAX_MESSAGE)
         super().__init__(message)
         self.status = status
-        self.headers = headers or {}
-        self.body = ErrorResponse(ErrorBody(message, error_type(status), param, code))
+        self.headers = dict(headers or {})
+        names = [name and _bounded(name, MAX_NAME) for name in (param, code)]
+        self.body = ErrorResponse(ErrorBody(message, error_type(status), *names))
 
     def encode(self) -> bytes:
         """The envelope as JSON."""
         return msgspec.json.encode(self.body)
+
+
+def _bounded(text: str, limit: int) -> str:
+    """At most `limit` characters, all of which UTF-8 has: JSON may have brought halves of surrogate pairs."""
+    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return text.encode(errors="replace").decode()
 
 
 def error_type(status: int) -> str:

@@ -12,7 +12,7 @@ from baton.frontend.api.errors import ApiError, bad_request, unavailable
 from baton.frontend.api.formats import ChatFormat, CompletionFormat, Format, LedgerField
 from baton.frontend.api.params import MAX_STREAMS, Wishes, read_wishes
 from baton.frontend.api.prompts import Prompt, Prompts
-from baton.frontend.api.requests import ChatCompletionRequest, GenerationRequest, StreamOptions
+from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest, StreamOptions
 from baton.frontend.api.responses import PromptTokensDetails, Usage, encode
 from baton.frontend.api.sse import DONE, ChunkWriter, event
 from baton.frontend.engine_client import EngineClient, Output, OutputReader
@@ -80,13 +80,10 @@ class Generator:
             plan = self._tools.plan(request, raw.get("tools") or (), prompts[0].ids)
             wishes = wishes.keeping_special_tokens() if plan and plan.keeps_special_tokens else wishes
         else:
+            _check_fan_out(request, wishes.n)
             prompts = await self._prompts.completion(request)
         wishes = await self._constrain(wishes, request, plan)
         format = self._format(request, wishes)
-        if not 0 < len(prompts) * wishes.n <= MAX_STREAMS:
-            raise bad_request(
-                f"{len(prompts)} prompts times n = {wishes.n}: must be from 1 to {MAX_STREAMS}.", "prompt"
-            )
         options = request.stream_options or StreamOptions()
         return Job(prompts, wishes, format, options, with_ledger, received_s, timeout_s, plan)
 
@@ -137,6 +134,15 @@ class Generator:
                 choices.append(Choice(len(choices), prompt, params, job.wishes, self._prompts.tokenizer, job.plan))
                 reader.submit(prompt.ids, params, prompt.hashes, job.wishes.priority, job.timeout_s)
         return choices
+
+
+def _check_fan_out(request: CompletionRequest, n: int) -> None:
+    """Before a prompt is tokenised. Raises ApiError."""
+    prompt = request.prompt
+    several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    count = len(prompt) if several else 1
+    if count * n > MAX_STREAMS:
+        raise bad_request(f"{count} prompts times n = {n}: must be at most {MAX_STREAMS}.", "prompt")
 
 
 class Events:

@@ -17,6 +17,10 @@ MAX_ID_DIGITS = 10
 MAX_STREAMS = 1024
 """Streams that one request may open: prompts times n."""
 MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 4096
+"""Of one stop string: text is held back while it may still become one."""
+MAX_STOP_IDS = 1024
+MAX_BIASED_IDS = 8192
 _UINT64 = 2**64 - 1
 
 N = TypeVar("N", int, float)
@@ -197,15 +201,17 @@ def _check_sampling(params: SamplingParams, max_tokens: int | None) -> None:
 
 
 def _check_stop(stop: tuple[str, ...], stop_ids: frozenset[int], info: ModelInfo) -> None:
+    _at_most("stop", len(stop), MAX_STOP_STRINGS, "strings")
+    _at_most("stop", max(map(len, stop), default=0), MAX_STOP_CHARS, "characters in one string")
+    _at_most("stop_token_ids", len(stop_ids), MAX_STOP_IDS, "token ids")
     if "" in stop:
         raise bad_request("stop must not contain an empty string.", "stop")
-    if len(stop) > MAX_STOP_STRINGS:
-        raise bad_request(f"stop has {len(stop)} strings; at most {MAX_STOP_STRINGS} are possible.", "stop")
     for id in stop_ids:
         _check_token(id, info.vocab_size, "stop_token_ids")
 
 
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
+    _at_most("logit_bias", len(bias), MAX_BIASED_IDS, "token ids")
     result = {}
     for key, value in bias.items():
         if not key.isascii() or not key.isdigit() or len(key) > MAX_ID_DIGITS:
@@ -218,6 +224,11 @@ def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
 def _check_token(id: int, vocab_size: int, param: str) -> None:
     if not 0 <= id < vocab_size:
         raise bad_request(f"{param} has the token id {id}; the vocabulary has ids from 0 to {vocab_size - 1}.", param)
+
+
+def _at_most(name: str, count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise bad_request(f"{name} has {count} {what}; at most {limit} are possible.", name)
 
 
 def _within(name: str, value: N, low: float, high: float) -> N:

@@ -113,9 +113,11 @@ class Prompts:
 
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         """Refuses text that can't fit before it costs the time to tokenise it."""
-        least = len(text.encode(errors="surrogatepass")) // self.tokenizer.max_token_bytes
-        context_room(least, self._info, param)
+        self._check_room(len(text.encode(errors="surrogatepass")), param)
         return self.tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens)
+
+    def _check_room(self, num_bytes: int, param: str) -> None:
+        context_room(num_bytes // self.tokenizer.max_token_bytes, self._info, param)
 
     def _check_ids(self, ids: Any, param: str) -> list[int]:
         limit = self._info.vocab_size
@@ -137,6 +139,9 @@ class Prompts:
                 "continue_final_message and add_generation_prompt exclude each other.", "continue_final_message"
             )
         messages = _messages(request, raw)
+        # What can't fit is refused before it costs the time to render it; templates write something for each message.
+        self._check_room(sum(map(_text_bytes, messages)), "messages")
+        context_room(len(messages), self._info, "messages")
         variables = request.chat_template_kwargs or {}
         if request.tools:
             variables = {"tools": raw["tools"], **variables}
@@ -189,6 +194,11 @@ def _with_object(call: Any) -> Any:
 def _text(message: dict[str, Any]) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _text_bytes(message: dict[str, Any]) -> int:
+    """UTF-8 bytes of its text at least; templates may strip blanks around it."""
+    return len(_text(message).strip().encode(errors="surrogatepass"))
 
 
 def unsupported_part(index: int, kind: str) -> ApiError:

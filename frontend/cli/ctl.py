@@ -20,6 +20,7 @@ WORKER_COLUMNS = (
     "used_blocks",
     "num_blocks",
     "leases",
+    "host",
     "incarnation",
 )
 REQUEST_COLUMNS = (
@@ -33,6 +34,7 @@ REQUEST_COLUMNS = (
     "prefill_worker",
     "decode_worker",
 )
+LINK_COLUMNS = ("reader", "owner", "transport", "reason")
 EVENT_COLUMNS = ("unix_seconds", "kind", "subject", "text")
 
 
@@ -52,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return added
 
     command("workers", "every worker with its role, load and blocks", Ctl.workers)
+    links = command("links", "how workers read KV blocks from each other, and why not in a better way", Ctl.links)
+    links.add_argument("--worker", default="", help="only those of this reader")
     drain = command("drain", "give a worker no new streams", Ctl.drain)
     drain.add_argument("--move", action="store_true", help="its streams go on elsewhere at once")
     drain.add_argument("--wait", action="store_true", help="until it is drained")
@@ -101,6 +105,10 @@ class Ctl:
         self._show(answer.workers, WORKER_COLUMNS)
         if not answer.ready and not self._json:
             print(f"not ready: {answer.not_ready_reason}")
+
+    def links(self, args: argparse.Namespace) -> None:
+        """ListLinks"""
+        self._show(self._ask("list_links", worker=args.worker).links, LINK_COLUMNS)
 
     def drain(self, args: argparse.Namespace) -> None:
         """Drain"""

@@ -18,7 +18,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("baton.frontend.cli.serve", "serve a model over HTTP with separate prefill and decode workers"),
-    "worker": Command("baton.frontend.cli.worker", "start one more worker for a running `baton serve` on this host"),
+    "worker": Command("baton.frontend.cli.worker", "start one more worker for a running `baton serve`"),
+    "keys new": Command("baton.frontend.cli.keys_new", "make the key of a deployment that spans hosts"),
     "ctl": Command("baton.frontend.cli.ctl", "look at a running deployment and change it: drain, remove, cancel, …"),
     "generate": Command("baton.frontend.cli.generate", "complete prompts in one process, without a server"),
     "bench serve": Command("baton.frontend.cli.bench_serve", "measure throughput and latency of a running server"),

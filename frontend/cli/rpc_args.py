@@ -18,7 +18,7 @@ Claim = Callable[[str, int, str], int]
 
 
 def add_arguments(group: argparse._ArgumentGroup, port_number: Callable[[str], int]) -> None:
-    """Both services share their TLS flags, and the keys of --api-key."""
+    """Both services share their TLS flags, and the HTTP server's keys."""
     group.add_argument("--grpc-port", type=port_number, help="serve Inference here; 0 takes a free one; default: off")
     group.add_argument("--grpc-host", default="127.0.0.1")
     group.add_argument("--admin-port", type=port_number, help="serve Admin, for `baton ctl`, here; default: off")
@@ -51,7 +51,8 @@ def _config(args: argparse.Namespace, name: str, cert: str, key: str, claim: Cla
     port = claim(host, port, f"{name}-")
     log.info("%s at %s:%d", {"grpc": "gRPC Inference", "admin": "gRPC Admin"}[name], host, port)
     shares_port = name == "grpc" and args.frontends > 1
-    return RpcConfig(host, port, cert, key, tuple(args.api_key), shares_port=shares_port)
+    keys = tuple(args.api_key)
+    return RpcConfig(host, port, cert, key, keys, shares_port=shares_port, api_key_file=args.api_key_file)
 
 
 def _tls_files(args: argparse.Namespace) -> tuple[str, str]:

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from baton.frontend.cli import engine_args, rpc_args, sizing, tool_args
+from baton.frontend.cli import edge_args, engine_args, network_args, rpc_args, sizing, tool_args
 from baton.frontend.launcher import Launcher
 from baton.frontend.processes import specs
 from baton.frontend.run_dir import RunDir
 from baton.proto.config import (
     FrontendConfig,
+    NetworkConfig,
     PlacementConfig,
     SchedulerConfig,
     ServeConfig,
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_http(parser.add_argument_group("HTTP"))
     tool_args.add_arguments(parser.add_argument_group("tools and reasoning"))
     rpc_args.add_arguments(parser.add_argument_group("gRPC"), port_number)
+    _add_hosts(parser.add_argument_group("other hosts"))
 
 
 def _add_processes(group: argparse._ArgumentGroup) -> None:
@@ -64,13 +66,23 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_hosts(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--listen",
+        type=network_args.tcp,
+        metavar="tcp://IP:PORT",
+        help="let workers on other hosts join, over this address of this host; port 0 takes a free one",
+    )
+    network_args.add_key_argument(group)
+
+
 def _add_http(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", default="0.0.0.0")
     group.add_argument("--port", type=port_number, default=8000, help="0 takes a free one")
     group.add_argument("--uds", default="", metavar="PATH", help="Unix socket instead of host and port")
     group.add_argument("--root-path", type=root_path, default="", help="prefix under which a proxy serves the API")
     text = engine_args.non_empty
-    group.add_argument("--api-key", type=text, nargs="+", default=[], metavar="KEY", help="accepted bearer keys")
+    edge_args.add_arguments(group)
     group.add_argument(
         "--served-model-name", type=text, nargs="+", metavar="NAME", help="names for clients; default: MODEL"
     )
@@ -108,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
     roles = worker_roles(args)
     engine_args.check_kv_transfer(args, roles)
     tool_args.check(args)
+    edge_args.check(args)
     args.port = claim_address(args)
+    listening = network_args.listen(args)
     directory = engine_args.resolve_model(args)
     size = sizing.read_model_size(directory, args.dtype, args.load_format)
     plan = sizing.plan(args, size, len(roles))
@@ -116,21 +130,25 @@ def run(args: argparse.Namespace) -> int:
     if plan.note:
         log.log(plan.note_level, plan.note)
     with RunDir(*([args.uds] if args.uds else [])) as run_dir:
-        config = serve_config(args, directory, plan, roles, run_dir)
+        config = serve_config(args, directory, plan, roles, run_dir, *listening)
         _say_who_shares(config.workers)
-        log.info("more workers can join: baton worker --role ROLE --scheduler %s MODEL", config.scheduler.endpoint)
+        for endpoint in config.scheduler.endpoint.split():
+            log.info("more workers can join: baton worker --role ROLE --scheduler %s MODEL", endpoint)
         launcher = Launcher(specs(config), run_dir.path, lambda took: _announce(args, took), config.shutdown_timeout_s)
         return asyncio.run(launcher.run())
 
 
 def worker_roles(args: argparse.Namespace) -> list[Role]:
-    """The role of each worker. Raises UserError for a set that can't serve."""
+    """The role of each worker. Raises UserError for a set that can't serve, unless others may join from other hosts."""
     default = 0 if args.unified else 1
     prefill = default if args.prefill is None else args.prefill
     decode = default if args.decode is None else args.decode
-    if bool(prefill) != bool(decode):
-        raise UserError(f"--prefill {prefill} --decode {decode}: the two roles need each other, or use --unified alone")
-    if not prefill and not args.unified:
+    if bool(prefill) != bool(decode) and not args.listen:
+        raise UserError(
+            f"--prefill {prefill} --decode {decode}: the two roles need each other; use --unified alone, or --listen "
+            "for workers on other hosts"
+        )
+    if not prefill and not args.unified and not args.listen:
         raise UserError("no worker: give --prefill and --decode, or --unified")
     return [Role.PREFILL] * prefill + [Role.DECODE] * decode + [Role.UNIFIED] * args.unified
 
@@ -176,9 +194,15 @@ def _check_unix_socket(path: Path) -> None:
 
 
 def serve_config(
-    args: argparse.Namespace, directory: Path, plan: sizing.Plan, roles: list[Role], run_dir: RunDir
+    args: argparse.Namespace,
+    directory: Path,
+    plan: sizing.Plan,
+    roles: list[Role],
+    run_dir: RunDir,
+    listening: str = "",
+    network: NetworkConfig = NetworkConfig(),
 ) -> ServeConfig:
-    """The whole configuration tree, built here once."""
+    """The whole configuration tree, built here once; `listening` and `network` as from network_args.listen."""
     scheduler = run_dir.endpoint("scheduler")
     private = str(run_dir.path)
     model = engine_args.model_config(args, directory, plan.max_model_len)
@@ -186,7 +210,8 @@ def serve_config(
     inference, admin = rpc_args.configs(args, claim_port)
     return ServeConfig(
         scheduler=SchedulerConfig(
-            endpoint=scheduler,
+            endpoint=f"{scheduler} {listening}".rstrip(),
+            network=network,
             run_dir=private,
             max_waiting=args.max_waiting,
             placement=PlacementConfig(args.placement),
@@ -199,12 +224,16 @@ def serve_config(
                 model=model,
                 scheduler=scheduler,
                 run_dir=private,
+                network=network,
                 host=args.host,
                 port=args.port,
                 shares_port=args.frontends > 1,
                 uds=args.uds,
                 root_path=args.root_path,
                 api_keys=tuple(args.api_key),
+                api_key_file=args.api_key_file,
+                tls=edge_args.tls(args),
+                cors=edge_args.cors(args),
                 max_logprobs=args.max_logprobs,
                 block_size=args.block_size,
                 shutdown_timeout_s=args.shutdown_timeout,
@@ -231,6 +260,7 @@ def serve_config(
                 threads=args.threads or 0,
                 scheduler=scheduler,
                 run_dir=private,
+                network=network,
             )
             for index, role in enumerate(roles)
         ),
@@ -248,6 +278,10 @@ def _say_who_shares(workers: Sequence[WorkerConfig]) -> None:
 
 def _announce(args: argparse.Namespace, took_s: float) -> None:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
-    url = f"unix:{args.uds}" if args.uds else f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
+    url = (
+        f"unix:{args.uds}"
+        if args.uds
+        else f"{'https' if args.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{args.port}"
+    )
     sys.stdout.write(f"ready at {url} after {took_s:.1f} s\n")
     sys.stdout.flush()

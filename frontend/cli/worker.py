@@ -1,16 +1,17 @@
-"""Start one worker by hand for a running `baton serve` on this host; it rejoins when the scheduler restarts."""
+"""Start one worker for a running `baton serve` on this host or another; it rejoins when the scheduler restarts."""
 
 import argparse
 import asyncio
 import logging
 import os
+import socket
 import sys
-from pathlib import Path
 
-from baton.frontend.cli import engine_args, sizing
+from baton.frontend.cli import engine_args, network_args, sizing
 from baton.frontend.launcher import Launcher
 from baton.frontend.processes import worker_spec
 from baton.frontend.run_dir import RunDir
+from baton.proto.address import is_local
 from baton.proto.config import WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
@@ -24,8 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; the command line wins")
     parser.add_argument("--role", choices=[role.value for role in Role], help="what the scheduler sends it")
     parser.add_argument(
-        "--scheduler", type=endpoint, metavar="ENDPOINT", help="the scheduler's, for example ipc:///run/…/scheduler"
+        "--scheduler",
+        type=endpoint,
+        metavar="ENDPOINT",
+        help="the scheduler's: ipc:///run/…/scheduler on this host, tcp://HOST:PORT as `baton serve --listen` has it",
     )
+    parser.add_argument(
+        "--host", default="", metavar="IP", help="where others reach this worker; default: towards a tcp:// scheduler"
+    )
+    network_args.add_key_argument(parser)
     parser.add_argument("--name", default="", help="unique in the cluster; default: from role and process id")
     engine_args.add_model_arguments(parser)
     engine_args.add_worker_arguments(parser)
@@ -33,22 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def endpoint(text: str) -> str:
-    """A ZeroMQ endpoint on this host: KV blocks move through shared memory."""
+    """A scheduler's."""
     if text.startswith("tcp://"):
-        raise argparse.ArgumentTypeError(f"a scheduler must be on this host only, as ipc://…, got {text}")
+        return network_args.tcp(text)
     if not text.removeprefix("ipc://") or not text.startswith("ipc://"):
-        raise argparse.ArgumentTypeError(f"expected an endpoint such as ipc:///run/…/scheduler, got {text!r}")
+        kinds = "ipc:///run/…/scheduler or tcp://10.0.0.5:5555"
+        raise argparse.ArgumentTypeError(f"expected an endpoint such as {kinds}, got {text!r}")
     return text
-
-
-def check_listening(scheduler: str) -> None:
-    """Raises UserError unless the endpoint's socket exists; ZeroMQ itself would wait for it forever."""
-    try:
-        found = Path(scheduler.removeprefix("ipc://")).is_socket()
-    except OSError as error:
-        raise UserError(f"--scheduler {scheduler}: {error.strerror}") from error
-    if not found:
-        raise UserError(f"--scheduler {scheduler}: no such socket; `baton serve` logs its scheduler's endpoint")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,8 +55,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.role or not args.scheduler:
         raise UserError("--role and --scheduler are needed: what this worker does, and for whom")
     engine_args.check_kv_transfer(args, [Role(args.role)])
-    check_listening(args.scheduler)
-    name = args.name or f"{args.role}-{os.getpid()}"
+    scheduler, network = network_args.join(args)
+    # A pid is unique on its host alone, and a socket's path must stay short.
+    here = "" if is_local(scheduler) else f"{socket.gethostname().partition('.')[0][:12]}-"
+    name = args.name or f"{args.role}-{here}{os.getpid()}"
     directory = engine_args.resolve_model(args)
     plan = sizing.plan(args, sizing.read_model_size(directory, args.dtype, args.load_format), num_workers=1)
     name_process(f"launcher of {name}")
@@ -76,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
             early_bind_tokens=args.early_bind_tokens,
             attention_backend=args.attention_backend,
             threads=args.threads or 0,
-            scheduler=args.scheduler,
+            scheduler=scheduler,
             run_dir=str(run_dir.path),
+            network=network,
         )
         launcher = Launcher([worker_spec(config)], run_dir.path, lambda took: _announce(name, took), drain_s=0.0)
         return asyncio.run(launcher.run())

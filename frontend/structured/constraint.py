@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from baton.frontend.api.errors import bad_request
+from baton.proto.grammar import MAX_GRAMMAR_BYTES
 
 Schema = dict[str, Any] | bool
 
@@ -98,7 +99,7 @@ def read_constraint(request: Asks) -> Constraint | None:
 
 def schema_constraint(schema: Schema, param: str, whitespace: str | None = None) -> Constraint:
     """JSON that satisfies `schema`."""
-    return Constraint(Kind.JSON, msgspec.json.encode(schema).decode(), param, whitespace)
+    return Constraint(Kind.JSON, _schema_text(schema, param), param, whitespace)
 
 
 def _of_response_format(format: ResponseFormat | None) -> list[Constraint]:
@@ -125,6 +126,7 @@ def _of_structured_outputs(given: StructuredOutputs, prefix: str) -> list[Constr
     if given.json is not None:
         schema = _schema(given.json, f"{prefix}json")
         if given.disable_additional_properties:
+            _schema_text(schema, f"{prefix}json")
             schema = _closed(schema)
         found.append(schema_constraint(schema, f"{prefix}json", whitespace))
     if given.json_object:
@@ -147,6 +149,14 @@ def _schema(given: str | Schema, param: str) -> Schema:
         return msgspec.json.decode(given, type=Schema)
     except (msgspec.DecodeError, RecursionError) as error:
         raise bad_request(f"{param} is a string, but not a JSON schema: {error}", param) from error
+
+
+def _schema_text(schema: Schema, param: str) -> str:
+    """As JSON. Raises ApiError for one that is too long to be a grammar."""
+    text = msgspec.json.encode(schema)
+    if len(text) > MAX_GRAMMAR_BYTES:
+        raise bad_request(f"{param} is longer than {MAX_GRAMMAR_BYTES} bytes", param, "unsupported_grammar")
+    return text.decode()
 
 
 def _closed(schema: Any) -> Any:

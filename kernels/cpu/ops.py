@@ -17,6 +17,7 @@ _SIGNATURES = {
     "baton_silu_and_mul": (*[c_void_p] * 2, *[c_int64] * 2, c_int),
     "baton_rope_and_cache": (*[c_void_p] * 7, c_float, *[c_int64] * 8, c_int),
     "baton_draw": (*[c_void_p] * 7, *[c_int64] * 2, c_int),
+    "baton_logsumexp": (*[c_void_p] * 2, *[c_int64] * 2, c_int),
     "baton_paged_attention": (c_void_p, c_int64, *[c_void_p] * 5, *[c_int64] * 9, *[c_float] * 2, c_int),
 }
 
@@ -182,3 +183,10 @@ class CpuOps:
         if self._lib.baton_draw(*[tensor.data_ptr() for tensor in rows], n, size, self._threads):
             raise MemoryError("no memory to sort out the vocabulary")
         return tokens
+
+    def logsumexp(self, logits: torch.Tensor) -> torch.Tensor:
+        """See Ops."""
+        n, size = logits.shape
+        out = torch.empty(n)
+        self._lib.baton_logsumexp(logits.data_ptr(), out.data_ptr(), n, size, self._threads)
+        return out

@@ -1,5 +1,6 @@
 /* One token per row of logits: temperature, min_p, top_k, top_p, then the inverse of the cumulative distribution in
- * vocabulary order. No sort: the smallest logit that top_k or top_p keeps is found by selection. */
+ * vocabulary order. No sort: the smallest logit that top_k or top_p keeps is found by selection. And what turns logits
+ * into log-probabilities, a row at a time: torch's own sums in an order that follows the number of rows. */
 #include "vec.h"
 
 #include <math.h>
@@ -90,13 +91,18 @@ static float smallest_kept(Row *row, const float *weights, double target, float 
     return count ? select_by_weight(row->best, row->best_weights, count, target) : floor;
 }
 
-static void scale(const float *logits, float temperature, Row *row) {
-    float max = -INFINITY;
+static float largest(const float *logits, int64_t size) {
     vf top = splat(-INFINITY);
     int64_t i = 0;
-    for (; i + VL <= row->size; i += VL) top = max_vf(top, load(logits + i));
-    max = max_lanes(top);
-    for (; i < row->size; i++) max = logits[i] > max ? logits[i] : max;
+    for (; i + VL <= size; i += VL) top = max_vf(top, load(logits + i));
+    float max = max_lanes(top);
+    for (; i < size; i++) max = logits[i] > max ? logits[i] : max;
+    return max;
+}
+
+static void scale(const float *logits, float temperature, Row *row) {
+    const float max = largest(logits, row->size);
+    int64_t i;
     for (i = 0; i + VL <= row->size; i += VL) {
         const vf scaled = (load(logits + i) - max) / splat(temperature);
         store(row->logits + i, scaled);
@@ -156,4 +162,19 @@ int baton_draw(const float *logits, const float *temperatures, const int64_t *to
         free(scratch);
     }
     return failed;
+}
+
+/* log(sum(e^logits)) of each row of logits [n, size] -> out [n]. */
+void baton_logsumexp(const float *logits, float *out, int64_t n, int64_t size, int threads) {
+#pragma omp parallel for num_threads(threads) if (n > 1)
+    for (int64_t row = 0; row < n; row++) {
+        const float *x = logits + row * size;
+        const float max = largest(x, size);
+        vd total = {0};
+        int64_t i = 0;
+        for (; i + VL <= size; i += VL) total += __builtin_convertvector(exp_vf(load(x + i) - max), vd);
+        double sum = sum_doubles(total);
+        for (; i < size; i++) sum += expf(x[i] - max);
+        out[row] = max + log(sum);
+    }
 }

@@ -5,7 +5,6 @@ streaming one a coroutine that writes with `await context.write(response)`: when
 passes, the coroutine is cancelled where it waits, and what it holds is freed by its own `with` blocks.
 """
 
-import hmac
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from baton.proto.config import RpcConfig
 from baton.proto.errors import UserError
+from baton.proto.keys import Keyring, bearer_key
 from baton.proto.rpc.schema import schema
 
 log = logging.getLogger(__name__)
@@ -52,10 +52,11 @@ class RpcServer:
         descriptors = {schema().service(name): implementation for name, implementation in services.items()}
         self._names = ["", *(service.full_name for service in descriptors)]
         self._config = config
+        keys = Keyring(config.api_keys, config.api_key_file)
         self._serving: bool | None = None
         self._server = grpc.aio.server(
             handlers=[_handlers(service, implementation) for service, implementation in descriptors.items()],
-            interceptors=[_RequireKey(config.api_keys)] if config.api_keys else [],
+            interceptors=[_RequireKey(keys)] if keys else [],
             options=[
                 ("grpc.max_receive_message_length", config.max_request_bytes),
                 ("grpc.so_reuseport", int(config.shares_port)),
@@ -138,8 +139,8 @@ def _guarded(method: Method) -> Method:
 class _RequireKey(grpc.aio.ServerInterceptor):
     """A bearer key on everything but health checks."""
 
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self._keys = [key.encode() for key in keys]
+    def __init__(self, keys: Keyring) -> None:
+        self._keys = keys
 
     async def intercept_service(self, continuation: Callable[..., Awaitable[Any]], details: Any) -> Any:
         if details.method.startswith(HEALTH) or self._may_pass(dict(details.invocation_metadata)):
@@ -147,10 +148,8 @@ class _RequireKey(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(_refuse)
 
     def _may_pass(self, metadata: dict[str, str | bytes]) -> bool:
-        scheme, _, key = str(metadata.get("authorization", "")).partition(" ")
-        # Every key is compared, so that the time tells nothing.
-        matches = [hmac.compare_digest(key.strip().encode(), known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        authorization = str(metadata.get("authorization", "")).encode()
+        return self._keys.name_of(bearer_key(authorization)) is not None
 
 
 async def _refuse(_request: bytes, context: Context) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -380,7 +381,7 @@ def ctl(cluster: Cluster, *words: str, code: int = 0) -> str:
 
 def test_every_rpc_has_a_subcommand(cluster: Cluster) -> None:
     call = cluster.generate(sampling={"max_tokens": 3000})
-    next(call)
+    next(call), next(call)  # the second comes from the decode worker
     assert [json.loads(line)["name"] for line in ctl(cluster, "workers", "--json").splitlines()] == list(
         cluster.workers()
     )
@@ -388,6 +389,12 @@ def test_every_rpc_has_a_subcommand(cluster: Cluster) -> None:
     assert request["id"] in ctl(cluster, "requests", "--limit", "1")
     ctl(cluster, "cancel", request["id"])
     assert status_of(lambda: list(call)).code() is grpc.StatusCode.CANCELLED
+    deadline = time.monotonic() + DEADLINE_S
+    while not (links := ctl(cluster, "links", "--json")):  # workers report them once a second
+        assert time.monotonic() < deadline
+    (link,) = [json.loads(line) for line in links.splitlines()][:1]
+    assert (link["owner"], link["transport"], link["reason"]) == ("prefill-0", "shm", "")
+    assert ctl(cluster, "links", "--worker", "prefill-0").split() == ["reader", "owner", "transport", "reason"]
     assert "drained" in ctl(cluster, "drain", "decode-1", "--move", "--wait")
     assert "unified" in ctl(cluster, "role", "decode-1", "unified")
     assert "decode" in ctl(cluster, "role", "decode-1", "decode")
@@ -405,17 +412,6 @@ def test_ctl_says_where_it_found_nothing() -> None:
     assert done.returncode == 2
     assert "no Admin service at 127.0.0.1:1" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that vouches for itself, and its key."""
-    directory = tmp_path_factory.mktemp("tls")
-    cert, key = directory / "cert.pem", directory / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=baton"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(cert), "-keyout", str(key)]
-    subprocess.run(command, check=True, capture_output=True)
-    return cert, key
 
 
 @pytest.fixture

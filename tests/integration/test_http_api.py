@@ -178,7 +178,8 @@ def test_the_ledger_is_told_for_the_asking(served: Deployment, stream: bool) -> 
         headers = {"x-baton-ledger": "1"}
         ledger = served.client.post("/v1/completions", json=body(), headers=headers).json()["baton_ledger"]
     assert (ledger["prefill_worker"], ledger["decode_worker"], ledger["transport"]) == ("prefill-0", "decode-0", "shm")
-    order = ["received", "submitted", "started", "scheduled", "sampled", "pulled", "confirmed", "stepped", "finished"]
+    order = ["received", "submitted", "started", "scheduled", "sampled", "reported", "bound", "pull_issued", "pulled"]
+    order += ["confirmed", "stepped", "finished"]
     times = [ledger["stages"][stage] for stage in order]
     assert times == sorted(times)
 

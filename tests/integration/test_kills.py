@@ -20,11 +20,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FIELDS = {"max_tokens": 12, "temperature": 0, "ignore_eos": True, "logprobs": 1, "return_token_ids": True}
 GROWTH_MB = 96.0
 """Allocators settle: pools of 80 peers in turn add 0 (shm), 18 (gloo) and 60 MB (tcp), the last 40 of them 2."""
-ROUNDING = 1e-4
 
 
 def told(answers: list[dict[str, Any]]) -> list[tuple[list[int], list[float]]]:
-    """Tokens, and their logprobs, which a wrong block would change far beyond rounding."""
+    """Tokens, and their logprobs, whose last bit a wrong value anywhere in a block would change."""
     choices = [answer["choices"][0] for answer in answers]
     return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
@@ -50,7 +49,7 @@ def test_kills(transport: str, request: pytest.FixtureRequest) -> None:
     prompts = [[rng.randrange(100, 40000) for _ in range(rng.randrange(1, 200))] for _ in range(12)]
     with Deployment("--prefill", "1", "--decode", "1", *flags) as deployment, ThreadPoolExecutor(1) as pool:
         undisturbed = told(deployment.complete_all(prompts, **FIELDS))
-        before, worst = {}, 0.0
+        before = {}
         for kill in range(kills):
             role = rng.choice(("prefill", "decode"))
             endpoint = f"ipc://{deployment.run_dir()}/scheduler"
@@ -60,16 +59,13 @@ def test_kills(transport: str, request: pytest.FixtureRequest) -> None:
                 beside = pool.submit(deployment.complete_all, prompts, **FIELDS)
                 concurrent.futures.wait([beside], timeout=rng.uniform(0, 4))
                 os.kill(victim.pids()["victim"], signal.SIGKILL)
-                for (tokens, logprobs), expected in zip(told(beside.result()), undisturbed, strict=True):
-                    assert tokens == expected[0], f"after kill {kill} of a {role} worker"
-                    worst = max(worst, *(abs(a - b) for a, b in zip(logprobs, expected[1], strict=True)))
+                assert told(beside.result()) == undisturbed, f"after kill {kill} of a {role} worker"
             finally:
                 victim.close()
             before = before or resident_mb(deployment)
         deployment.wait_idle()
         after = resident_mb(deployment)
         recovered = deployment.total("baton_retries_total")
-        print(f"{kills} kills, {recovered:.0f} attempts repeated; logprobs {worst:.1e} apart; MB {before} -> {after}")
-        assert worst < ROUNDING
+        print(f"{kills} kills, {recovered:.0f} attempts repeated; MB {before} -> {after}")
         assert all(after[name] - before[name] < GROWTH_MB for name in before)
         assert peers_mapped(deployment) <= 1

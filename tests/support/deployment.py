@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -19,8 +20,9 @@ _METRIC = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 class Served:
     """A running `baton serve`: its process, its URL, and everything it has printed."""
 
-    def __init__(self, *words: str) -> None:
-        command = [sys.executable, "-P", "-m", "baton.frontend.cli.main", *words]
+    def __init__(self, *words: str, launch: Callable[..., list[str]] = lambda *command: list(command)) -> None:
+        """`launch` wraps the command, to run it elsewhere."""
+        command = launch(sys.executable, "-P", "-m", "baton.frontend.cli.main", *words)
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -67,6 +69,10 @@ class Served:
         janitor = next(title for title in self.pids() if "baton-janitor" in title)
         return Path(janitor.split("baton-janitor ")[1].split()[0])
 
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.process.terminate()
+
     def wait(self) -> int:
         """Until the launcher has ended and every process that wrote to its output too; the exit code."""
         code = self.process.wait(DEADLINE_S)
@@ -76,7 +82,7 @@ class Served:
     def close(self) -> None:
         """End it in order; nothing may be left behind, whatever the test did."""
         if self.process.poll() is None:
-            self.process.terminate()
+            self.terminate()
         self.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()

@@ -1,6 +1,7 @@
 """One worker as its peers see it on the KV plane: a pool with both halves of a transport, here or in a child."""
 
 import multiprocessing
+import os
 import select
 from collections.abc import Sequence
 from multiprocessing import forkserver
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 
 from baton.kv_transfer.contract import Pull, PullDone
-from baton.kv_transfer.greeting import Greeting, GreetingSource
-from baton.kv_transfer.sink import PeerSink
-from baton.kv_transfer.transports import open_transports
+from baton.kv_transfer.greeting import Greeting
+from baton.kv_transfer.transports import open_halves
+from baton.proto.curve import FILE_NAME, load_key
 from baton.proto.layout import Group, KVLayout
 from baton.proto.messages import Peer
+from baton.proto.network import Network
 from baton.worker.kv_pool import HostPool
 
 NUM_BLOCKS = 2100
@@ -25,6 +27,7 @@ GROUP = Group(
 )
 LAYOUT = KVLayout("model", (GROUP,))
 DEADLINE_S = 30.0
+LOOPBACK = "127.0.0.1"
 
 
 def content(incarnation: int) -> torch.Tensor:
@@ -35,19 +38,24 @@ def content(incarnation: int) -> torch.Tensor:
 class Side:
     """A worker in this process. `pool.tensor` starts with `content(incarnation)`.
 
-    A kind is a transport after its device: 'shm', 'cuda tcp', 'cuda:1 nccl'.
+    A kind is a transport after its device: 'shm', 'cuda tcp', 'cuda:1 nccl'; 'far tcp' and 'far cuda tcp' have no Unix
+    sockets for their peers, only TCP endpoints that want the key in `folder`.
     """
 
     def __init__(self, kind: str, folder: Path, name: str, incarnation: int, layout: KVLayout = LAYOUT) -> None:
-        device, _, transport = kind.rpartition(" ")
+        far = kind.startswith("far ")
+        device, _, transport = kind.removeprefix("far ").rpartition(" ")
         self.pool = _open_pool(device, layout)
-        transports = open_transports(transport, self.pool, folder)
+        self.network = Network(LOOPBACK, load_key(str(folder / FILE_NAME))) if far else Network()
         if layout.groups == LAYOUT.groups:
             self.pool.tensor.copy_(content(incarnation))
         greeting = Greeting(layout, name, incarnation, NUM_BLOCKS)
-        self.source = GreetingSource(folder / f"{name}-{incarnation}.kv", greeting, transports, self.pool.blocks.memfd)
-        self.sink = PeerSink(greeting, transports)
+        path = folder / f"{name}-{incarnation}.kv"
+        self.source, self.sink = open_halves(transport, self.pool, path, greeting, self.network)
         self.peer = Peer(name, incarnation, f"ipc://{name}", self.source.address)
+        if far:
+            for each in (path, *folder.glob(f"kv-{os.getpid()}-*")):
+                each.unlink()  # as for a peer on another host
 
     def start(self, transfer: int, owner: Peer, source: Sequence[int], target: Sequence[int]) -> None:
         self.sink.start(Pull(transfer, owner, tuple(source), tuple(target)))
@@ -72,6 +80,7 @@ class Side:
     def close(self) -> None:
         self.sink.close()
         self.source.close()
+        self.network.close()
         self.pool.close()
 
 

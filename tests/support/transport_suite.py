@@ -16,6 +16,7 @@ from support.kv_side import GROUP, NUM_BLOCKS, Child, Side, content, start_fork_
 from support.worker_bench import BLOCK, Bench, to_scheduler
 
 from baton.kv_transfer.contract import Pull, PullDone
+from baton.proto.curve import create_key
 from baton.proto.layout import KVLayout
 from baton.proto.messages import Ended, Peer, PrefillDone
 from baton.worker import effects
@@ -51,6 +52,8 @@ class TransportSuite:
     def reader(self, tmp_path: Path) -> Iterator[Side]:
         start_fork_server()
         self.warm_up()
+        if self.kind.startswith("far "):
+            create_key(tmp_path)
         descriptors, threads = open_files(), threading.active_count()
         side = Side(self.kind, tmp_path, "decode-0", 22)
         yield side

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from baton.frontend.cli import bench_serve, engine_args, rpc_args, serve, sizing
+from baton.frontend.cli import bench_serve, engine_args, network_args, rpc_args, serve, sizing
 from baton.frontend.cli.main import COMMANDS, OneLineParser, main
 from baton.frontend.run_dir import RunDir
 from baton.proto import __version__
 from baton.proto import config as config_tree
-from baton.proto.config import ModelConfig, RpcConfig, ServeConfig, WorkerConfig
+from baton.proto.config import ModelConfig, NetworkConfig, RpcConfig, ServeConfig, WorkerConfig
+from baton.proto.curve import load_key
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 from baton.worker.backend import open_backend
@@ -148,7 +149,22 @@ def test_a_machine_without_a_gpu_is_told_what_cuda_needs(model: Path) -> None:
         (["worker", "demo"], "--role and --scheduler are needed"),
         (["worker", "demo", "--role", "unified", "--scheduler", "foo"], "expected an endpoint such as ipc://"),
         (["worker", "demo", "--role", "unified", "--scheduler", "ipc://"], "expected an endpoint such as ipc://"),
-        (["worker", "demo", "--role", "unified", "--scheduler", "tcp://h:1"], "on this host only"),
+        (["worker", "demo", "--role", "unified", "--scheduler", "tcp://h"], "expected an endpoint such as tcp://"),
+        (["worker", "demo", "--role", "unified", "--scheduler", "tcp://127.0.0.1:1"], "nobody answers within"),
+        (["worker", "demo", "--role", "unified", "--scheduler", "tcp://10.0.0.5:1"], "beyond loopback a key is needed"),
+        (
+            ["worker", "demo", "--role", "decode", "--scheduler", "tcp://127.0.0.1:1", "--kv-transfer", "shm"],
+            "--kv-transfer shm works within one host",
+        ),
+        (["serve", "demo", "--listen", "10.0.0.5:5555"], "expected an endpoint such as tcp://10.0.0.5:5555"),
+        (["serve", "demo", "--port", "0", "--listen", "tcp://10.0.0.5:1"], "beyond loopback a key is needed"),
+        (["serve", "demo", "--port", "0", "--listen", "tcp://0.0.0.0:1"], "the address of this host that the others"),
+        (["serve", "demo", "--port", "0", "--key-file", "k"], "give --listen tcp://IP:PORT too"),
+        (
+            ["serve", "demo", "--port", "0", "--listen", "tcp://127.0.0.1:0", "--key-file", "/does/not/exist"],
+            "--key-file /does/not/exist: No such file or directory; `baton keys new DIR` makes one",
+        ),
+        (["keys", "new", "/proc/nowhere"], "can't write /proc/nowhere/cluster.key"),
         (["worker", "demo", "--role", "unified", "--scheduler", "ipc:///does/not/exist"], "no such socket"),
         (["bench", "serve", "--output-json", "/does/not/exist/x.json"], "can't write the result to /does/not/exist"),
         (["bench", "serve", "--random-range-ratio", "2"], "expected 0 <= ratio < 1"),
@@ -343,3 +359,33 @@ def test_the_configuration_tree_names_everything_and_survives_json(model: Path) 
     assert {frontend.scheduler for frontend in config.frontends} == {config.scheduler.endpoint}
     assert all(frontend.api_keys == ("k1", "k2") and frontend.shares_port for frontend in config.frontends)
     assert config.workers[0].cache.kv_cache_memory_bytes == 4096
+
+
+def test_with_listen_every_process_is_reachable_from_other_hosts(model: Path) -> None:
+    args = parse(str(model), "--prefill", "1", "--decode", "0", "--listen", "tcp://127.0.0.1:0")
+    endpoint, network = network_args.listen(args)
+    assert endpoint.startswith("tcp://127.0.0.1:")
+    assert not endpoint.endswith(":0")
+    with RunDir() as run_dir:
+        roles = serve.worker_roles(args)
+        config = serve.serve_config(args, model, sizing.Plan(256, 4096), roles, run_dir, endpoint, network)
+    assert [worker.name for worker in config.workers] == ["prefill-0"]
+    local, far = config.scheduler.endpoint.split()
+    assert (config.workers[0].scheduler, config.frontends[0].scheduler, far) == (local, local, endpoint)
+    assert {config.workers[0].network, config.frontends[0].network} == {NetworkConfig("127.0.0.1")}
+
+
+def test_a_key_is_written_for_its_owner_alone_and_never_over_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "keys"
+    assert main(["keys", "new", str(folder)]) == 0
+    file = folder / "cluster.key"
+    assert (folder.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
+    before = file.read_text()
+    assert main(["keys", "new", str(folder)]) == 2
+    assert file.read_text() == before
+    out, err = capsys.readouterr()
+    assert str(file) in out
+    assert "exists already" in err
+    assert load_key(str(file)).secret.decode() not in out + err

@@ -15,7 +15,7 @@ def costs(per_key: float = 0.0, per_pair: float = 0.0) -> StepCosts:
 
 @pytest.mark.parametrize(("target_ms", "expected"), [(7, 128), (15, 512), (30, 1024), (1000, 2048)])
 def test_a_step_is_the_largest_within_the_target(target_ms: int, expected: int) -> None:
-    assert costs().budget(rows=8, keys=0, start=0, backlog=1000, target_s=target_ms / 1000) == expected
+    assert costs().budget(rows=8, keys=0, start=0, backlog=0, target_s=target_ms / 1000) == expected
 
 
 def test_cached_keys_and_a_chunk_deep_in_its_prompt_make_steps_smaller() -> None:
@@ -26,7 +26,13 @@ def test_cached_keys_and_a_chunk_deep_in_its_prompt_make_steps_smaller() -> None
 
 def test_a_long_queue_makes_steps_larger() -> None:
     sizes = [costs().budget(rows=8, keys=0, start=0, backlog=n, target_s=0.015) for n in (1000, 8000, 50_000)]
-    assert sizes == [512, 8 + 8000 // 6, 2048]
+    assert sizes == [512, 1024, 2048]
+
+
+def test_a_short_queue_lets_steps_take_a_little_longer() -> None:
+    backlogs = (0, 2000, 50_000)
+    sizes = [costs().budget(rows=200, keys=100_000, start=0, backlog=n, target_s=0.011) for n in backlogs]
+    assert sizes == [256, 512, 2048]
 
 
 def test_a_queue_beside_many_streams_is_cleared_too() -> None:
@@ -34,7 +40,7 @@ def test_a_queue_beside_many_streams_is_cleared_too() -> None:
 
 
 def test_what_is_left_of_a_queue_beside_many_streams_needs_no_larger_size_of_the_table() -> None:
-    assert costs().budget(rows=1000, keys=0, start=0, backlog=3000, target_s=0.015) == 1500
+    assert costs().budget(rows=1000, keys=0, start=0, backlog=3000, target_s=0.015) == 1375
 
 
 def test_prompts_go_on_when_decode_alone_takes_longer_than_the_target() -> None:
@@ -57,7 +63,9 @@ def test_only_running_streams_make_prompts_wait() -> None:
     bench.prefill(1, list(range(3000)), max_tokens=20)
     plan = bench.launch()
     assert plan is not None
-    assert [row.num_tokens for row in plan.rows] == [3000]
+    assert [row.num_tokens for row in plan.rows] == [2048]
+    bench.finish()
+    assert [row.num_tokens for row in bench.launch().rows] == [952]  # type: ignore[union-attr]
     bench.finish()
     bench.prefill(2, list(range(5000, 6000)), max_tokens=20)
     chunks = []
@@ -82,16 +90,19 @@ def test_one_long_prompt_keeps_to_the_target() -> None:
     bench.finish()
     plan = bench.launch()
     assert plan is not None
-    assert [row.num_tokens for row in plan.rows] == [1, 8000 // 6]
+    assert [row.num_tokens for row in plan.rows] == [1, 1023]
 
 
-def test_prompts_that_queue_alone_are_computed_in_order_and_no_more_at_once_than_fill_the_device() -> None:
+def test_without_running_streams_prompts_are_computed_in_order_and_no_more_at_once_than_fill_the_device() -> None:
     bench = Bench(num_blocks=1000, budget=4096, target_itl_ms=15.0, costs=costs())
-    assert costs().full_tokens == 1024
     for n, length in enumerate((600, 600, 600, 3000, 100)):
         bench.prefill(n, list(range(10_000 * n, 10_000 * n + length)), max_tokens=1)
     steps = []
     while plan := bench.launch():
         steps.append([row.num_tokens for row in plan.rows])
         bench.finish()
-    assert steps == [[600, 600], [600, 3000], [100]]
+    assert steps == [[600, 600], [600, 1448], [1552], [100]]
+
+
+def test_a_step_is_full_when_a_larger_one_computes_hardly_more_a_second() -> None:
+    assert (costs().full_tokens, costs().best_tokens) == (1024, 2048)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baton.kv_transfer.contract import Sink, Source
-from baton.kv_transfer.greeting import Greeting, GreetingSource
-from baton.kv_transfer.sink import PeerSink
-from baton.kv_transfer.transports import open_transports
+from baton.kv_transfer.greeting import Greeting
+from baton.kv_transfer.transports import open_halves
 from baton.proto.config import BatchConfig, WorkerConfig
+from baton.proto.network import Network
 from baton.worker.backend import Backend, check_pool_size, fill_batch
 from baton.worker.cuda.costs import measure_costs
 from baton.worker.cuda.memory import GpuPool, measure_pool_blocks, open_gpu, run_largest_steps
@@ -47,9 +47,8 @@ class CudaBackend(Backend):
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         return self._runner.launch(plan).wait
 
-    def open_transport(self, path: Path, greeting: Greeting) -> tuple[Source, Sink]:
-        transports = open_transports(self.config.kv_transfer, self._pool, path.parent)
-        return GreetingSource(path, greeting, transports, memfd=-1), PeerSink(greeting, transports)
+    def open_transport(self, path: Path, greeting: Greeting, network: Network) -> tuple[Source, Sink]:
+        return open_halves(self.config.kv_transfer, self._pool, path, greeting, network)
 
     def close(self) -> None:
         self._runner.close()

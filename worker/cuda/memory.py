@@ -17,6 +17,8 @@ from baton.worker.plan import Row, SlotInit, StepPlan
 
 log = logging.getLogger(__name__)
 
+_SPARE_BYTES = 64 * 2**20
+"""Left with torch's allocator beside what the largest steps took: smaller ones cut its memory into other pieces."""
 PROCESS_BYTES = 800 * 2**20
 """What a process takes on a GPU beside torch's allocations: the CUDA context and loaded kernels."""
 
@@ -115,6 +117,7 @@ def run_largest_steps(runner: CudaRunner, num_blocks: int) -> None:
     rows, blocks_per_row = _rows(runner), _blocks_per_row(runner)
     runner.execute(_largest_step(rows, _tokens_per_row(runner), blocks_per_row, num_blocks))
     runner.execute(_mixed_step(max(1, min(rows - 1, SAMPLER_ROWS)), min(blocks_per_row, num_blocks)))
+    torch.empty(_SPARE_BYTES, dtype=torch.uint8, device=runner.device)
 
 
 def _rows(runner: CudaRunner) -> int:

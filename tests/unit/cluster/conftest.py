@@ -75,16 +75,19 @@ class Bench:
         holdings: tuple[Holding, ...] = (),
         protocol: int = PROTOCOL_VERSION,
         settings: Settings = Settings(),
+        distant: bool = False,
+        kv_endpoint: str = "unix:/kv",
     ) -> bytes:
         """A worker says hello; its role is the first part of its name."""
         me = identity(name, incarnation)
+        endpoint = "tcp://10.0.0.5:1" if distant else "ipc:///peer tcp://10.0.0.4:1"
         hello = WorkerHello(
             worker=name,
             incarnation=incarnation,
             role=role or name.split("-")[0],
             pid=12,
             protocol=protocol,
-            peer=Peer(name, incarnation, f"peer:{name}", f"kv:{name}"),
+            peer=Peer(name, incarnation, endpoint, kv_endpoint),
             layout=KVLayout(fingerprint, ()),
             num_blocks=num_blocks,
             block_size=16,
@@ -93,6 +96,8 @@ class Bench:
             max_num_batched_tokens=max_num_batched_tokens,
             holdings=holdings,
             settings=settings,
+            pid_space="here",
+            distant=distant,
         )
         self.tell(me, hello)
         return me

@@ -49,6 +49,7 @@ def test_prefill_done_binds_the_decode_worker(split: Bench) -> None:
     sid = prefilled(split)
     [start] = split.sent(StartDecode)
     assert (start.sid, start.lease, start.owner.worker, start.first_rows) == (sid, 5, "prefill-0", ROWS)
+    assert start.reported_at == split.now
     assert start.cmd_seq > split.sent(StartPrefill)[0].cmd_seq
 
 
@@ -65,7 +66,7 @@ def test_a_long_prompt_is_bound_when_half_of_it_has_settled(split: Bench) -> Non
     assert not split.sent(StartDecode)
     split.tell(split.prefill, Progress(sid, 1, 5, 512, 1024, tuple(range(32)), tokens_per_s=100))
     [start] = split.sent(StartDecode)
-    assert (start.num_tokens, start.first_rows) == (512, None)
+    assert (start.num_tokens, start.first_rows, start.reported_at) == (512, None, 0.0)
     split.tell(split.prefill, PrefillDone(sid, 1, 5, 1024, tuple(range(64)), ROWS))
     assert not split.sent(StartDecode)
 

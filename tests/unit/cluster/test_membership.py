@@ -25,7 +25,7 @@ Bench = Any
 def test_a_worker_is_welcomed_with_the_epoch_and_watched(bench: Bench) -> None:
     worker = bench.worker("unified-0")
     assert bench.sent(Welcome, worker) == [Welcome(1)]
-    assert Watch(worker, 12) in bench.instructions
+    assert Watch(worker, 12, "here") in bench.instructions
 
 
 def test_whoever_is_unknown_is_asked_once_in_a_while(bench: Bench, idle: Load) -> None:
@@ -64,9 +64,19 @@ def test_unequal_layouts_are_named_once_and_make_no_path(bench: Bench) -> None:
     bench.frontend()
     bench.worker("prefill-0", fingerprint="a")
     bench.worker("decode-0", fingerprint="b")
-    assert "differ" in bench.sent(ClusterStatus)[-1].reason
+    assert "fingerprint" in bench.sent(ClusterStatus)[-1].reason
     errors = [i.text for i in bench.instructions if isinstance(i, Log) and "can't exchange KV" in i.text]
     assert errors == ["decode-0 and prefill-0 can't exchange KV: model fingerprint b against a"]
+
+
+def test_workers_on_two_hosts_need_a_way_for_kv_between_them(bench: Bench) -> None:
+    bench.frontend()
+    bench.worker("prefill-0", kv_endpoint="unix:/kv")
+    bench.worker("decode-9", kv_endpoint="unix:/kv tcp://10.0.0.5:2", distant=True)
+    why = "decode-9 is on another host than prefill-0, whose --kv-transfer works within one alone"
+    assert why in bench.sent(ClusterStatus)[-1].reason
+    bench.worker("prefill-1", kv_endpoint="unix:/kv tcp://10.0.0.4:2")
+    assert bench.sent(ClusterStatus)[-1].ready
 
 
 def test_another_protocol_version_is_refused(bench: Bench) -> None:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from baton.proto.messages import Close, Ledger, Load, Retry
+from baton.proto.messages import Close, KVLink, Ledger, Load, Retry
 from baton.scheduler_proc.instructions import LoadReport, WorkerJoined, WorkerLeft
 from baton.scheduler_proc.metrics import Metrics
 
@@ -16,6 +16,7 @@ STAGES = {
     "scheduled": 1.3,
     "sampled": 1.6,
     "first_token": 1.61,
+    "reported": 1.615,
     "bound": 1.62,
     "pull_issued": 1.63,
     "pulled": 1.65,
@@ -92,11 +93,45 @@ def test_close_is_counted_by_outcome_and_timed_by_its_ledger(metrics: Metrics) -
     assert value(metrics, "baton_tpot_seconds_sum") == pytest.approx(0.1)
 
 
+def test_links_and_moved_bytes_are_counted_by_transport(metrics: Metrics, idle: Load) -> None:
+    assert value(metrics, "baton_kv_links", worker="decode-0", transport="shm") == 0
+    assert value(metrics, "baton_kv_moved_bytes_total", worker="decode-0", transport="shm") == 0
+    two = (KVLink("prefill-0", "shm"), KVLink("prefill-1", "", "it does not answer"))
+    metrics.observe(LoadReport("decode-0", 1, "decode", msgspec.structs.replace(idle, links=two)))
+    metrics.observe(LoadReport("decode-0", 1, "decode", idle))
+    assert value(metrics, "baton_kv_links", worker="decode-0", transport="shm") == 1
+    assert value(metrics, "baton_kv_links", worker="decode-0", transport="none") == 1
+    metrics.observe(LoadReport("decode-0", 1, "decode", msgspec.structs.replace(idle, links=())))
+    assert value(metrics, "baton_kv_links") == 0
+    ledger = Ledger(prefill_worker="prefill-0", decode_worker="decode-0", transport="tcp", moved_bytes=100)
+    metrics.observe(Close((1, 1), 1, "stop", 64, 11, ledger))
+    assert value(metrics, "baton_kv_moved_bytes_total", transport="tcp", worker="decode-0") == 100
+    metrics.observe(WorkerLeft("decode-0", "decode"))
+    assert not [labels for name, labels, _ in samples(metrics) if name == "baton_kv_links"]
+
+
 def test_the_stages_of_a_handoff_add_up_to_it(metrics: Metrics) -> None:
     ledger = Ledger(prefill_worker="prefill-0", decode_worker="decode-0", stages=STAGES)
     metrics.observe(Close((1, 1), 1, "stop", 64, 11, ledger))
+    assert value(metrics, "baton_handoff_stage_seconds_sum", stage="reported") == pytest.approx(0.015)
+    assert value(metrics, "baton_handoff_stage_seconds_sum", stage="pulled") == pytest.approx(0.02)
     total = value(metrics, "baton_handoff_seconds_sum")
     assert value(metrics, "baton_handoff_stage_seconds_sum") == pytest.approx(total)
+
+
+EARLY = {**STAGES, "bound": 1.4, "pull_issued": 1.41, "pulled": 1.64}
+NOTHING_TO_PULL = {stage: at for stage, at in STAGES.items() if stage not in ("pull_issued", "pulled")}
+
+
+@pytest.mark.parametrize("stages", [EARLY, NOTHING_TO_PULL], ids=["bound early", "nothing to pull"])
+def test_the_sum_of_the_stages_is_the_whole_whichever_of_them_came(metrics: Metrics, stages: dict[str, float]) -> None:
+    stages = {stage: at for stage, at in stages.items() if stage != "reported"}
+    metrics.observe(Close((1, 1), 1, "stop", 64, 11, Ledger("prefill-0", "decode-0", stages=stages)))
+    assert value(metrics, "baton_handoff_stage_seconds_sum") == pytest.approx(0.1)
+    assert value(metrics, "baton_handoff_stage_seconds_count", stage="bound") == 1
+    assert value(metrics, "baton_handoff_stage_seconds_sum", stage="bound") == pytest.approx(
+        0.02 if stages["bound"] > stages["sampled"] else 0
+    )
 
 
 def test_a_request_that_ended_early_is_timed_as_far_as_it_came(metrics: Metrics) -> None:

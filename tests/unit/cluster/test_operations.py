@@ -18,6 +18,7 @@ from baton.proto.messages import (
     Ended,
     FirstRows,
     Goodbye,
+    KVLink,
     Ledger,
     Load,
     Message,
@@ -59,6 +60,23 @@ def split(bench):
     for name in ("prefill-0", "decode-0", "decode-1"):
         bench.worker(name)
     return bench
+
+
+def test_how_workers_read_kv_is_known_and_a_change_of_it_is_an_event(split, idle: Load) -> None:
+    decode = identity("decode-0", 1)
+    slow = KVLink("prefill-0", "tcp", "shm can't be used: prefill-0 is on another host")
+    none = KVLink("prefill-1", "", "prefill-1 does not answer")
+    for _ in range(2):
+        split.tell(decode, msgspec.structs.replace(idle, links=(slow, none)))
+    split.tell(decode, idle)  # a light report says nothing about them
+    assert split.cluster.operator.links("") == [("decode-0", slow), ("decode-0", none)]
+    assert split.cluster.operator.links("decode-1") == []
+    refused(Why.NOT_FOUND, lambda: split.cluster.operator.links("nobody"))
+    told = [i.text for i in split.instructions if isinstance(i, Happened) and i.kind is EventKind.LINK_CHANGED]
+    assert told == [
+        "reads prefill-0 through tcp (shm can't be used: prefill-0 is on another host)",
+        "can't read prefill-1: prefill-1 does not answer",
+    ]
 
 
 def hand_over(bench, n: int) -> str:

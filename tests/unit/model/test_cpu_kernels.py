@@ -177,6 +177,23 @@ def test_draw(ops: CpuOps, size: int) -> None:
     assert int(different.sum()) <= 1  # a uniform may fall on the edge between two tokens, within rounding
 
 
+@pytest.mark.parametrize("size", [1, 50, 4096, 49152])
+def test_logsumexp(ops: CpuOps, size: int) -> None:
+    logits = torch.randn(9, size) * 10
+    logits[0, : size // 2] = -torch.inf
+    logits[1] = 200.0  # beyond the range of e^x in float32
+    torch.testing.assert_close(ops.logsumexp(logits), logits.double().logsumexp(dim=-1).float(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("device_ops", ["C", "torch"])
+def test_the_logsumexp_of_a_row_has_the_same_bits_in_every_batch(ops: CpuOps, device_ops: str) -> None:
+    chosen = ops if device_ops == "C" else reference
+    logits = torch.randn(24, 49152) * 4
+    whole = chosen.logsumexp(logits)
+    for start, end in [(0, 1), (3, 11), (23, 24)]:
+        assert torch.equal(chosen.logsumexp(logits[start:end]), whole[start:end])
+
+
 def test_without_a_compiler_torch_serves_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
