@@ -1,7 +1,7 @@
 """NCCL between two ranks: the few calls of the library that torch has loaded, and their errors.
 
 torch.distributed has the same operations, but takes longer to enqueue one than NVLink takes for 32 MiB, and its groups
-come with files and threads of their own and can't be given up while they form. A communicator here never blocks: until
+come with files and threads of their own and can't be given up while they form. Calls here return at once: until
 `settled` says so, what was called last is still under way.
 """
 
@@ -13,6 +13,9 @@ import torch
 
 UINT8 = 1
 SUCCESS, IN_PROGRESS = 0, 7
+BLOCKING = 0
+"""1: a call waits for what it begins. 0: what waits for a dead peer can be given up, but NCCL 2.28 starts a thread for
+each operation (docs/performance.md)."""
 _MAGIC = 0xCAFEBEEF
 _VERSION = 21400
 """Of the configuration below. Later versions have more fields and take their defaults for those that it lacks."""
@@ -53,7 +56,7 @@ class Communicator:
         """Begin to meet the other."""
         self._peer = 1 - rank
         self._handle = ctypes.c_void_p()
-        config = _Config(ctypes.sizeof(_Config), _MAGIC, _VERSION, 0)
+        config = _Config(ctypes.sizeof(_Config), _MAGIC, _VERSION, BLOCKING)
         _call(
             "ncclCommInitRankConfig",
             ctypes.byref(self._handle),

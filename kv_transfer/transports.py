@@ -11,8 +11,8 @@ from baton.kv_transfer.source import PeerSource
 from baton.kv_transfer.tcp import TcpTransport
 from baton.proto.network import Network
 
-AUTO = {"cpu": ("shm", "tcp"), "cuda": ("cuda_ipc", "tcp")}
-"""What auto tries, the best first. nccl is not among them before it has been run between two GPUs."""
+AUTO = {"cpu": ("shm", "tcp"), "cuda": ("cuda_ipc", "nccl", "tcp")}
+"""What auto tries, the best first."""
 
 
 class WorkerPool(Protocol):

@@ -31,21 +31,18 @@ class GpuSuite(TransportSuite):
 
 
 class CudaIpcSuite(GpuSuite):
-    owner_gpu = 0
-
     def test_memory_of_killed_owners_comes_back(self, reader: Any, child: Any) -> None:
         """20 owners' pools, 12 MiB each, are opened and their owners killed. Nothing else may use the GPU meanwhile."""
-        assert reader.pull(child("prefill-0", 100).peer, [0], [0]).ok
-        free, _ = torch.cuda.mem_get_info(self.owner_gpu)
+        watcher = child("prefill-0", 100)
+        assert reader.pull(watcher.peer, [0], [0]).ok
+        free = watcher.free_memory()
         for i in range(20):
             owner = child("prefill-1", 101 + i)
             assert reader.pull(owner.peer, [NUM_BLOCKS - 1], [0]).ok
             owner.kill()
             assert not reader.pull(owner.peer, [0], [0]).ok  # by now its memory has been let go of
         deadline = time.monotonic() + DEADLINE_S
-        while (
-            now := torch.cuda.mem_get_info(self.owner_gpu)[0]
-        ) < free - 60 * 2**20:  # the driver takes its time over the last
+        while (now := watcher.free_memory()) < free - 60 * 2**20:  # the driver takes its time over the last
             assert time.monotonic() < deadline, f"{(free - now) / 2**20:.0f} MiB have not come back"
 
 
@@ -79,11 +76,12 @@ class BetweenGpusSuite(GpuSuite):
 
 
 class TestCudaIpcBetweenGpus(BetweenGpusSuite, CudaIpcSuite):
-    kind, peer_kind, owner_gpu = "cuda:0 cuda_ipc", "cuda:1 cuda_ipc", 1
+    kind, peer_kind = "cuda:0 cuda_ipc", "cuda:1 cuda_ipc"
 
 
 class TestNcclBetweenGpus(BetweenGpusSuite):
     kind, peer_kind = "cuda:0 nccl", "cuda:1 nccl"
+    kept = frozenset({"socket:[#]"})  # ncclCommAbort leaves one, as of NCCL 2.28
 
 
 @functools.cache

@@ -120,6 +120,11 @@ class Child:
         self._pipe.send(("blocks",))
         return torch.from_numpy(self._pipe.recv())
 
+    def free_memory(self) -> int:
+        """Bytes that its GPU has left."""
+        self._pipe.send(("free",))
+        return self._pipe.recv()
+
     def kill(self) -> None:
         """With SIGKILL."""
         self._process.kill()
@@ -170,6 +175,8 @@ def _serve(pipe: Connection, kind: str, folder: Path, name: str, incarnation: in
             side.pool.tensor[block] = value
             side.blocks()  # on a GPU: wait for it
             pipe.send(True)
+        elif command == "free":
+            pipe.send(torch.cuda.mem_get_info()[0])
         elif command == "blocks":
             pipe.send(side.blocks().numpy())
         else:
