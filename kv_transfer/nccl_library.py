@@ -14,8 +14,8 @@ import torch
 UINT8 = 1
 SUCCESS, IN_PROGRESS = 0, 7
 BLOCKING = 0
-"""1: a call waits for what it begins. 0: what waits for a dead peer can be given up, but NCCL 2.28 starts a thread for
-each operation (docs/performance.md)."""
+"""1: a call waits for what it begins. 0: what waits for a dead peer can be given up, but NCCL starts a thread for each
+operation (docs/performance.md)."""
 _MAGIC = 0xCAFEBEEF
 _VERSION = 21400
 """Of the configuration below. Later versions have more fields and take their defaults for those that it lacks."""
