@@ -132,7 +132,7 @@ class StepScheduler:
 
     def _budget(self) -> int:
         """Tokens of the next step."""
-        decoding = [r for r in self.running if _decodes(r)] + list(self.kv_here)
+        decoding = [r for r in self.running if _decodes(r) and not self._foreseen_end(r)] + list(self.kv_here)
         prompt = next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
         if self._costs is None or prompt is None:
             return self._max_tokens
