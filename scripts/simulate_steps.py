@@ -117,7 +117,8 @@ def main() -> None:
         tpot = 1e3 * np.array([(each[-1] - each[0]) / max(1, len(each) - 1) for each in times])
         itl = 1e3 * np.concatenate([np.diff(each) for each in times])
         pairs = [f"{values.mean():.1f} / {np.percentile(values, 99):.1f}" for values in (ttft, tpot)]
-        print(f"{rate:7.1f} {count / end:7.2f} {pairs[0]:>18} {pairs[1]:>17} {np.percentile(itl or [0.0], 99):12.1f}")
+        pause = np.percentile(itl, 99) if len(itl) else 0.0
+        print(f"{rate:7.1f} {count / end:7.2f} {pairs[0]:>18} {pairs[1]:>17} {pause:12.1f}")
 
 
 if __name__ == "__main__":
