@@ -18,9 +18,9 @@ and a cached key. How hot the GPU runs and what the host adds is a factor learne
 from bisect import bisect_left
 from collections.abc import Sequence
 
-HURRY_TOKENS = 3400
+HURRY_TOKENS = 3000
 """So many queued tokens add the target once more to a step's time."""
-MOST_HURRY = 2.5
+MOST_HURRY = 3.6
 QUEUE_STEPS = 8
 """The queued prompts may take so many steps at least."""
 LEAST_PREFILL = 0.25

@@ -49,11 +49,10 @@ def _silu_and_mul(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.const
     tl.store(out_ptr + row * size + columns, (gate32 / (1 + tl.exp(-gate32))).to(gate.dtype) * up, mask=mask)
 
 
-def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """See Ops; into `out` where it is given."""
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """See Ops."""
     n, size = gate_up.shape[0], gate_up.shape[1] // 2
-    if out is None:
-        out = torch.empty(n, size, dtype=gate_up.dtype, device=gate_up.device)
+    out = torch.empty(n, size, dtype=gate_up.dtype, device=gate_up.device)
     block = min(2048, triton.next_power_of_2(size))
     warps = min(8, max(1, block // 256))
     _silu_and_mul[(n, triton.cdiv(size, block))](gate_up, out, size, block, num_warps=warps, **pdl.options())

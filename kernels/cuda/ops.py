@@ -13,9 +13,6 @@ from baton.kernels.cuda.attention import Problem
 from baton.kernels.cuda.fa3_attention import Sequences
 from baton.kernels.ops import Norm, PackedWeight
 
-_GATED_ROWS = 4096
-"""Rows whose gate and up exist at a time: the largest tensor of a step, and products of more rows are no faster."""
-
 Prefill = Callable[[Problem, torch.Tensor, torch.Tensor], None]
 """attention.prefill, or a faster one with the same arguments."""
 
@@ -93,13 +90,7 @@ class CudaOps:
         """See Ops."""
         if self._is_skinny(x):
             return self._skinny_product(x, packed, bias, norm, None, gated=True)
-        if len(x) <= _GATED_ROWS:
-            return self.silu_and_mul(self.linear(x, packed, bias, norm))
-        out = torch.empty(len(x), len(packed.data) // 2, dtype=x.dtype, device=x.device)
-        pieces = -(-len(x) // _GATED_ROWS)
-        for piece, target in zip(x.chunk(pieces), out.chunk(pieces), strict=True):
-            elementwise.silu_and_mul(self.linear(piece, packed, bias, norm), target)
-        return out
+        return self.silu_and_mul(self.linear(x, packed, bias, norm))
 
     def _is_skinny(self, x: torch.Tensor) -> bool:
         """Whether skinny.py takes a product of x. With float32 the tensor cores would round, so only single rows."""

@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 
 _SPARE_TILES = 64
 """Tiles of a mixed graph beyond what one prompt needs: the last one of each further prompt may be half empty."""
-_LOGITS_ROWS = 512
-"""Rows whose logits exist at a time: more would cost memory (128 MiB at a vocabulary of 128,000) and save nothing."""
+_LOGITS_ROWS = 256
+"""Rows whose logits exist at a time: more would cost memory (63 MiB for each 256 at a vocabulary of 128,000) and save
+nothing, because from here on the product takes longer than reading its weight."""
 
 
 class Pending:
