@@ -90,7 +90,7 @@ class Pool:
     handle: bytes = b""
     """By which another process maps `address`, on a GPU."""
 
-    def addresses(self, blocks: Sequence[int]) -> np.ndarray:
+    def addresses(self, blocks: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where these blocks begin, int64 [n]."""
         return self.address + np.asarray(blocks, dtype=np.int64) * self.block_bytes
 

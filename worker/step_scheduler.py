@@ -148,14 +148,25 @@ class StepScheduler:
 
     def _budget(self) -> int:
         """Tokens of the next step."""
-        decoding = [r for r in self.running if _decodes(r)] + list(self.kv_here)
+        decoding = [r for r in self.running if _decodes(r) and not self._foreseen_end(r)] + list(self.kv_here)
         prompt = next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
-        if self._costs is None or not decoding or prompt is None:
+        if self._costs is None or prompt is None:
             return self._max_tokens
+        if not decoding:
+            return self._max_tokens if self._prompts_first else self._filling(self._costs)
         keys = sum(request.total for request in decoding)
         behind = max(0, self.queued_tokens - (prompt.total - prompt.scheduled))
         budget = self._costs.budget(len(decoding), keys, prompt.scheduled, behind, self._target_s)
         return min(budget, self._max_tokens)
+
+    def _filling(self, costs: StepCosts) -> int:
+        """Tokens of the next prompts: as many prompts as fill the device, or a piece of a long one."""
+        tokens = 0
+        for request in [*self.running, *self.waiting]:
+            if tokens >= costs.full_tokens:
+                break
+            tokens += request.total - request.scheduled
+        return min(tokens, costs.best_tokens, self._max_tokens)
 
     def _expected_s(self, planned: list[Planned]) -> float:
         """Of a step with prompt chunks: those are what the costs are learned from."""

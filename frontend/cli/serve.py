@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; the command line wins")
     engine_args.add_model_arguments(parser)
     engine_args.add_worker_arguments(parser)
-    engine_args.add_kv_transfer_argument(parser)
+    engine_args.add_kv_transfer_arguments(parser)
     _add_processes(parser.add_argument_group("processes"))
     _add_http(parser.add_argument_group("HTTP"))
     tool_args.add_arguments(parser.add_argument_group("tools and reasoning"))
@@ -259,6 +259,7 @@ def serve_config(
             device=args.device,
             gpu=gpus[index],
             kv_transfer=args.kv_transfer,
+            early_bind_tokens=args.early_bind_tokens,
             attention_backend=args.attention_backend,
             threads=args.threads or 0,
             scheduler=scheduler,
