@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from baton.frontend.llm import LLM, BeamSearchParams, SamplingParams
+    from baton.frontend.llm import LLM, BeamSearchParams, PoolingParams, SamplingParams
 
-__all__ = ["LLM", "BeamSearchParams", "SamplingParams"]
+__all__ = ["LLM", "BeamSearchParams", "PoolingParams", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from baton.frontend.api import responses
+from baton.frontend.api.embedding_endpoints import EmbeddingsApi
+from baton.frontend.api.embeddings import Embedder
 from baton.frontend.api.errors import ApiError, http_error, unavailable
 from baton.frontend.api.generation import Generator
 from baton.frontend.api.messages.endpoints import MessagesApi
@@ -152,7 +154,12 @@ class Api:
 
 
 def build_app(
-    config: FrontendConfig, client: EngineClient, prompts: Prompts, info: ModelInfo, generator: Generator
+    config: FrontendConfig,
+    client: EngineClient,
+    prompts: Prompts,
+    info: ModelInfo,
+    generator: Generator,
+    embedder: Embedder,
 ) -> Any:
     """The ASGI application."""
     reader = RequestReader(config)
@@ -185,6 +192,7 @@ def build_app(
         "/v1/messages/count_tokens": Operation(messages.count, CountTokensRequest, TokenCount, error=MessagesError),
         "/tokenize": Operation(api.tokenize, TokenizeRequest, responses.TokenizeResponse),
         "/detokenize": Operation(api.detokenize, DetokenizeRequest, responses.DetokenizeResponse),
+        **EmbeddingsApi(reader, embedder).operations(),
     }
     keys = Keyring(config.api_keys, config.api_key_file)
     document(app, posts, [responses.ModelList, ItemList, DeletedResponse], locked=bool(keys))

@@ -47,6 +47,8 @@ class Finished(msgspec.Struct, frozen=True, gc=False):
     reject_code: str = ""
     """A RejectCode when the outcome is REJECTED."""
     retry_after_s: float = 0.0
+    vector: bytes = b""
+    """The result of a stream that wanted one instead of tokens: float32 [hidden_size], little-endian."""
 
 
 Instruction = SendToScheduler | SendToWorker | Deliver | Finished

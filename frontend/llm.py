@@ -26,11 +26,13 @@ from baton.frontend.beams import BeamSearch, Ended
 from baton.frontend.chat_template import load_chat_template
 from baton.frontend.engine_client import Output
 from baton.frontend.instructions import Finished
+from baton.frontend.llm_pooling import EmbeddingRequestOutput, OfflinePooling, PoolingParams, ScoringRequestOutput
 from baton.frontend.model_info import load_model_info
+from baton.frontend.pooling import load_pooling_info
 from baton.frontend.structured.constraint import StructuredOutputs, read_constraint
 from baton.frontend.structured.grammars import Grammars
 from baton.frontend.tokenizer import Tokenizer, load_tokenizer
-from baton.proto.config import BatchConfig, CacheConfig, ModelConfig, WorkerConfig
+from baton.proto.config import BatchConfig, CacheConfig, ModelConfig, PoolerConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.hashing import extend_packed
 from baton.proto.lifecycle import FinishReason, Outcome, Role, Stage
@@ -174,6 +176,7 @@ class LLM:
         cache: CacheConfig | None = None,
         batch: BatchConfig | None = None,
         max_logprobs: int = 20,
+        pooler: PoolerConfig | None = None,
     ) -> None:
         """`model` is a directory, a .gguf file, a hub id or 'demo'. Raises UserError for what the user can mend."""
         path = _resolve(model, revision)
@@ -191,6 +194,7 @@ class LLM:
         text = load_tokenizer(config)
         info = load_model_info(config, text)
         template = load_chat_template(config, text)
+        pooling = load_pooling_info(path, pooler or PoolerConfig())
         worker = WorkerConfig(
             name="offline",
             role=Role.UNIFIED.value,
@@ -206,6 +210,7 @@ class LLM:
         self._info = msgspec.structs.replace(info, max_model_len=self._engine.max_model_len)
         self._prompts = Prompts(text, template, self._info)
         self._grammars = Grammars(text, self._info)
+        self._pooling = OfflinePooling(self._engine, text, self._info, pooling)
         self._max_logprobs = max_logprobs
         self._next_sid = 0
 
@@ -249,6 +254,30 @@ class LLM:
             prompts = [self._prompts.of_chat(msgspec.convert(raw, ChatCompletionRequest), raw) for raw in raws]
             wishes = self._wishes(sampling_params or SamplingParams())
             return self._run([(prompt, wishes) for prompt in prompts])
+        except (ApiError, msgspec.ValidationError) as error:
+            raise ValueError(str(error)) from error
+
+    def embed(
+        self, prompts: PromptLike | Sequence[PromptLike], *, pooling_params: PoolingParams | None = None
+    ) -> list[EmbeddingRequestOutput]:
+        """The vector of each prompt (text or token ids), in the order given. Raises ValueError for bad arguments."""
+        try:
+            return self._pooling.embed(_plain(prompts), pooling_params or PoolingParams())
+        except (ApiError, msgspec.ValidationError) as error:
+            raise ValueError(str(error)) from error
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        /,
+        *,
+        pooling_params: PoolingParams | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """Cosine similarity of each pair, or of one text with each of the others. Raises ValueError for bad
+        arguments."""
+        try:
+            return self._pooling.score(_plain(data_1), _plain(data_2), pooling_params or PoolingParams())
         except (ApiError, msgspec.ValidationError) as error:
             raise ValueError(str(error)) from error
 

@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 import uvloop
 
+from baton.frontend.api.embeddings import Embedder
 from baton.frontend.api.generation import Generator
 from baton.frontend.api.prompts import Prompts
 from baton.frontend.chat_template import load_chat_template
@@ -26,6 +27,7 @@ from baton.frontend.forward import peer_socket
 from baton.frontend.http_protocol import protocol_factory
 from baton.frontend.http_server import build_app
 from baton.frontend.model_info import ModelInfo, load_model_info
+from baton.frontend.pooling import load_pooling_info
 from baton.frontend.structured.grammars import Grammars
 from baton.frontend.tokenizer import load_tokenizer
 from baton.frontend.tools.plan import ToolServing
@@ -75,12 +77,14 @@ def _remove_socket(path: str) -> None:
 async def _serve(config: FrontendConfig, supervised: Supervised, listener: socket.socket) -> None:
     tokenizer = load_tokenizer(config.model)
     info = load_model_info(config.model, tokenizer)
+    pooling = load_pooling_info(config.model.path, config.pooler)
     tools = ToolServing(config, tokenizer)
     prompts = Prompts(tokenizer, load_chat_template(config.model, tokenizer), info)
     client = EngineClient(config)
     grammars = Grammars(tokenizer, info)
     generator = Generator(client, prompts, grammars, tools, info, config.max_logprobs)
-    app = build_app(config, client, prompts, info, generator)
+    embedder = Embedder(client, prompts, info, pooling)
+    app = build_app(config, client, prompts, info, generator, embedder)
     server = _Server(
         uvicorn.Config(
             app,
@@ -92,10 +96,10 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
         )
     )
     try:
-        async with _inference(config, client, prompts, info, generator), _for_peers(config, app):
+        async with _inference(config, client, prompts, info, generator, embedder), _for_peers(config, app):
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await _until_stopped(client, supervised, serving)
-            generator.draining = True
+            generator.draining = embedder.draining = True
             await _drain(client, config.shutdown_timeout_s)
             server.should_exit = True
             await _stop(client, serving)
@@ -141,7 +145,12 @@ async def _for_peers(config: FrontendConfig, app: Any) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def _inference(
-    config: FrontendConfig, client: EngineClient, prompts: Prompts, info: ModelInfo, generator: Generator
+    config: FrontendConfig,
+    client: EngineClient,
+    prompts: Prompts,
+    info: ModelInfo,
+    generator: Generator,
+    embedder: Embedder,
 ) -> AsyncIterator[None]:
     """The gRPC server, where one is wanted: the core installation has no gRPC."""
     if not config.grpc.port:
@@ -149,7 +158,7 @@ async def _inference(
         return
     from baton.frontend.rpc_server import InferenceServer
 
-    server = InferenceServer(config, client, prompts, info, generator)
+    server = InferenceServer(config, client, prompts, info, generator, embedder)
     await server.start()
     try:
         yield

@@ -1,12 +1,12 @@
 """What the frontend knows of the model without its weights: limits, end tokens, sampling defaults."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from baton.frontend.tokenizer import Tokenizer
+from baton.proto.checkpoint import is_headless, read_json_object
 from baton.proto.config import ModelConfig
 from baton.proto.errors import UserError
 
@@ -31,13 +31,15 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """Rows of the embedding: ids below it exist, also where the tokenizer has no text for them."""
     eos_ids: tuple[int, ...]
     defaults: SamplingDefaults
+    generates: bool = True
+    """False: the checkpoint has no language model head and makes embeddings alone."""
 
 
 def load_model_info(config: ModelConfig, tokenizer: Tokenizer) -> ModelInfo:
     """From config.json and generation_config.json. Raises UserError."""
     directory = Path(config.path)
-    model = _read(directory / "config.json")
-    generation = _read(directory / "generation_config.json")
+    model = read_json_object(directory / "config.json")
+    generation = read_json_object(directory / "generation_config.json")
     max_model_len = config.max_model_len or int(model.get("max_position_embeddings") or 0)
     if not max_model_len:
         raise UserError(f"{directory / 'config.json'} has no max_position_embeddings: give --max-model-len")
@@ -55,23 +57,13 @@ def load_model_info(config: ModelConfig, tokenizer: Tokenizer) -> ModelInfo:
         vocab_size=int(model.get("vocab_size") or tokenizer.vocab_size),
         eos_ids=tuple(sorted(eos)),
         defaults=defaults,
+        generates=not is_headless(model),
     )
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
     given = {name: generation.get(name) for name in SamplingDefaults.__struct_fields__}
     return msgspec.convert({name: value for name, value in given.items() if value is not None}, SamplingDefaults)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _ids(value: int | list[int] | None) -> set[int]:

@@ -15,6 +15,9 @@ import msgspec
 from google.protobuf.message import Message
 
 from baton.frontend.api.choice import Choice, Delta
+from baton.frontend.api.embedding_requests import EmbeddingRequest
+from baton.frontend.api.embeddings import Embedder, Pooled, PoolingJob
+from baton.frontend.api.embeddings import usage_of as pooled_usage_of
 from baton.frontend.api.errors import ApiError
 from baton.frontend.api.generation import Generator, Job, usage_of
 from baton.frontend.api.params import check_model
@@ -23,7 +26,7 @@ from baton.frontend.api.requests import CompletionRequest, DetokenizeRequest, To
 from baton.frontend.engine_client import EngineClient
 from baton.frontend.model_info import ModelInfo
 from baton.proto.config import FrontendConfig
-from baton.proto.messages import TokenLogprobs
+from baton.proto.messages import Ledger, TokenLogprobs
 from baton.proto.rpc.schema import schema
 from baton.proto.rpc.server import CallError, Context, RpcServer
 
@@ -48,11 +51,17 @@ class InferenceServer:
     """The listening server and its health. Owns both; `stop` frees them."""
 
     def __init__(
-        self, config: FrontendConfig, client: EngineClient, prompts: Prompts, info: ModelInfo, generator: Generator
+        self,
+        config: FrontendConfig,
+        client: EngineClient,
+        prompts: Prompts,
+        info: ModelInfo,
+        generator: Generator,
+        embedder: Embedder,
     ) -> None:
         self._client = client
         self._generator = generator
-        inference = Inference(prompts, info, generator, config.stalled_client_s)
+        inference = Inference(prompts, info, generator, embedder, config.stalled_client_s)
         self._server = RpcServer(config.grpc, {"Inference": inference})
 
     async def start(self) -> None:
@@ -78,10 +87,18 @@ class InferenceServer:
 class Inference:
     """The RPCs."""
 
-    def __init__(self, prompts: Prompts, info: ModelInfo, generator: Generator, stalled_client_s: float) -> None:
+    def __init__(
+        self,
+        prompts: Prompts,
+        info: ModelInfo,
+        generator: Generator,
+        embedder: Embedder,
+        stalled_client_s: float,
+    ) -> None:
         self._prompts = prompts
         self._info = info
         self._generator = generator
+        self._embedder = embedder
         self._stalled_client_s = stalled_client_s
         self._messages = _Messages()
 
@@ -92,6 +109,19 @@ class Inference:
             await self._stream(job, context)
         except ApiError as error:
             raise _failure(error) from error
+
+    async def embed(self, request: Any, context: Context) -> Any:
+        received_s = time.monotonic()
+        try:
+            wanted, unknown = read(embedding_fields(request), EmbeddingRequest)
+            assert not unknown, f"inference.proto has fields that the API does not know: {unknown}"
+            job = await self._embedder.prepare(
+                wanted, with_ledger=request.ledger, received_s=received_s, timeout_s=_timeout_s(context)
+            )
+            done = await self._embedder.run(job, self._messages.vector)
+        except ApiError as error:
+            raise _failure(error) from error
+        return self._messages.vectors(job, done)
 
     async def tokenize(self, request: Any, _context: Context) -> Any:
         raw = _present(request, ("model", "add_special_tokens")) | {"prompt": request.text}
@@ -170,6 +200,13 @@ def completion_fields(request: Any) -> dict[str, Any]:
     return raw
 
 
+def embedding_fields(request: Any) -> dict[str, Any]:
+    """An EmbedRequest as the fields of POST /v1/embeddings that it sets."""
+    raw = {field.name: value for field, value in request.ListFields() if field.name not in ("inputs", "ledger")}
+    inputs = [each.text if each.WhichOneof("input") == "text" else list(each.token_ids.ids) for each in request.inputs]
+    return raw | {"input": inputs}
+
+
 def _plain(value: Any) -> Any:
     """As JSON would have it; fields that are not set are absent."""
     match value:
@@ -239,4 +276,17 @@ class _Messages:
         message.usage.cached_tokens = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
         if job.with_ledger:
             message.ledgers.extend(msgspec.json.encode(choice.ledger).decode() for choice in choices)
+        return message
+
+    def vector(self, _index: int, pooled: Pooled) -> tuple[Any, Ledger]:
+        return self.new("Embedding", values=pooled.vector.tolist()), pooled.ledger
+
+    def vectors(self, job: PoolingJob, done: list[tuple[Any, Ledger]]) -> Any:
+        ledgers = [ledger for _, ledger in done]
+        usage = pooled_usage_of(job, ledgers)
+        message = self.new("EmbedResponse", usage={"prompt_tokens": usage.prompt_tokens})
+        message.usage.cached_tokens = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+        message.embeddings.extend(vector for vector, _ in done)
+        if job.with_ledger:
+            message.ledgers.extend(msgspec.json.encode(ledger).decode() for ledger in ledgers)
         return message

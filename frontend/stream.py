@@ -62,6 +62,8 @@ class Stream:
     gap_until: float = math.inf
     finish: Finish | None = None
     """Announced by a worker; counts once `final` tokens are accepted."""
+    vector: bytes = b""
+    """Comes with the finish of a stream without tokens."""
     source: Worker | None = None
     """Who sent the last row of this attempt."""
     suspect: Worker | None = None
@@ -120,7 +122,9 @@ class Stream:
     def implied_finish(self) -> Finish | None:
         """The accepted tokens may be complete although the row that said so was lost."""
         n = len(self.output)
-        if n and self.output[-1] in self.params.stop_token_ids:
+        if not n:
+            return None
+        if self.output[-1] in self.params.stop_token_ids:
             return Finish(FinishReason.STOP.value, n)
         return Finish(FinishReason.LENGTH.value, n) if n >= self.params.max_tokens else None
 
@@ -138,6 +142,7 @@ class Stream:
         self.held = []
         self.gap_until = self.suspect_until = math.inf
         self.finish = self.source = self.suspect = None
+        self.vector = b""
 
     def submit_message(self, now: float) -> tuple[Submit, tuple[bytes, ...]]:
         """Submit of this attempt with its frames: int32 prompt ‖ accepted tokens; packed block hashes."""

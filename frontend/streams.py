@@ -19,7 +19,8 @@ token's worker is not the second's. At (attempt a, n accepted tokens) a row (a',
 
 The prompt's log-probabilities, when wanted, come with the prefill leg's first row and stand before position 0: until
 they are here every row is ahead.
-A finish counts once n reaches its `final`. Every stream gets exactly one Finished, and no Deliver follows it.
+A finish counts once n reaches its `final`. Every stream gets exactly one Finished, and no Deliver follows it. A stream
+that wants a vector has no tokens: its one row is at position 0, and its end carries the vector.
 """
 
 import heapq
@@ -188,12 +189,14 @@ class Streams:
 
     def on_token_batch(self, batch: TokenBatch, now: float, frames: Sequence[Frame] = ()) -> list[Instruction]:
         """One worker step's rows, or its idle beat. Raises ValueError when the columns do not fit together."""
-        if sum(batch.count) != len(batch.tokens) or len(frames) != len(batch.prompt_logprobs):
+        told = len(batch.prompt_logprobs)
+        if sum(batch.count) != len(batch.tokens) or len(frames) != told + bool(batch.vectors):
             raise ValueError(f"batch {batch.seq} of {batch.worker}: its columns and frames do not fit together")
         prompts = {
             row: PromptLogprobs(top, bytes(frame))
-            for (row, top), frame in zip(batch.prompt_logprobs.items(), frames, strict=True)
+            for (row, top), frame in zip(batch.prompt_logprobs.items(), frames, strict=False)
         }
+        vectors = _vectors(batch, frames[told]) if batch.vectors else {}
         worker = (batch.worker, batch.incarnation)
         self._note_seq(worker, batch, now)
         out: list[Instruction] = []
@@ -212,6 +215,8 @@ class Streams:
                 stream.ledger.merge(part)
             if stream.lacks_prompt_logprobs and row in prompts:
                 stream.learn_prompt_logprobs(prompts[row])
+            if row in vectors:
+                stream.vector = vectors[row]
             new, logprobs = stream.apply(pos, tokens, batch.logprobs.get(row, ()), batch.finish.get(row))
             self._on_row(stream, new, logprobs, worker, now, out)
         return out
@@ -412,7 +417,9 @@ class Streams:
         self._closing[stream.sid[1]] = (now + self.limits.resend_interval_s, close)
         return [
             SendToScheduler(close),
-            Finished(stream.sid, outcome, stream.ledger, len(stream.output), message, code, retry_after_s),
+            Finished(
+                stream.sid, outcome, stream.ledger, len(stream.output), message, code, retry_after_s, stream.vector
+            ),
         ]
 
     def _cancel(self, stream: Stream) -> list[Instruction]:
@@ -429,3 +436,14 @@ class Streams:
         if due < stream.timer:
             stream.timer = due
             heapq.heappush(self._timers, (due, stream.sid[1]))
+
+
+def _vectors(batch: TokenBatch, frame: Frame) -> dict[int, bytes]:
+    """Row -> vector; copies, so that none keeps the others' memory. Raises ValueError."""
+    data = memoryview(frame)
+    size, rest = divmod(data.nbytes, len(batch.vectors))
+    if not size or rest or size % 4:
+        raise ValueError(
+            f"batch {batch.seq} of {batch.worker}: {data.nbytes} bytes are not {len(batch.vectors)} vectors"
+        )
+    return {row: bytes(data[index * size : (index + 1) * size]) for index, row in enumerate(batch.vectors)}

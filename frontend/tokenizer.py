@@ -12,6 +12,9 @@ from baton.proto.errors import UserError
 
 Side = Literal["left", "right"]
 
+_SLACK_TOKENS = 64
+"""How many tokens at the place of a cut may differ from those of the whole text."""
+
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -40,6 +43,8 @@ class Tokenizer:
 
     def encode_truncated(self, text: str, add_special_tokens: bool, count: int, side: Side) -> list[int]:
         """As encode, but at most `count` ids: text is lost on that side, special tokens around it are not."""
+        most = (count + _SLACK_TOKENS) * self.max_token_bytes  # what is lost in any case costs no time
+        text = text[-most:] if side == "left" else text[:most]
         encoding = self._backend.encode(text, add_special_tokens=False)
         special = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
         bos = [self._bos_id] if add_special_tokens and self._bos_id is not None else []

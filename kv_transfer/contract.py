@@ -88,7 +88,7 @@ class Pool:
     gpu: int = -1
     """Index of the GPU that `address` is on; -1 for host memory."""
 
-    def addresses(self, blocks: Sequence[int]) -> np.ndarray:
+    def addresses(self, blocks: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where these blocks begin, int64 [n]."""
         return self.address + np.asarray(blocks, dtype=np.int64) * self.block_bytes
 

@@ -24,6 +24,7 @@ from baton.kv_transfer.greeting import Attach
 
 WINDOW = 4
 FETCH_BYTES = 4 * 2**20
+"""What a channel through host memory asks for at a time; nccl has its own measure."""
 MAX_FETCH_BLOCKS = 4096
 """So that a Fetch fits into one packet of the connection."""
 STALLED_S = 5.0
@@ -41,15 +42,19 @@ class Attached(msgspec.Struct, frozen=True):
 class Fetch(msgspec.Struct, frozen=True, array_like=True):
     """Send these blocks, in this order."""
 
-    blocks: tuple[int, ...]
+    blocks: bytes
+    """int32 [n], little-endian."""
 
 
 class Sender(ABC):
     """The owner's end of a channel. All calls come from one thread."""
 
+    fetch_bytes = FETCH_BYTES
+    """A fetch asks for no more, unless one block is larger; the receiver's is the same."""
+
     @abstractmethod
-    def send(self, index: int, blocks: Sequence[int]) -> None:
-        """Begin to send these blocks as fetch `index`; those before index - WINDOW + 1 have arrived."""
+    def send(self, index: int, blocks: np.ndarray) -> None:
+        """Begin to send these blocks, int32 [n], as fetch `index`; those before index - WINDOW + 1 have arrived."""
 
     @abstractmethod
     def close(self) -> None:
@@ -57,11 +62,16 @@ class Sender(ABC):
 
 
 class Receiver(ABC):
-    """The reader's end."""
+    """The reader's end. All calls come from one thread."""
+
+    fetch_bytes = FETCH_BYTES
 
     @abstractmethod
-    def ask(self, index: int, blocks: Sequence[int]) -> None:
-        """Ask for these blocks as fetch `index`; at most WINDOW fetches have not been received."""
+    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
+        """Ask for blocks, int32 [n], as fetch `index`, to be put at these addresses, int64 [n].
+
+        At most WINDOW fetches have not been received.
+        """
 
     @abstractmethod
     def receive(self, index: int, targets: np.ndarray) -> None:
@@ -75,21 +85,22 @@ class Receiver(ABC):
         """Let go of the channel."""
 
 
-def blocks_per_fetch(pool: Pool) -> int:
-    """As many as fit into FETCH_BYTES, and one at least."""
-    return min(max(1, FETCH_BYTES // pool.block_bytes), MAX_FETCH_BLOCKS)
+def blocks_per_fetch(pool: Pool, fetch_bytes: int) -> int:
+    """As many as fit, and one at least."""
+    return min(max(1, fetch_bytes // pool.block_bytes), MAX_FETCH_BLOCKS)
 
 
-def encode_fetch(blocks: Sequence[int]) -> bytes:
+def encode_fetch(blocks: np.ndarray) -> bytes:
     """The reader's question."""
-    return msgspec.msgpack.encode(Fetch(tuple(blocks)))
+    return msgspec.msgpack.encode(Fetch(blocks.astype("<i4").tobytes()))
 
 
-def decode_fetch(data: bytes | memoryview, pool: Pool) -> tuple[int, ...]:
-    """The blocks that a reader asks for. Raises TransferError or msgspec.DecodeError when it must not."""
-    blocks = msgspec.msgpack.decode(data, type=Fetch).blocks
-    if not 0 < len(blocks) <= blocks_per_fetch(pool) or not 0 <= min(blocks) <= max(blocks) < pool.num_blocks:
-        raise TransferError(f"a reader asks for {len(blocks)} blocks up to {max(blocks, default=-1)}")
+def decode_fetch(data: bytes | memoryview, pool: Pool, at_most: int) -> np.ndarray:
+    """The blocks that a reader asks for, int32 [n]. Raises TransferError or msgspec.DecodeError when it must not."""
+    asked = msgspec.msgpack.decode(data, type=Fetch).blocks
+    blocks = np.frombuffer(asked[: len(asked) // 4 * 4], dtype="<i4")
+    if not 0 < len(blocks) <= at_most or not 0 <= blocks.min() <= blocks.max() < pool.num_blocks:
+        raise TransferError(f"a reader asks for {len(blocks)} blocks up to {blocks.max(initial=-1)}")
     return blocks
 
 
@@ -105,40 +116,35 @@ def attach(connection: socket.socket, transport: str) -> Attached:
 def serve_fetches(connection: socket.socket, pool: Pool, sender: Sender) -> None:
     """Answer a reader until it goes."""
     connection.settimeout(None)
-    index = 0
+    index, at_most = 0, blocks_per_fetch(pool, sender.fetch_bytes)
     while data := connection.recv(PACKET_BYTES):
-        sender.send(index, decode_fetch(data, pool))
+        sender.send(index, decode_fetch(data, pool, at_most))
         index += 1
 
 
 class FetchLink(Link):
     """A peer that sends what it is asked for."""
 
-    batch_bytes = WINDOW * FETCH_BYTES
-
     def __init__(self, pool: Pool, receiver: Receiver) -> None:
         self._pool = pool
         self._receiver = receiver
-        self._asked = self._received = 0
+        self.batch_bytes = WINDOW * receiver.fetch_bytes
+        self._step = blocks_per_fetch(pool, receiver.fetch_bytes)
+        self._asked: collections.deque[tuple[int, np.ndarray]] = collections.deque()
+        self._index = 0
 
     def copy(self, pulls: Sequence[Pull]) -> None:
-        source = [block for pull in pulls for block in pull.source]
-        targets = self._pool.addresses([block for pull in pulls for block in pull.target])
-        step = blocks_per_fetch(self._pool)
-        awaited: collections.deque[slice] = collections.deque()
-        for start in range(0, len(source), step):
-            if len(awaited) == WINDOW:
-                self._receive(targets[awaited.popleft()])
-            piece = slice(start, start + step)
-            self._receiver.ask(self._asked, source[piece])
-            self._asked += 1
-            awaited.append(piece)
-        for piece in awaited:
-            self._receive(targets[piece])
-
-    def _receive(self, targets: np.ndarray) -> None:
-        self._receiver.receive(self._received, targets)
-        self._received += 1
+        source = np.concatenate([np.asarray(pull.source, dtype=np.int32) for pull in pulls])
+        targets = np.concatenate([self._pool.addresses(pull.target) for pull in pulls])
+        for start in range(0, len(source), self._step):
+            if len(self._asked) == WINDOW:
+                self._receiver.receive(*self._asked.popleft())
+            piece = slice(start, start + self._step)
+            self._receiver.ask(self._index, source[piece], targets[piece])
+            self._asked.append((self._index, targets[piece]))
+            self._index += 1
+        while self._asked:
+            self._receiver.receive(*self._asked.popleft())
 
     def close(self) -> None:
         self._receiver.close()

@@ -9,7 +9,7 @@ thread waits for the event, without the interpreter lock.
 import numpy as np
 import torch
 
-from baton.kernels.cuda.copy import copy_blocks
+from baton.kernels.cuda.copy import PROGRAMS, copy_blocks
 from baton.kv_transfer.contract import Pool
 from baton.kv_transfer.movers import Mover
 
@@ -17,23 +17,39 @@ from baton.kv_transfer.movers import Mover
 class GpuMover(Mover):
     """Copies that write or read `pool`; the other side is this GPU's, a peer's or pinned host memory."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, blocks: int = 0, programs: int = PROGRAMS) -> None:
+        """For a list of so many blocks, 0: the whole pool; each launch takes a multiprocessor for each program."""
         torch.cuda.set_device(pool.gpu)
         self._block_bytes = pool.block_bytes
+        self._programs = programs
         device = torch.device("cuda", pool.gpu)
-        self._host_jobs = torch.empty(pool.num_blocks, 2, dtype=torch.int64, pin_memory=True)
-        self._jobs = torch.empty(pool.num_blocks, 2, dtype=torch.int64, device=device)
-        self._stream = torch.cuda.Stream(device)
+        shape = (blocks or pool.num_blocks, 2)
+        self._host_jobs = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        self._jobs = torch.empty(shape, dtype=torch.int64, device=device)
+        self.stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        host, jobs = self._host_jobs[: len(source)], self._jobs[: len(source)]
-        addresses = host.numpy()
+        self.note(0, source, target)
+        self.launch(range(len(source)))
+        self.finish()
+
+    def note(self, row: int, source: np.ndarray, target: np.ndarray) -> None:
+        """Enqueue what blocks are to be copied, in rows of the list from this on that no copy under way needs."""
+        rows = slice(row, row + len(source))
+        addresses = self._host_jobs[rows].numpy()
         addresses[:, 0], addresses[:, 1] = source, target
-        with torch.cuda.stream(self._stream):
-            jobs.copy_(host, non_blocking=True)
-            copy_blocks(jobs, self._block_bytes)
-            self._done.record()
+        with torch.cuda.stream(self.stream):
+            self._jobs[rows].copy_(self._host_jobs[rows], non_blocking=True)
+
+    def launch(self, rows: range) -> None:
+        """Enqueue the copy of these rows of the list on `stream`."""
+        with torch.cuda.stream(self.stream):
+            copy_blocks(self._jobs[rows.start : rows.stop], self._block_bytes, self._programs)
+
+    def finish(self) -> None:
+        """Wait for all that is enqueued."""
+        self._done.record(self.stream)
         self._done.synchronize()
 
 

@@ -1,28 +1,24 @@
-"""Buffers in which a pair's blocks lie side by side on their way, WINDOW of them in turn."""
-
-from collections.abc import Sequence
+"""Host memory in which a pair's blocks lie side by side on their way, WINDOW buffers in turn."""
 
 import numpy as np
 import torch
 
 from baton.kv_transfer.contract import Pool
-from baton.kv_transfer.fetch import WINDOW, blocks_per_fetch
+from baton.kv_transfer.fetch import FETCH_BYTES, WINDOW, blocks_per_fetch
 from baton.kv_transfer.movers import mover_for
 
 
 class Staging:
-    """`buffers`: WINDOW tensors uint8 [bytes of a fetch], in host memory (pinned for a GPU's pool) or on the GPU."""
+    """`buffers`: WINDOW tensors uint8 [bytes of a fetch], pinned for a GPU's pool."""
 
-    def __init__(self, pool: Pool, on_gpu: bool = False) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._mover = mover_for(pool)
-        size = blocks_per_fetch(pool) * pool.block_bytes
-        device = torch.device("cuda", pool.gpu) if on_gpu else torch.device("cpu")
-        pinned = pool.gpu >= 0 and not on_gpu
-        self.buffers = [torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned) for _ in range(WINDOW)]
+        size = blocks_per_fetch(pool, FETCH_BYTES) * pool.block_bytes
+        self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=pool.gpu >= 0) for _ in range(WINDOW)]
 
-    def gather(self, index: int, blocks: Sequence[int]) -> torch.Tensor:
-        """Blocks of the pool, side by side in the buffer of fetch `index`."""
+    def gather(self, index: int, blocks: np.ndarray) -> torch.Tensor:
+        """Blocks of the pool, int32 [n], side by side in the buffer of fetch `index`."""
         buffer = self.buffers[index % WINDOW][: len(blocks) * self._pool.block_bytes]
         self._mover.move(self._pool.addresses(blocks), self._inside(buffer))
         return buffer

@@ -20,7 +20,16 @@ import numpy as np
 import zmq
 
 from baton.kv_transfer.contract import Pool, TransferError, Transport
-from baton.kv_transfer.fetch import PACKET_BYTES, STALLED_S, FetchLink, Receiver, decode_fetch, encode_fetch
+from baton.kv_transfer.fetch import (
+    FETCH_BYTES,
+    PACKET_BYTES,
+    STALLED_S,
+    FetchLink,
+    Receiver,
+    blocks_per_fetch,
+    decode_fetch,
+    encode_fetch,
+)
 from baton.kv_transfer.line import Line
 from baton.kv_transfer.movers import HostMover
 from baton.kv_transfer.staging import Staging
@@ -77,6 +86,7 @@ class TcpServer:
 
     def __init__(self, pool: Pool, folder: Path, network: Network) -> None:
         self._pool = pool
+        self._at_most = blocks_per_fetch(pool, FETCH_BYTES)
         self._wake = os.eventfd(0)
         self._sockets = [network.context.socket(zmq.ROUTER) for _ in range(CONNECTIONS)]
         for each in self._sockets:
@@ -114,13 +124,13 @@ class TcpServer:
         """One fetch: the other connection, and other readers, have their turn after it."""
         reader, *rest = router.recv_multipart()
         try:
-            blocks = decode_fetch(rest[0] if rest else b"", self._pool)
+            blocks = decode_fetch(rest[0] if rest else b"", self._pool, self._at_most)
         except (TransferError, msgspec.DecodeError) as error:
             log.warning("a reader is not answered: %s", error)
             return
         # A ROUTER drops what its reader does not take, or is no longer there to take; the reader gives up by itself.
         if staging is None:
-            router.send_multipart([reader, *self._views(blocks)], zmq.NOBLOCK, copy=False)
+            router.send_multipart([reader, *self._views(blocks.tolist())], zmq.NOBLOCK, copy=False)
         else:  # copied, so that the buffer is free for the next one, whoever it is for
             router.send_multipart([reader, staging.gather(0, blocks).numpy().data], zmq.NOBLOCK)
 
@@ -150,7 +160,7 @@ class TcpReceiver(Receiver):
             self.close()
             raise
 
-    def ask(self, index: int, blocks: Sequence[int]) -> None:
+    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
         self._lines[index % len(self._lines)].send(encode_fetch(blocks))
 
     def receive(self, index: int, targets: np.ndarray) -> None:

@@ -11,8 +11,8 @@ from baton.kv_transfer.source import PeerSource
 from baton.kv_transfer.tcp import TcpTransport
 from baton.proto.network import Network
 
-AUTO = {"cpu": ("shm", "tcp"), "cuda": ("cuda_ipc", "tcp")}
-"""What auto tries, the best first. nccl is not among them before it has been run between two GPUs."""
+AUTO = {"cpu": ("shm", "tcp"), "cuda": ("cuda_ipc", "nccl", "tcp")}
+"""What auto tries, the best first."""
 
 
 class WorkerPool(Protocol):
@@ -47,6 +47,10 @@ def _open(name: str, pool: WorkerPool, folder: Path, network: Network) -> Transp
         from baton.kv_transfer.cuda_ipc import CudaIpcTransport
 
         return CudaIpcTransport(pool.blocks)
-    from baton.kv_transfer.distributed import DistributedTransport
+    if name == "nccl":
+        from baton.kv_transfer.nccl import NcclTransport
 
-    return DistributedTransport(name, pool.blocks, folder)
+        return NcclTransport(pool.blocks)
+    from baton.kv_transfer.gloo import GlooTransport
+
+    return GlooTransport(pool.blocks, folder)

@@ -183,6 +183,17 @@ class SchedulerConfig(Config):
     """The Admin service."""
 
 
+class PoolerConfig(Config):
+    """How embeddings are made."""
+
+    pooling_type: str = ""
+    """A Pooling; empty: what the checkpoint says in 1_Pooling/config.json, else LAST."""
+    normalize: bool | None = None
+    """To length 1; None: what the checkpoint says in modules.json, else yes."""
+    matryoshka_dimensions: tuple[int, ...] | None = None
+    """What a request's `dimensions` may be; empty: anything; None: what config.json says of the model's training."""
+
+
 class TlsConfig(Config):
     """TLS of the HTTP server; flags and meaning are uvicorn's."""
 
@@ -263,6 +274,8 @@ class FrontendConfig(Config):
     """Of /v1/responses: so many that have ended are kept, and the oldest leaves first."""
     max_stored_response_bytes: int = 64 * 2**20
     """Which those may take together, as JSON."""
+    pooler: PoolerConfig = PoolerConfig()
+    """Of /v1/embeddings and what is built on it."""
 
 
 class ServeConfig(Config):

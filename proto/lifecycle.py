@@ -114,6 +114,15 @@ class Duty(StrEnum):
     """It ends for good: its launcher does not start it again."""
 
 
+class Pooling(StrEnum):
+    """How a prompt's hidden states, after the last norm, become one vector."""
+
+    LAST = "LAST"
+    """That of the last token."""
+    MEAN = "MEAN"
+    """The average over all tokens."""
+
+
 class RejectCode(StrEnum):
     """Why a request was not admitted."""
 

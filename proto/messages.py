@@ -63,6 +63,8 @@ class SamplingParams(Record):
     """With logprobs: report these tokens in place of the k best."""
     prompt_logprobs: int = -1
     """-1 none, 0 those of the prompt's own tokens, k also the k best at each position."""
+    pooling: str = ""
+    """A Pooling: the prompt's vector is wanted and no tokens (max_tokens is 0). Empty: tokens."""
 
     @property
     def depends_on_output(self) -> bool:
@@ -468,6 +470,8 @@ class Load(Message):
     """As they are, beside the holdings."""
     links: tuple[KVLink, ...] | None = None
     """To every worker whose blocks it reads, or could not read; beside the holdings."""
+    pooled_vectors: int = 0
+    """Counter: vectors made for requests that want one instead of tokens."""
 
 
 class ClockRequest(Message):
@@ -551,7 +555,8 @@ class Beat(Message):
 
 class TokenBatch(Message):
     """W→F, one per step and frontend; columnar. An empty one is the idle beat that makes a lost last batch visible.
-    Frames: one for each entry of prompt_logprobs, in their order (PromptLogprobs.data)."""
+    Frames: one for each entry of prompt_logprobs, in their order (PromptLogprobs.data); then, if there are vectors, one
+    with all of them: float32, little-endian, all of one length."""
 
     worker: str
     incarnation: int
@@ -574,6 +579,8 @@ class TokenBatch(Message):
     """Row -> part of the request's ledger."""
     prompt_logprobs: dict[int, int] = {}
     """Row -> alternatives per token, for the row with a stream's first token: PromptLogprobs.top."""
+    vectors: tuple[int, ...] = ()
+    """Rows that end with a pooled vector instead of tokens, in the order of the vectors in the frame."""
 
 
 class CancelStream(Message):

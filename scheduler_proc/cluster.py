@@ -31,6 +31,7 @@ from baton.proto.messages import (
     Refused,
     Rejected,
     Retry,
+    SamplingParams,
     Sid,
     Submit,
     WorkerHello,
@@ -43,7 +44,7 @@ from baton.scheduler_proc.orders import Orders
 from baton.scheduler_proc.placement import make_policy
 from baton.scheduler_proc.reconcile import Reconciler
 from baton.scheduler_proc.registry import Frontend, Registry, Worker
-from baton.scheduler_proc.stream import AdmissionQueue, Handoff, State, Stream
+from baton.scheduler_proc.stream import AdmissionQueue, Handoff, State, Stream, room_for
 
 SWEEP_S = 0.25
 """Timers are coarse: all of them are looked at this often."""
@@ -205,26 +206,32 @@ class Cluster:
         code = message = ""
         if submit.attempt == 1 and len(self.queue) >= self._config.max_waiting:
             code, message = RejectCode.QUEUE_FULL, f"{len(self.queue)} requests are waiting already"
-        elif self._too_long(num_tokens):
-            code, message = RejectCode.TOO_LONG, self._too_long(num_tokens)
-        elif self._membership.unserved_s(now) >= self._config.no_workers_s:
+        elif too_long := self._too_long(num_tokens, submit.params):
+            code, message = RejectCode.TOO_LONG, too_long
+        elif self._unserved_s(submit.params, now) >= self._config.no_workers_s:
             code, message = RejectCode.NO_WORKERS, self.registry.missing()
         if not code:
             return None
         retry_after_s = QUEUE_FULL_RETRY_S if code == RejectCode.QUEUE_FULL else 0.0
         return Rejected(submit.sid, submit.attempt, code, message, retry_after_s)
 
-    def _too_long(self, num_tokens: int) -> str:
+    def _too_long(self, num_tokens: int, params: SamplingParams) -> str:
         """Why no worker could ever run so many tokens; empty when one could, or when nobody is there to ask."""
-        workers = self.registry.prefill_workers()
-        if not workers or any(self._fits(worker, num_tokens) for worker in workers):
+        if self._able(num_tokens, params) or not self.registry.prefill_workers(bool(params.pooling)):
             return ""
-        return f"{num_tokens} tokens and room for output are more than any worker holds"
+        return f"{num_tokens} tokens{' and room for output' * bool(params.max_tokens)} are more than any worker holds"
 
-    def _fits(self, worker: Worker, num_tokens: int) -> bool:
-        if not worker.fits(num_tokens):
-            return False
-        return worker.decodes or any(other.fits(num_tokens) for other in self.registry.decode_workers(worker))
+    def _able(self, num_tokens: int, params: SamplingParams) -> list[Worker]:
+        """Workers from which a stream with so many tokens can go all the way."""
+        ends_there, room = bool(params.pooling), room_for(num_tokens, params)
+        able = [worker for worker in self.registry.prefill_workers(ends_there) if worker.fits(room)]
+        if ends_there:
+            return able
+        return [w for w in able if w.decodes or any(o.fits(room) for o in self.registry.decode_workers(w))]
+
+    def _unserved_s(self, params: SamplingParams, now: float) -> float:
+        """How long nobody has been there who could serve a stream; 0 when somebody is."""
+        return 0.0 if self.registry.prefill_workers(bool(params.pooling)) else self._membership.unserved_s(now)
 
     def _on_close(self, frontend: Frontend, close: Close, _frames: tuple[Frame, ...], now: float) -> None:
         stream = self.streams.get(close.sid)
@@ -325,13 +332,14 @@ class Cluster:
     def _dispatch(self, now: float) -> None:
         """Send queued streams to prefill workers, as far as those have room: what waits here can still be placed."""
         while (stream := self.queue.peek()) is not None:
-            able = [w for w in self.registry.prefill_workers() if self._fits(w, stream.num_tokens)]
+            assert stream.params is not None  # it was submitted to this scheduler
+            able = self._able(stream.num_tokens, stream.params)
             willing = [worker for worker in able if worker.identity not in stream.refused_by]
             if stream.deadline <= now:
                 text = "the deadline passed in the queue"
                 self._notify(stream, Rejected(stream.sid, stream.attempt, RejectCode.DEADLINE, text), now)
-            elif self._too_long(stream.num_tokens):
-                self._retry(stream, self._too_long(stream.num_tokens), now)  # the next Submit is rejected
+            elif not able and (too_long := self._too_long(stream.num_tokens, stream.params)):
+                self._retry(stream, too_long, now)  # the next Submit is rejected
             elif able and not willing:
                 self._retry(stream, "; ".join(stream.refused_by.values()), now)
             else:
@@ -353,8 +361,10 @@ class Cluster:
         if stream.prefill is None or not stream.frames:
             self._retry(stream, "the prompt was with an earlier scheduler", now)
             return
+        assert stream.params is not None
         owner = self.registry.workers[stream.prefill.worker]
-        able = [w for w in self.registry.decode_workers(owner) if w.fits(stream.num_tokens)]
+        room = room_for(stream.num_tokens, stream.params)
+        able = [w for w in self.registry.decode_workers(owner) if w.fits(room)]
         willing = [worker for worker in able if worker.identity not in stream.refused_by]
         if willing:
             sibling = self.streams.get(stream.sibling) if stream.sibling else None
@@ -391,8 +401,8 @@ class Cluster:
         waited = now - stream.since
         match stream.state:
             case State.QUEUED:
-                unserved = min(waited, self._membership.unserved_s(now))
-                if unserved >= self._config.no_workers_s:
+                assert stream.params is not None
+                if min(waited, self._unserved_s(stream.params, now)) >= self._config.no_workers_s:
                     self._retry(stream, self.registry.missing(), now)
             case State.PREFILLING if waited >= self._config.grace_s and self._lacks_prompt(stream):
                 self._retry(stream, "the prompt was with an earlier scheduler", now)

@@ -56,6 +56,7 @@ class Metrics:
             "Prompt tokens computed, found in a prefix cache or pulled from another worker; tokens generated",
             ("source", *WORKER_LABELS),
         )
+        self._vectors = self._counter("baton_embeddings", "Vectors made of prompts", WORKER_LABELS)
         self._preemptions = self._counter("baton_preemptions", "Streams preempted for lack of blocks", WORKER_LABELS)
         self._moved = self._counter(
             "baton_kv_moved_bytes", "KV that came from another worker, by transport", ("transport", *WORKER_LABELS)
@@ -125,6 +126,7 @@ class Metrics:
         for source in ("computed", "cached", "pulled", "generated"):
             self._tokens.labels(source, *labels)
         self._preemptions.labels(*labels)
+        self._vectors.labels(*labels)
         if event.role != Role.DECODE:
             for name in PREFILL_SPANS:
                 self._spans[name].labels(*labels)
@@ -158,6 +160,7 @@ class Metrics:
             for transport in TRANSPORTS:
                 self._links.labels(transport, *labels).set(links[transport])
         self._preemptions.labels(*labels).inc(load.preemptions - (before.preemptions if before else 0))
+        self._vectors.labels(*labels).inc(load.pooled_vectors - (before.pooled_vectors if before else 0))
 
     def _closed(self, close: Close) -> None:
         ledger = close.ledger

@@ -134,9 +134,8 @@ class Worker:
         """Blocks that hold so many tokens here."""
         return -(-num_tokens // self.hello.block_size)
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a stream with so many tokens and one to come can ever run here."""
-        needed = num_tokens + 1
+    def fits(self, needed: int) -> bool:
+        """Whether a stream that needs room for so many tokens can ever run here."""
         return needed <= self.hello.max_model_len and self.blocks_for(needed) <= self.hello.num_blocks
 
     @property
@@ -246,8 +245,10 @@ class Registry:
             self._mismatches[pair] = _separated(one, other) or one.hello.layout.mismatch(other.hello.layout)
         return self._mismatches[pair]
 
-    def prefill_workers(self) -> list[Worker]:
-        """Workers from which a stream can go all the way."""
+    def prefill_workers(self, ends_there: bool = False) -> list[Worker]:
+        """Workers from which a stream can go all the way; `ends_there`: the prefill is all of it."""
+        if ends_there:
+            return [w for w in self.workers.values() if w.prefills]
         if self._prefill_workers is None:
             workers = self.workers.values()
             self._prefill_workers = [w for w in workers if w.prefills and (w.decodes or self.decode_workers(w))]

@@ -111,6 +111,11 @@ class Stream:
         self.since = now
 
 
+def room_for(num_tokens: int, params: SamplingParams) -> int:
+    """Tokens that a stream needs room for: those that it has and one of output, if it wants any."""
+    return num_tokens + min(params.max_tokens, 1)
+
+
 class AdmissionQueue:
     """Streams waiting for a prefill worker: lowest priority value first, then first come, first served."""
 

@@ -14,21 +14,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from baton.proto.supervision import die_with_parent
+
 BATON = [sys.executable, "-P", "-m", "baton.frontend.cli.main"]
 PORT = 8111
+ONE_GPU = ("--unified", "1", "--device", "cuda", "--load-format", "dummy", "--max-model-len", "8192")
 RATES = {"B2": 4, "B3": 8, "B4": 16, "B5": 24}
 
 
 class Server:
-    """`baton serve` of random weights, ready on entry. `ready_s`: from the command to that."""
+    """`baton serve` without a prefix cache, ready on entry. `ready_s`: from the command to that."""
 
-    def __init__(self, model: str, log: Path, cache: str | None = None) -> None:
-        """`cache`: where compiled kernels are kept; None: where they always are."""
-        flags = ["--unified", "1", "--device", "cuda", "--load-format", "dummy", "--max-model-len", "8192"]
-        flags += ["--no-enable-prefix-caching", "--host", "127.0.0.1", "--port", str(PORT)]
+    def __init__(self, model: str, log: Path, cache: str | None = None, workers: Sequence[str] = ONE_GPU) -> None:
+        """`cache`: where compiled kernels are kept; None: where they always are. `workers`: flags."""
+        flags = [*workers, "--no-enable-prefix-caching", "--host", "127.0.0.1", "--port", str(PORT)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **({"TRITON_CACHE_DIR": cache} if cache else {})}
         started = time.monotonic()
         with log.open("w") as file:
@@ -37,6 +40,7 @@ class Server:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=environment,
+                preexec_fn=die_with_parent,
             )
         while "ready at" not in log.read_text():
             if self._process.poll() is not None:
@@ -52,14 +56,14 @@ class Server:
         self._process.wait()
 
 
-def bench(count: int, input_len: int, output_len: int, rate: float) -> dict[str, float]:
-    """`baton bench serve`'s figures."""
+def bench(count: int, input_len: int, output_len: int, rate: float, *more: str) -> dict[str, float]:
+    """`baton bench serve`'s figures; `more`: of its options."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         lengths = ["--random-input-len", str(input_len), "--random-output-len", str(output_len)]
         work = ["--dataset-name", "random", "--seed", "0", "--ignore-eos", "--temperature", "0", *lengths]
         load = ["--num-prompts", str(count), "--request-rate", str(rate), "--disable-tqdm"]
         target = ["--port", str(PORT), "--model", "bench", "--output-json", file.name]
-        subprocess.run([*BATON, "bench", "serve", *target, *work, *load], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*BATON, "bench", "serve", *target, *work, *load, *more], check=True, stdout=subprocess.DEVNULL)
         figures: dict[str, float] = json.loads(Path(file.name).read_text())
     if figures["completed"] < count:
         raise SystemExit(f"only {figures['completed']} of {count} requests succeeded")

@@ -41,6 +41,7 @@ from baton.proto.supervision import die_with_parent
 from baton.worker.kv_pool import HostPool
 
 GIB = 2**30
+BUSY_CYCLES = 500_000
 NOBODY = Peer("owner", 1, "", "")
 
 Figures = dict[str, Any]
@@ -53,13 +54,13 @@ def layout_of(block_bytes: int) -> KVLayout:
     return KVLayout("bench", (Group("full", 1, 16, block_bytes, ("words",), (block_bytes // 4,), "float32"),))
 
 
-def open_pool(transport: str, block_bytes: int, size: int) -> Any:
-    """A worker's pool, on the GPU for transports that need one."""
-    if transport != "cuda_ipc":
+def open_pool(transport: str, block_bytes: int, size: int, gpu: int) -> Any:
+    """A worker's pool, on a GPU for transports that need one."""
+    if transport not in ("cuda_ipc", "nccl"):
         return HostPool(layout_of(block_bytes), size // block_bytes)
     from baton.worker.cuda.memory import GpuPool, open_gpu
 
-    return GpuPool(layout_of(block_bytes), size // block_bytes, open_gpu(0))
+    return GpuPool(layout_of(block_bytes), size // block_bytes, open_gpu(gpu))
 
 
 def network_of(transport: str, folder: Path) -> Network:
@@ -70,14 +71,14 @@ def network_of(transport: str, folder: Path) -> Network:
 
 
 @contextmanager
-def opened(transport: str, block_bytes: int, size: int) -> Iterator[tuple[Any, Pool]]:
-    """A link to the pool of another process, and the pool of ours that it fills."""
-    command = [sys.executable, __file__, "--own", transport, str(block_bytes), str(size)]
-    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def opened(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> Iterator[tuple[Any, Pool]]:
+    """A link to the pool of another process, and the pool of ours that it fills, on GPU 0."""
+    command = [sys.executable, __file__, "--own", transport, str(block_bytes), str(size), str(owner_gpu)]
+    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=die_with_parent)
     assert owner.stdin is not None
     assert owner.stdout is not None
     address = owner.stdout.readline().decode().strip()
-    pool = open_pool(transport, block_bytes, size)
+    pool = open_pool(transport, block_bytes, size, gpu=0)
     folder = Path(address.split()[0].removeprefix("unix:")).parent
     network = network_of(transport, folder)
     name = transport.removeprefix("far ")
@@ -96,9 +97,9 @@ def opened(transport: str, block_bytes: int, size: int) -> Iterator[tuple[Any, P
     owner.wait()
 
 
-def own(transport: str, block_bytes: int, size: int) -> None:
+def own(transport: str, block_bytes: int, size: int, gpu: int) -> None:
     """The owner's process: offer a pool of random bytes until the input ends."""
-    pool = open_pool(transport, block_bytes, size)
+    pool = open_pool(transport, block_bytes, size, gpu)
     pool.tensor.uniform_()
     with tempfile.TemporaryDirectory() as folder:
         create_key(Path(folder))
@@ -165,9 +166,10 @@ def timed(run: Any) -> float:
 
 
 def device_seconds(run: Any) -> float:
-    """Seconds on the device."""
+    """Seconds on the device. It is kept busy at first, so that the host's time for the launch does not count."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    torch.cuda._sleep(BUSY_CYCLES)
     start.record()
     run()
     end.record()
@@ -277,17 +279,24 @@ def served(args: argparse.Namespace) -> Iterator[str]:
 
 def handoff(args: argparse.Namespace) -> Figures:
     """Milliseconds of one handoff after the other in an idle system, p50 and p99, by stage."""
-    ledgers, receipts = [], []
     with served(args) as url:
-        for _ in range(args.requests + 3):
-            ledger, first_at = request(url, args.input_len)
-            ledgers.append(ledger)
-            receipts.append((first_at - ledger["stages"]["sampled"]) * 1e3)
-    ledgers, receipts = ledgers[3:], receipts[3:]
+        return handoffs(url, args.input_len, args.requests)
+
+
+def handoffs(url: str, input_len: int, count: int, warm_up: int = 3) -> Figures:
+    """Of `count` prompts, one after the other. The gap is what the client sees between the first two tokens."""
+    ledgers, receipts, gaps = [], [], []
+    for _ in range(count + warm_up):
+        ledger, arrivals = request(url, input_len)
+        ledgers.append(ledger)
+        receipts.append((arrivals[0] - ledger["stages"]["sampled"]) * 1e3)
+        gaps.append((arrivals[1] - arrivals[0]) * 1e3)
+    del ledgers[:warm_up], receipts[:warm_up], gaps[:warm_up]
     figures: Figures = {
         "transport": ledgers[0]["transport"],
         "moved MiB": ledgers[0]["moved_bytes"] / 2**20,
         "first token sampled to client, ms": spread(receipts),
+        "first to second token at the client, ms": spread(gaps),
     }
     parts = [handoff_parts(ledger["stages"]) for ledger in ledgers]
     figures["sampled to stepped, ms"] = spread([sum(each.values()) * 1e3 for each in parts])
@@ -301,8 +310,8 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"p50": statistics.median(ordered), "p99": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]}
 
 
-def request(url: str, input_len: int) -> tuple[Figures, float]:
-    """One streamed completion: its ledger, and when its first token was here, on the ledger's clock."""
+def request(url: str, input_len: int) -> tuple[Figures, list[float]]:
+    """One streamed completion: its ledger, and when its tokens were here, on the ledger's clock."""
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=120)
     body = {
@@ -318,15 +327,17 @@ def request(url: str, input_len: int) -> tuple[Figures, float]:
     response = connection.getresponse()
     if response.status != 200:
         raise RuntimeError(f"HTTP {response.status}: {response.read().decode(errors='replace')}")
-    first_at = 0.0
+    arrivals: list[float] = []
     ledger: dict[str, Any] = {}
     for line in response:
         data = line.removeprefix(b"data:").strip()
         if line.startswith(b"data:") and data != b"[DONE]":
-            first_at = first_at or time.monotonic()
-            ledger = json.loads(data).get("baton_ledger") or ledger
+            now, event = time.monotonic(), json.loads(data)
+            ledger = event.get("baton_ledger") or ledger
+            if event["choices"]:
+                arrivals.append(now)
     connection.close()
-    return ledger, first_at
+    return ledger, arrivals
 
 
 def main() -> None:
@@ -339,11 +350,11 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=4096)
     parser.add_argument("--serve-flags", default="", help="more flags of `baton serve`, in one string")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--own", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--own", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.own:
-        transport, block_bytes, size = args.own
-        own(transport, int(block_bytes), int(size))
+        transport, *numbers = args.own
+        own(transport, *map(int, numbers))
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     result: Figures = {"device": device, "date": datetime.now(UTC).isoformat(timespec="seconds")}

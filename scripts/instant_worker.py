@@ -8,6 +8,7 @@ detokenising costs what it costs.
 
 import sys
 import time
+from array import array
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ NUM_BLOCKS = 65536
 MAX_MODEL_LEN = 8192
 OWN = BatchConfig(max_num_batched_tokens=8192, max_num_seqs=1024, target_itl_ms=0.0, depth=2)
 """As on a GPU."""
+VECTOR = array("f", [0.5] * 4096).tobytes()
+"""What every prompt's hidden states are pooled to."""
 
 
 class Runner:
@@ -49,7 +52,8 @@ class Runner:
         self._next_s = max(self._next_s + self._step_s, started)
         time.sleep(self._next_s - started)
         tokens = [[self._token(row.slot + row.output_index)] if row.samples else [] for row in plan.rows]
-        return StepResult(plan.step, tokens, {}, started, time.monotonic())
+        vectors = {index: VECTOR for index, row in enumerate(plan.rows) if row.mean_of}
+        return StepResult(plan.step, tokens, {}, started, time.monotonic(), vectors=vectors)
 
     def _token(self, index: int) -> int:
         return self._tokens[index % len(self._tokens)]

@@ -4,7 +4,8 @@
     python scripts/simulate_steps.py [--rates 8 16 24] [--input-len 1024] [--output-len 128] [--target-itl-ms 15]
 
 Needs no GPU: the batcher and the cost model are the real ones, only the device is a clock. The table is that of an H100
-with the 8B shape in bfloat16 (2026-11-26, as the worker logs it at start). `--rates inf` sends 1,000 requests at once.
+with the 8B shape in bfloat16 (2026-11-26, as the worker logs it at start). `--rates inf` sends 1,000 requests at once;
+`--output-len 1` makes it a prefill worker.
 """
 
 import argparse
@@ -112,10 +113,11 @@ def main() -> None:
         came, end = Clock(args.target_itl_ms, args.input_len, args.output_len).run(arrivals.tolist())
         times = [np.array(came[number]) for number in range(count)]
         ttft = 1e3 * (np.array([each[0] for each in times]) - arrivals)
-        tpot = 1e3 * np.array([(each[-1] - each[0]) / (len(each) - 1) for each in times])
+        tpot = 1e3 * np.array([(each[-1] - each[0]) / max(1, len(each) - 1) for each in times])
         itl = 1e3 * np.concatenate([np.diff(each) for each in times])
         pairs = [f"{values.mean():.1f} / {np.percentile(values, 99):.1f}" for values in (ttft, tpot)]
-        print(f"{rate:7.1f} {count / end:7.2f} {pairs[0]:>18} {pairs[1]:>17} {np.percentile(itl, 99):12.1f}")
+        pause = np.percentile(itl, 99) if len(itl) else 0.0
+        print(f"{rate:7.1f} {count / end:7.2f} {pairs[0]:>18} {pairs[1]:>17} {pause:12.1f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A worker's iterations: which streams enter the next step, with which tokens and blocks.
 
-    StartPrefill ─► WAITING ─► RUNNING ──────────────► OVER              (continue_decode: until the stream ends)
+    StartPrefill ─► WAITING ─► RUNNING ──────────────► OVER              (continue_decode: until the stream ends;
+                                                                          pooling: with the prompt's vector)
                        ▲          │ └─ first token ──► LEASED ─► OVER    (hands over: until the lease is consumed)
                        └──────────┘ preempted: recomputed from its tokens
     StartDecode ─► WAITING_KV (pulls.py) ─► KV_HERE ─► RUNNING ─► OVER
@@ -103,6 +104,7 @@ class Batcher:
         self._last_cmd_seq = 0
         self.computed_tokens = 0
         self.generated_tokens = 0
+        self.pooled_vectors = 0
 
     def handle(self, event: Event, frames: tuple[bytes | memoryview, ...], now: float) -> None:
         """Take in one message (with its extra frames) or the end of a transfer."""
@@ -181,18 +183,18 @@ class Batcher:
 
     def _impossible(self, request: Request) -> str | None:
         """Why this worker could never serve the request."""
-        if len(request.tokens) >= self._max_model_len:
-            return f"{len(request.tokens)} tokens leave no room for output: this worker holds {self._max_model_len}"
+        if len(request.tokens) + min(request.params.max_tokens, 1) > self._max_model_len:
+            return f"{len(request.tokens)} tokens and what is to follow: this worker holds {self._max_model_len}"
         return None
 
     def _start_prefill(self, request: Request, command: StartPrefill, now: float) -> None:
-        request.hands_over = not command.continue_decode
+        request.hands_over = not command.continue_decode and not command.params.pooling
         request.ledger = Ledger(prefill_worker=self.me.worker, stages={Stage.STARTED: now})
         request.prompt_logprobs = bytearray() if request.params.prompt_logprobs >= 0 else None
-        if not request.hands_over:
+        if not request.ends_with_prefill:
             request.ledger.decode_worker, request.ledger.transport = self.me.worker, "local"
         self._requests[request.key] = request
-        if request.num_output >= request.params.max_tokens:
+        if 0 < request.params.max_tokens <= request.num_output:
             # All its tokens reached the frontend in an earlier attempt; only the word that it is over was lost.
             self._emit(request, (), (), FinishReason.LENGTH)
             self._over(request, ended=True)
@@ -354,6 +356,8 @@ class Batcher:
                 item.request.learn_prompt_logprobs(item.start, result.prompt_logprobs[index])
             if index in result.failed:
                 self._fail(item.request, result.failed[index])
+            elif index in result.vectors:
+                self._pooled(item.request, result.vectors[index], result.sampled_s or now)
             elif item.samples:
                 logprobs = result.logprobs.get(index, ())
                 self._sampled(item.request, result.tokens[index], logprobs, result.sampled_s or now)
@@ -412,8 +416,7 @@ class Batcher:
         self.generated_tokens += taken
         request.generated = True
         if first_of_leg and request.leg == PREFILL:
-            request.ledger.computed_tokens = request.computed
-            request.ledger.stages[Stage.SAMPLED] = now
+            self._note_prefill(request, now)
         self._emit(request, tuple(tokens[:taken]), logprobs[:taken], reason)
         if reason:
             self._finished(request)
@@ -421,6 +424,18 @@ class Batcher:
             self._hand_over(request, FirstRows(tuple(tokens[:taken]), logprobs[:taken]), now)
         elif first_of_leg and request.leg == PREFILL:
             self.outbox.append(ToScheduler(FirstToken(request.sid, request.attempt)))
+
+    def _pooled(self, request: Request, vector: bytes, now: float) -> None:
+        """The prompt's vector is all that was wanted: it goes to the frontend with the end of the stream."""
+        request.placeholders -= 1
+        self.pooled_vectors += 1
+        self._note_prefill(request, now)
+        self._emit(request, (), (), FinishReason.STOP, vector=vector)
+        self._finished(request)
+
+    def _note_prefill(self, request: Request, now: float) -> None:
+        request.ledger.computed_tokens = request.computed
+        request.ledger.stages[Stage.SAMPLED] = now
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         if token in request.params.stop_token_ids:
@@ -437,6 +452,7 @@ class Batcher:
         logprobs: tuple[TokenLogprobs, ...],
         reason: FinishReason | None,
         message: str = "",
+        vector: bytes = b"",
     ) -> None:
         if request.first_rows is not None:
             tokens = request.first_rows.tokens + tokens
@@ -459,6 +475,7 @@ class Batcher:
                 finish=finish,
                 ledger=ledger if ledger != Ledger() else None,
                 prompt_logprobs=prompt_logprobs,
+                vector=vector,
             )
         )
         request.emitted += len(tokens)
@@ -500,6 +517,7 @@ class Batcher:
             generated_tokens=self.generated_tokens,
             preemptions=self._steps.preemptions,
             holdings=self.holdings() if with_holdings else None,
+            pooled_vectors=self.pooled_vectors,
         )
 
     def resend_ready(self) -> None:

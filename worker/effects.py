@@ -58,6 +58,8 @@ class Emit:
     finish: Finish | None = None
     ledger: Ledger | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    vector: bytes = b""
+    """The result of a stream without tokens: float32 [hidden_size]."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -28,8 +28,9 @@ class Engine:
     def add(self, sid: Sid, params: SamplingParams, prompt_ids: Sequence[int], hashes: bytes | None = None) -> None:
         """Queue a stream. `hashes` is the prompt's packed chain, made here when None. Raises ValueError when the prompt
         leaves no room for output."""
-        if not 0 < len(prompt_ids) < self.max_model_len:
-            raise ValueError(f"a prompt must have 1 to {self.max_model_len - 1} tokens, this one has {len(prompt_ids)}")
+        longest = self.max_model_len - min(params.max_tokens, 1)
+        if not 0 < len(prompt_ids) <= longest:
+            raise ValueError(f"a prompt must have 1 to {longest} tokens, this one has {len(prompt_ids)}")
         self._cmd_seq += 1
         tokens = np.asarray(prompt_ids, dtype=np.int32)
         command = StartPrefill(

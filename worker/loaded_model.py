@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """Reads, builds and fills the model of `config`. Raises ValueError when it can't be served.
 
-    Attributes: model, ops, dtype, layout (KVLayout), max_model_len, vocab_size, num_heads, num_kv_heads and
-    windows (the distinct ones of its layers; see LlamaConfig).
+    Attributes: model, ops, dtype, layout (KVLayout), max_model_len, vocab_size, hidden_size, num_heads, num_kv_heads
+    and windows (the distinct ones of its layers; see LlamaConfig).
     """
 
     def __init__(self, config: WorkerConfig, device: torch.device) -> None:
@@ -33,6 +33,7 @@ class LoadedModel:
             raise ValueError(f"{directory / 'config.json'} lacks {error}") from error
         self.dtype = loader.choose_dtype(config.model.dtype, model_json, config.device)
         self.vocab_size: int = shape.vocab_size
+        self.hidden_size: int = shape.hidden_size
         self.num_heads: int = shape.num_heads
         self.num_kv_heads: int = shape.num_kv_heads
         self.windows: tuple[int, ...] = tuple(sorted(set(shape.windows)))

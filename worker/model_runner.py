@@ -17,6 +17,7 @@ from baton.worker.constraints import Constraints, Masks
 from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.loaded_model import LoadedModel
 from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
+from baton.worker.pooler import PooledRows, Pooler, to_rows
 from baton.worker.sampler import Sampler, prompt_logprobs
 
 TARGETS = 64
@@ -40,6 +41,7 @@ class ModelRunner:
         self.block_size = config.cache.block_size
         self._slots = _Slots(config.batch.max_num_seqs, -(-self.max_model_len // self.block_size))
         self._sampler = Sampler(self.vocab_size, config.batch.max_num_seqs, loaded.ops)
+        self._pooler = Pooler(config.batch.max_num_seqs, loaded.hidden_size, torch.device("cpu"))
         self.grammars = GrammarCompiler(config.model, self.vocab_size)
         self._constraints = Constraints(self.grammars, self.vocab_size)
 
@@ -56,16 +58,18 @@ class ModelRunner:
             self._slots.take(init)
             self._sampler.take_slot(init.slot, init.params, init.prompt_len, init.tokens)
             self._constraints.take_slot(init)
+            self._pooler.take_slot(init)
         building = self._constraints.begin(plan.rows)
         for source, target in plan.copies:
             self._pool[target] = self._pool[source]
-        batch = self._slots.build_batch(plan.rows, self.block_size)
+        batch, pooled = self._slots.build_batch(plan.rows, self.block_size, self._pooler)
         hidden = self.model(batch, self._pool)
         masks = building.result() if building is not None else None
         tokens, logprobs = self._sample(plan.rows, hidden, masks)
         failed = masks.failed_rows(plan.rows) if masks is not None else {}
         told = self._prompt_logprobs(plan.rows, hidden)
-        return StepResult(plan.step, tokens, logprobs, started, time.monotonic(), failed, told)
+        vectors = {} if pooled is None else self._vectors(pooled, hidden)
+        return StepResult(plan.step, tokens, logprobs, started, time.monotonic(), failed, told, vectors)
 
     def close(self) -> None:
         """End its threads."""
@@ -75,7 +79,7 @@ class ModelRunner:
     def _sample(
         self, rows: list[Row], hidden: torch.Tensor, masks: Masks | None
     ) -> tuple[list[list[int]], dict[int, tuple[TokenLogprobs, ...]]]:
-        """hidden [num_sampling_rows + targets, hidden_size] -> the columns of a StepResult."""
+        """hidden [num_sampling_rows + others, hidden_size] -> the columns of a StepResult."""
         results: list[list[int]] = [[] for _ in rows]
         sampling = [index for index, row in enumerate(rows) if row.samples]
         if not sampling:
@@ -88,6 +92,11 @@ class ModelRunner:
         for index, token in zip(sampling, tokens.tolist(), strict=True):
             results[index] = [token]
         return results, {sampling[row]: (value,) for row, value in logprobs.items()}
+
+    def _vectors(self, pooled: PooledRows, hidden: torch.Tensor) -> dict[int, bytes]:
+        """Of the rows whose vector is complete; the hidden states to pool are the last."""
+        normed = self.model.normed(hidden[len(hidden) - len(pooled.tokens) :])
+        return to_rows(pooled, self._pooler.pool(pooled, normed))
 
     def _prompt_logprobs(self, rows: list[Row], hidden: torch.Tensor) -> dict[int, bytes]:
         """Of the rows' targets, whose hidden states follow those of the sampled rows; a few at a time, because each
@@ -126,8 +135,8 @@ class _Slots:
         self.block_tables[slot, start : start + len(blocks)] = blocks
         self.num_blocks[slot] = start + len(blocks)
 
-    def build_batch(self, rows: list[Row], block_size: int) -> Batch:
-        """The step's tensors; see Batch for shapes."""
+    def build_batch(self, rows: list[Row], block_size: int, pooler: Pooler) -> tuple[Batch, PooledRows | None]:
+        """The step's tensors; see Batch for shapes. logits_indices: of sampled rows, of targets, of what is pooled."""
         for row in rows:
             if row.new_blocks:
                 self._append(row.slot, row.new_blocks)
@@ -144,19 +153,20 @@ class _Slots:
         blocks = tables[sequence, positions // block_size].astype(np.int64)
         samples = np.array([row.samples for row in rows])
         targets = [start + np.arange(len(row.targets)) for row, start in zip(rows, query_start, strict=False)]
-        return Batch(
+        pooled = pooler.rows(rows, query_start)
+        wanted = [query_start[1:][samples] - 1, *targets, *([] if pooled is None else [pooled.tokens])]
+        batch = Batch(
             token_ids=torch.from_numpy(self._token_ids(rows, slots, query_start)),
             positions=torch.from_numpy(positions),
             slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
             query_start=torch.from_numpy(query_start),
             seq_lens=torch.from_numpy(seq_lens),
             block_tables=torch.from_numpy(tables),
-            logits_indices=torch.from_numpy(
-                np.concatenate([query_start[1:][samples] - 1, *targets]).astype(np.int64),
-            ),
+            logits_indices=torch.from_numpy(np.concatenate(wanted).astype(np.int64)),
             max_query_len=int(lengths.max()),
             max_seq_len=int(seq_lens.max()),
         )
+        return batch, pooled
 
     def _token_ids(self, rows: list[Row], slots: np.ndarray, query_start: np.ndarray) -> np.ndarray:
         flat: list[int] = []

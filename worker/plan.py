@@ -46,6 +46,10 @@ class Row(Plain):
     """Index of the sampled token among the stream's output: the generator's counter."""
     targets: list[int] = []
     """Prompt tokens whose log-probabilities are wanted: those that follow the row's first len(targets) positions."""
+    pools: int = 0
+    """The hidden states, after the last norm, of so many last tokens of the row are added to the slot's sum."""
+    mean_of: int = 0
+    """The slot's sum, divided by this, is the stream's vector and comes back; 0: nothing comes back."""
 
 
 class StepPlan(Plain):
@@ -81,3 +85,5 @@ class StepResult(Plain):
     """Row -> why its stream can't go on; its token means nothing."""
     prompt_logprobs: dict[int, bytes] = {}
     """Row -> of its targets: PromptLogprobs.data."""
+    vectors: dict[int, bytes] = {}
+    """Row -> float32 [hidden_size], little-endian, for rows with mean_of."""

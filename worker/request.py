@@ -7,6 +7,7 @@ import numpy as np
 
 from baton.kv_transfer.leases import Lease
 from baton.proto.hashing import HASH_UNIT, extend_chain
+from baton.proto.lifecycle import Pooling
 from baton.proto.logprobs import entry_bytes
 from baton.proto.messages import FirstRows, Holder, Ledger, Peer, SamplingParams, Sid
 
@@ -120,6 +121,20 @@ class Request:
         return self.total - self.prompt_len
 
     @property
+    def ends_with_prefill(self) -> bool:
+        """Whether this leg's first result is its last: it hands over, or a vector is all that is wanted."""
+        return self.hands_over or bool(self.params.pooling)
+
+    def pools(self, count: int, last: bool) -> tuple[int, int]:
+        """Row.pools and Row.mean_of of a row of so many tokens, which is or is not the prompt's last."""
+        match self.params.pooling:
+            case Pooling.MEAN:
+                return count, len(self.tokens) if last else 0
+            case Pooling.LAST if last:
+                return 1, 1
+        return 0, 0
+
+    @property
     def waits_for_token(self) -> bool:
         """What may come next depends on the token that a step in flight will sample."""
         return bool(self.placeholders) and self.params.depends_on_output
@@ -128,6 +143,8 @@ class Request:
     def reusable(self) -> int:
         """Leading tokens that need not be computed when their KV is there: all but the last, whose logits are wanted.
         Where the prompt's are wanted too, those whose log-probabilities are known."""
+        if self.params.pooling == Pooling.MEAN:
+            return 0  # blocks have the KV of their tokens, not the hidden states
         if self.prompt_logprobs is None:
             return len(self.tokens) - 1
         return len(self.prompt_logprobs) // entry_bytes(self.params.prompt_logprobs)

@@ -8,7 +8,9 @@ and a cached key. How hot the GPU runs and what the host adds is a factor learne
     prompts queue     the target grows with the queue, up to MOST_HURRY times: larger steps compute more a second, and
                       a pause is a share of what others wait for. A long queue is cleared in QUEUE_STEPS steps, however
                       long those become. One long prompt is no queue: it goes on at the target's pace
-    nothing running   the whole token budget: there is nobody to hold up
+    nothing running   prompts in their order until the device is full, long ones in pieces: a larger step would compute
+                      hardly more a second, the first of a queue would wait for the first tokens of the others, and a
+                      handoff for the whole of its transfer
 
 `scripts/simulate_steps.py` plays the batcher against such a table, which is how the constants were chosen.
 """
@@ -23,6 +25,8 @@ QUEUE_STEPS = 8
 """The queued prompts may take so many steps at least."""
 LEAST_PREFILL = 0.25
 """Prompts get at least this much time of a step, as a part of what its decode rows take, whatever the target."""
+FULL = 0.95
+"""A step that computes this part of the most prompt tokens a second fills the device."""
 _LEARNING = 0.1
 _FACTOR = (0.8, 2.0)
 
@@ -38,6 +42,11 @@ class StepCosts:
         self.per_key, self.per_pair, self.padded_to = per_key, per_pair, padded_to
         self.factor = 1.0
         self._sizes = [tokens for tokens, _ in self.table]
+        rates = {tokens: tokens / seconds for tokens, seconds in self.table}
+        self.best_tokens = max(rates, key=rates.__getitem__)
+        """With so many a step computes the most prompt tokens a second."""
+        self.full_tokens = next(tokens for tokens in rates if rates[tokens] >= FULL * rates[self.best_tokens])
+        """With so many it fills the device."""
 
     def seconds(self, tokens: int, keys: int = 0, pairs: int = 0) -> float:
         """Of a step of so many tokens, whose decode rows read `keys` tokens and whose chunks make `pairs`."""

@@ -36,6 +36,7 @@ class Planned:
     start: int
     end: int
     samples: bool
+    """Whether a result comes back: a token, or a vector."""
 
     @property
     def decodes(self) -> bool:
@@ -147,14 +148,25 @@ class StepScheduler:
 
     def _budget(self) -> int:
         """Tokens of the next step."""
-        decoding = [r for r in self.running if _decodes(r)] + list(self.kv_here)
+        decoding = [r for r in self.running if _decodes(r) and not self._foreseen_end(r)] + list(self.kv_here)
         prompt = next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
-        if self._costs is None or not decoding or prompt is None:
+        if self._costs is None or prompt is None:
             return self._max_tokens
+        if not decoding:
+            return self._max_tokens if self._prompts_first else self._filling(self._costs)
         keys = sum(request.total for request in decoding)
         behind = max(0, self.queued_tokens - (prompt.total - prompt.scheduled))
         budget = self._costs.budget(len(decoding), keys, prompt.scheduled, behind, self._target_s)
         return min(budget, self._max_tokens)
+
+    def _filling(self, costs: StepCosts) -> int:
+        """Tokens of the next prompts: as many prompts as fill the device, or a piece of a long one."""
+        tokens = 0
+        for request in [*self.running, *self.waiting]:
+            if tokens >= costs.full_tokens:
+                break
+            tokens += request.total - request.scheduled
+        return min(tokens, costs.best_tokens, self._max_tokens)
 
     def _expected_s(self, planned: list[Planned]) -> float:
         """Of a step with prompt chunks: those are what the costs are learned from."""
@@ -176,6 +188,7 @@ class StepScheduler:
         if new_blocks is None:
             return 0
         samples = end == request.total
+        pools, mean_of = request.pools(count, samples)
         from_device = end > len(request.tokens)
         start = request.scheduled
         rows.append(
@@ -186,9 +199,11 @@ class StepScheduler:
                 tokens=[] if from_device else request.tokens[start:end],
                 from_device=from_device,
                 new_blocks=new_blocks,
-                samples=samples,
+                samples=samples and not mean_of,
                 output_index=request.num_output,
                 targets=request.targets(start, end),
+                pools=pools,
+                mean_of=mean_of,
             )
         )
         planned.append(Planned(request, request.residency, start, end, samples))
@@ -198,8 +213,8 @@ class StepScheduler:
 
     def _foreseen_end(self, request: Request) -> bool:
         """Whether the steps already planned bring the stream, or this leg of it, to its end."""
-        if request.hands_over and request.placeholders:
-            return True
+        if request.ends_with_prefill:
+            return bool(request.placeholders)
         return request.num_output >= request.params.max_tokens or request.total >= self._max_model_len
 
     def _grow(self, request: Request, end: int, planned: list[Planned]) -> list[int] | None:
@@ -216,10 +231,10 @@ class StepScheduler:
         return blocks
 
     def _victim(self, planned: list[Planned]) -> Request | None:
-        """The latest arrival that is neither in the step being planned nor about to be handed over."""
+        """The latest arrival that is neither in the step being planned nor about to leave."""
         in_step = {item.request.key for item in planned}
         for request in reversed(self.running):
-            if request.key not in in_step and not (request.hands_over and request.placeholders):
+            if request.key not in in_step and not (request.ends_with_prefill and request.placeholders):
                 return request
         return None
 
@@ -390,4 +405,4 @@ class StepScheduler:
 
 def _decodes(request: Request) -> bool:
     """Whether its next row is one token, drawn or about to be."""
-    return request.total - request.scheduled == 1
+    return request.total - request.scheduled == 1 and not request.ends_with_prefill

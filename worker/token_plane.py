@@ -48,6 +48,8 @@ class TokenPlane:
             self._seq[endpoint] += 1
             link.rows_at = link.sent_at = now
             frames = [row.prompt_logprobs.data for row in group if row.prompt_logprobs]
+            if vectors := b"".join(row.vector for row in group):
+                frames.append(vectors)
             link.dealer.send(self._batch(self._seq[endpoint], group), *frames)
 
     def beat(self, now: float) -> None:
@@ -101,4 +103,5 @@ class TokenPlane:
             logprobs={i: row.logprobs for i, row in enumerate(rows) if row.logprobs},
             ledgers={i: self._clock.outgoing(row.ledger) for i, row in enumerate(rows) if row.ledger},
             prompt_logprobs={i: row.prompt_logprobs.top for i, row in enumerate(rows) if row.prompt_logprobs},
+            vectors=tuple(i for i, row in enumerate(rows) if row.vector),
         )

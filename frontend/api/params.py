@@ -151,6 +151,8 @@ def context_room(prompt_len: int, info: ModelInfo, param: str) -> int:
 def read_wishes(request: GenerationRequest, info: ModelInfo, max_logprobs: int) -> Wishes:
     """Check a request against what the server can do. Raises ApiError naming the field."""
     check_model(request.model, info)
+    if not info.generates:
+        raise bad_request("this model has no language model head: it makes embeddings alone.", "model", "unsupported")
     max_tokens = _max_tokens(request)
     logprobs = _logprobs(request, max_logprobs)
     n = _samples(request)

@@ -23,9 +23,6 @@ T = TypeVar("T")
 SHORT_IDS = 4096
 """So many token ids are checked and hashed in half a millisecond, most of it with the interpreter's lock held."""
 
-_SLACK_TOKENS = 64
-"""How many tokens at the place of a cut may differ from those of the whole text."""
-
 _FINAL = "\ue000baton\ue001"
 """Stands at the end of the final message while it is rendered, to find where the template goes on behind it."""
 
@@ -115,6 +112,10 @@ class Prompts:
         """End the threads; what they do now is abandoned."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Tokenising that somebody else describes."""
+        return await self._run(work)
+
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
@@ -169,8 +170,6 @@ class Prompts:
         text = text.encode(errors="replace").decode()
         if cut is None:
             return self.tokenizer.encode(text, add_special_tokens)
-        most = (cut.count + _SLACK_TOKENS) * self.tokenizer.max_token_bytes  # what is lost in any case costs no time
-        text = text[-most:] if cut.side == "left" else text[:most]
         return self.tokenizer.encode_truncated(text, add_special_tokens, cut.count, cut.side)
 
     def _check_room(self, num_bytes: int, param: str, cut: Truncation | None = None) -> None:

@@ -177,7 +177,7 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
 
 def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
     """The request in an object of plain values, and the names of fields that nobody knows. Raises ApiError."""
-    refuse(raw, _UNSUPPORTED)
+    refuse(raw, _refused_of(kind))
     try:
         request = msgspec.convert(_without_idle_nulls(raw, kind), kind)
     except msgspec.ValidationError as error:
@@ -197,7 +197,12 @@ def _without_idle_nulls(raw: dict[str, Any], kind: type) -> dict[str, Any]:
 @cache
 def _known_names(kind: type) -> frozenset[str]:
     """Fields that a client may send."""
-    return frozenset({*(field.name for field in msgspec.structs.fields(kind)), *_UNSUPPORTED, *_IGNORED})
+    return frozenset({*_field_names(kind), *_UNSUPPORTED, *_IGNORED})
+
+
+@cache
+def _field_names(kind: type) -> frozenset[str]:
+    return frozenset(field.name for field in msgspec.structs.fields(kind))
 
 
 @cache
@@ -205,6 +210,12 @@ def switches(kind: type) -> frozenset[str]:
     """Fields whose default is False, True or a number; null means the same."""
     fields = msgspec.structs.fields(kind)
     return frozenset(field.name for field in fields if isinstance(field.default, bool | float) or field.default == 0)
+
+
+@cache
+def _refused_of(kind: type) -> Refusals:
+    """What of _UNSUPPORTED is no field of this request."""
+    return {name: why for name, why in _UNSUPPORTED.items() if name not in _field_names(kind)}
 
 
 def refuse(raw: dict[str, Any], fields: Refusals) -> None:

@@ -93,13 +93,20 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=threads, help="compute threads of each CPU worker; default: all cores")
 
 
-def add_kv_transfer_argument(parser: argparse.ArgumentParser) -> None:
+def add_kv_transfer_arguments(parser: argparse.ArgumentParser) -> None:
     """How workers get blocks from each other."""
     parser.add_argument(
         "--kv-transfer",
         default="auto",
         choices=("auto", "local", *sorted({name for names in KV_TRANSFERS.values() for name in names})),
         help="how KV blocks come from other workers; auto: the best that a pair has, as the log tells; local: never",
+    )
+    parser.add_argument(
+        "--early-bind-tokens",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="prompts of N tokens or more are handed over chunk by chunk while the rest is computed",
     )
 
 

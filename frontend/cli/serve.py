@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from baton.frontend.cli import edge_args, engine_args, network_args, rpc_args, sizing, tool_args
+from baton.frontend.cli import edge_args, engine_args, network_args, pooling_args, rpc_args, sizing, tool_args
 from baton.frontend.launcher import Launcher
 from baton.frontend.processes import specs
 from baton.frontend.run_dir import RunDir
@@ -34,10 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; the command line wins")
     engine_args.add_model_arguments(parser)
     engine_args.add_worker_arguments(parser)
-    engine_args.add_kv_transfer_argument(parser)
+    engine_args.add_kv_transfer_arguments(parser)
     _add_processes(parser.add_argument_group("processes"))
     _add_http(parser.add_argument_group("HTTP"))
     tool_args.add_arguments(parser.add_argument_group("tools and reasoning"))
+    pooling_args.add_arguments(parser.add_argument_group("embeddings"))
     rpc_args.add_arguments(parser.add_argument_group("gRPC"), port_number)
     _add_hosts(parser.add_argument_group("other hosts"))
 
@@ -138,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
     args.port = claim_address(args)
     listening = network_args.listen(args)
     directory = engine_args.resolve_model(args)
+    pooling_args.check(args, directory)
     size = sizing.read_model_size(directory, args.dtype, args.load_format)
     plan = sizing.plan(args, size, len(roles))
     name_process("launcher")
@@ -259,6 +261,7 @@ def serve_config(
                 tool_call_parser=args.tool_call_parser,
                 reasoning_parser=args.reasoning_parser,
                 tool_parser_plugin=str(Path(args.tool_parser_plugin).resolve()) if args.tool_parser_plugin else "",
+                pooler=pooling_args.pooler_config(args),
             )
             for index in range(args.frontends)
         ),
@@ -272,6 +275,7 @@ def serve_config(
                 device=args.device,
                 **dataclasses.asdict(places[index]),
                 kv_transfer=args.kv_transfer,
+                early_bind_tokens=args.early_bind_tokens,
                 attention_backend=args.attention_backend,
                 threads=args.threads or 0,
                 scheduler=scheduler,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from baton.proto.checkpoint import is_headless
 from baton.proto.errors import UserError
 
 DEFAULT_POOL_BYTES = 2**30
@@ -135,7 +136,7 @@ def _count_by_shape(config: dict[str, Any]) -> int:
     kv_heads = config.get("num_key_value_heads") or heads
     attention = 2 * hidden * head_dim * (heads + kv_heads)
     mlp = 3 * hidden * config["intermediate_size"]
-    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") or is_headless(config) else 2)
     return embeddings + config["num_hidden_layers"] * (attention + mlp)
 
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="", help="unique in the cluster; default: from role and process id")
     engine_args.add_model_arguments(parser)
     engine_args.add_worker_arguments(parser)
-    engine_args.add_kv_transfer_argument(parser)
+    engine_args.add_kv_transfer_arguments(parser)
 
 
 def endpoint(text: str) -> str:
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             gpu=engine_args.place_on_gpus(args, [args.role])[0].gpu,
             kv_transfer=args.kv_transfer,
+            early_bind_tokens=args.early_bind_tokens,
             attention_backend=args.attention_backend,
             threads=args.threads or 0,
             scheduler=scheduler,

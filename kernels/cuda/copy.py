@@ -10,6 +10,8 @@ CHUNK_BYTES = 32768
 WARPS = 32
 PROGRAMS = 96
 """Of 1,024 threads each: enough for the full bandwidth of a GPU with 132 multiprocessors (docs/performance.md)."""
+PEER_PROGRAMS = 32
+"""Enough for NVLink."""
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -26,13 +28,13 @@ def _copy_blocks(jobs_ptr, num_chunks, CHUNKS_PER_BLOCK: tl.constexpr, CHUNK_WOR
         tl.store(target + words, values, eviction_policy="evict_first")
 
 
-def copy_blocks(jobs: torch.Tensor, block_bytes: int) -> None:
+def copy_blocks(jobs: torch.Tensor, block_bytes: int, programs: int = PROGRAMS) -> None:
     """Copy blocks between addresses: jobs int64 [n, 2] of (source, target), multiples of 16, no target in two jobs.
 
-    One launch of PROGRAMS programs whatever the number of blocks, a multiple of 64 bytes each, so that steps beside it
+    One launch of so many programs whatever the number of blocks, a multiple of 64 bytes each, so that steps beside it
     keep the rest of the GPU. Sources may lie in a peer's memory. The reference is `reference.copy_blocks`.
     """
     chunk = math.gcd(block_bytes, CHUNK_BYTES)
     per_block = block_bytes // chunk
     warps = max(1, min(WARPS, chunk // 512))
-    _copy_blocks[(PROGRAMS,)](jobs, len(jobs) * per_block, per_block, chunk // 4, num_warps=warps)
+    _copy_blocks[(programs,)](jobs, len(jobs) * per_block, per_block, chunk // 4, num_warps=warps)

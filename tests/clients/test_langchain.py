@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI, OpenAI
+from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, ConfigDict, Field
 
 QUESTION = "What is the capital of France?"
@@ -67,3 +67,13 @@ def test_a_tool_and_its_answer(chat: ChatOpenAI) -> None:
 
 def test_completions(options: dict[str, Any]) -> None:
     assert "Paris" in OpenAI(**options, max_tokens=5).invoke("The capital of France is")
+
+
+def test_embeddings(url: str, key: str) -> None:
+    """By default it would send the token ids of OpenAI's own models."""
+    texts = ["The sky is blue.", "The capital of France is Paris."]
+    options = {"base_url": f"{url}/v1", "api_key": key, "model": "demo", "max_retries": 0}
+    embeddings = OpenAIEmbeddings(**options, check_embedding_ctx_length=False)
+    first, second = embeddings.embed_documents(texts)
+    assert embeddings.embed_query(texts[0]) == pytest.approx(first, abs=1e-6)
+    assert first != pytest.approx(second, abs=1e-3)

@@ -124,3 +124,16 @@ def test_what_is_wrong_is_told(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature") as hot:
         client.chat.completions.create(model="demo", messages=QUESTION, temperature=-1)
     assert hot.value.param == "temperature"
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    texts = ["The sky is blue.", "The capital of France is Paris."]
+    plain = client.embeddings.create(model="demo", input=texts, encoding_format="float")
+    decoded = client.embeddings.create(model="demo", input=texts)  # asks for base64 by itself
+    for one, other in zip(plain.data, decoded.data, strict=True):
+        assert one.index == other.index
+        assert one.embedding == pytest.approx(other.embedding, abs=1e-6)
+        assert sum(x * x for x in one.embedding) == pytest.approx(1, abs=1e-5)
+    assert plain.usage.prompt_tokens == plain.usage.total_tokens > 0
+    with pytest.raises(openai.BadRequestError, match="dimensions"):
+        client.embeddings.create(model="demo", input=texts, dimensions=7)

@@ -1,10 +1,10 @@
 """Random histories of a whole cluster: the real streams, cluster, batcher and leases over a simulated network.
 
-Each seed draws workers, requests (of one sample or several, some with their prompt's log-probabilities), aborts, faults
-(cut links, crashes, orderly exits, pauses, slow and repeating links) and an operator, who drains and resumes workers,
-changes roles and cancels requests. Every token is checked against the prefix it must follow from, through what the
-simulated KV blocks hold (see sim/model.py). When the faults stop, every request has ended exactly once and everything
-is free again within bounded time.
+Each seed draws workers, requests (of one sample or several, some with their prompt's log-probabilities, some for a
+vector instead of tokens), aborts, faults (cut links, crashes, orderly exits, pauses, slow and repeating links) and an
+operator, who drains and resumes workers, changes roles and cancels requests. Every token is checked against the prefix
+it must follow from, and every vector against its prompt, through what the simulated KV blocks hold (see sim/model.py).
+When the faults stop, every request has ended exactly once and everything is free again within bounded time.
 """
 
 import pytest
@@ -21,6 +21,7 @@ def check(tally: Tally) -> None:
     assert not tally.failures, f"{len(tally.failures)} of {tally.runs} histories went wrong:\n{shown}"
     assert tally.retries > tally.runs / 4
     assert tally.requests > 5 * tally.runs
+    assert tally.vectors > tally.runs / 2
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

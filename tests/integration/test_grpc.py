@@ -186,6 +186,49 @@ def test_a_stop_token_is_named(cluster: Cluster) -> None:
     assert ended.stop_token_id == first[0]
 
 
+def test_vectors_are_those_of_http(cluster: Cluster) -> None:
+    m = cluster.made.inference
+    inputs = [m.EmbedInput(text="hello world"), m.EmbedInput(token_ids=m.TokenIds(ids=PROMPT))]
+    answer = cluster.inference.Embed(m.EmbedRequest(model="alias", inputs=inputs, ledger=True), timeout=DEADLINE_S)
+    fields = {"model": "tiny", "input": ["hello world", PROMPT]}
+    over_http = cluster.client.post("/v1/embeddings", json=fields).json()
+    for ours, theirs in zip(answer.embeddings, over_http["data"], strict=True):
+        assert list(ours.values) == pytest.approx(theirs["embedding"], abs=1e-6)
+    assert answer.usage.prompt_tokens == over_http["usage"]["prompt_tokens"]
+    assert answer.usage.completion_tokens == 0
+    assert [json.loads(ledger)["prefill_worker"] for ledger in answer.ledgers] == ["prefill-0"] * 2
+    cut = m.EmbedRequest(inputs=inputs[1:], truncate_prompt_tokens=7, truncation_side="left", normalize=False)
+    assert cluster.inference.Embed(cut, timeout=DEADLINE_S).usage.prompt_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "words"),
+    [
+        ({}, "INVALID_ARGUMENT", "from 1 to 2048"),
+        ({"texts": [""]}, "INVALID_ARGUMENT", "input 0 is empty"),
+        ({"texts": ["x"], "dimensions": 3}, "INVALID_ARGUMENT", "dimensions"),
+        ({"texts": ["x"], "truncation_side": "middle"}, "INVALID_ARGUMENT", "truncation_side"),
+        ({"texts": ["x"], "model": "other"}, "NOT_FOUND", "other"),
+    ],
+)
+def test_a_wrong_embed_request_is_told_what_is_wrong(
+    cluster: Cluster, fields: dict[str, Any], code: str, words: str
+) -> None:
+    m = cluster.made.inference
+    inputs = [m.EmbedInput(text=text) for text in fields.pop("texts", [])]
+    error = status_of(lambda: cluster.inference.Embed(m.EmbedRequest(inputs=inputs, **fields), timeout=DEADLINE_S))
+    assert error.code().name == code
+    assert words in error.details()
+
+
+def test_a_deadline_ends_an_embed_call_at_the_workers_too(cluster: Cluster) -> None:
+    m = cluster.made.inference
+    inputs = [m.EmbedInput(token_ids=m.TokenIds(ids=[index % 50 + 3] * 2000)) for index in range(500)]
+    error = status_of(lambda: cluster.inference.Embed(m.EmbedRequest(inputs=inputs), timeout=0.5))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    cluster.wait_idle()
+
+
 def test_tokens_text_and_models(cluster: Cluster) -> None:
     m = cluster.made.inference
     tokens = cluster.inference.Tokenize(m.TokenizeRequest(text="hello world", return_token_strs=True))

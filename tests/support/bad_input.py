@@ -17,6 +17,10 @@ def chat(**fields: Any) -> tuple[str, bytes]:
     return "/v1/chat/completions", json.dumps({"messages": messages, "max_tokens": 4} | fields).encode()
 
 
+def embedding(**fields: Any) -> tuple[str, bytes]:
+    return "/v1/embeddings", json.dumps({"input": "one"} | fields).encode()
+
+
 BODIES: dict[str, Callable[[], tuple[str, bytes]]] = {
     "nothing": lambda: ("/v1/completions", b""),
     "no JSON at all": lambda: ("/v1/completions", b"nonsense"),
@@ -57,6 +61,17 @@ BODIES: dict[str, Callable[[], tuple[str, bytes]]] = {
     "long messages": lambda: chat(messages=[{"role": "user", "content": "word " * MIB}]),
     "an image": lambda: chat(messages=[{"role": "user", "content": [{"type": "image_url", "text": "x" * MIB}]}]),
     "a role of the wrong type": lambda: chat(messages=[{"role": 1}]),
+    "no input": lambda: embedding(input=[]),
+    "an empty input": lambda: embedding(input=["a", ""]),
+    "many inputs": lambda: embedding(input=["a"] * 5000),
+    "many inputs of ids": lambda: embedding(input=[[1]] * 5000),
+    "a long input": lambda: embedding(input="word " * (2 * MIB)),
+    "an input of everything": lambda: embedding(input=[1, "a", [1], 2.5, None, {}]),
+    "enormous dimensions": lambda: embedding(dimensions=10**40),
+    "a wrong cut": lambda: embedding(input="word " * MIB, truncate_prompt_tokens=10**9),
+    "pairs that do not match": lambda: ("/v1/score", json.dumps({"text_1": ["a"] * 9, "text_2": ["b"] * 8}).encode()),
+    "many documents": lambda: ("/v1/rerank", json.dumps({"query": "q", "documents": ["d"] * 5000}).encode()),
+    "a long query": lambda: ("/v1/rerank", json.dumps({"query": "q " * MIB, "documents": ["d"]}).encode()),
     "ids of no text": lambda: ("/detokenize", b'{"tokens":[-1]}'),
     "too much": lambda: ("/v1/completions", b" " * (16 * MIB + 1)),
 }

@@ -39,8 +39,8 @@ def content(incarnation: int) -> torch.Tensor:
 class Side:
     """A worker in this process. `pool.tensor` starts with `content(incarnation)`.
 
-    A kind is 'shm' or 'cuda tcp'; 'far tcp' and 'far cuda tcp' have no Unix sockets for their peers, only TCP endpoints
-    that want the key in `folder`.
+    A kind is a transport after its device: 'shm', 'cuda tcp', 'cuda:1 nccl'; 'far tcp' and 'far cuda tcp' have no Unix
+    sockets for their peers, only TCP endpoints that want the key in `folder`.
     """
 
     def __init__(self, kind: str, folder: Path, name: str, incarnation: int, layout: KVLayout = LAYOUT) -> None:
@@ -86,11 +86,11 @@ class Side:
 
 
 def _open_pool(device: str, layout: KVLayout) -> Any:
-    if device != "cuda":
+    if not device:
         return HostPool(layout, NUM_BLOCKS)
     from baton.worker.cuda.memory import GpuPool, open_gpu
 
-    return GpuPool(layout, NUM_BLOCKS, open_gpu(0))
+    return GpuPool(layout, NUM_BLOCKS, open_gpu(int(device.partition(":")[2] or 0)))
 
 
 class Child:
@@ -126,6 +126,11 @@ class Child:
         assert self._process.pid is not None
         os.kill(self._process.pid, signal.SIGSTOP)
 
+    def free_memory(self) -> int:
+        """Bytes that its GPU has left."""
+        self._pipe.send(("free",))
+        return self._pipe.recv()
+
     def kill(self) -> None:
         """With SIGKILL."""
         self._process.kill()
@@ -146,7 +151,9 @@ class Child:
 
 # Children are forks of a process that has imported everything: a start takes milliseconds instead of seconds.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["support.kv_side", "baton.kv_transfer.distributed", "baton.kv_transfer.gpu_mover"])
+_FORKS.set_forkserver_preload(
+    ["support.kv_side", "baton.kv_transfer.gloo", "baton.kv_transfer.nccl", "baton.kv_transfer.gpu_mover"]
+)
 
 
 def start_fork_server() -> None:
@@ -174,6 +181,8 @@ def _serve(pipe: Connection, kind: str, folder: Path, name: str, incarnation: in
             side.pool.tensor[block] = value
             side.blocks()  # on a GPU: wait for it
             pipe.send(True)
+        elif command == "free":
+            pipe.send(torch.cuda.mem_get_info()[0])
         elif command == "blocks":
             pipe.send(side.blocks().numpy())
         else:

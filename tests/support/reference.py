@@ -34,6 +34,12 @@ class Reference:
         with torch.inference_mode():
             return self._model(ids, logits_to_keep=len(output) + 1).logits[0, :-1].float()
 
+    def hidden(self, prompt: list[int]) -> torch.Tensor:
+        """After the last norm: float32 [len(prompt), hidden_size]."""
+        ids = torch.tensor([prompt], device=self._device)
+        with torch.inference_mode():
+            return self._model.base_model(ids).last_hidden_state[0].float().cpu()
+
     def prompt_logprobs(self, prompt: list[int]) -> torch.Tensor:
         """Of what could stand at each position of `prompt` from the second on: float32 [len(prompt) - 1, vocab]."""
         return self.logits(prompt[:1], prompt[1:]).log_softmax(-1)

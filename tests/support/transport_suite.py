@@ -1,7 +1,10 @@
 """What every transport must do, between real processes: subclass TransportSuite with the transport's name as `kind`."""
 
+import contextlib
 import os
+import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +28,10 @@ class TransportSuite:
     """`kind` is the transport under test, after its device; the reader is in this process, its peers are children."""
 
     kind: str
+    peer_kind = ""
+    """Of the children; empty: the same."""
+    kept: frozenset[str] = frozenset()
+    """Kinds of files that the library behind the transport leaves open for each pair."""
 
     @pytest.fixture
     def owner(self, child: Callable[..., Child]) -> Child:
@@ -36,7 +43,7 @@ class TransportSuite:
         children: list[Child] = []
 
         def start(name: str, incarnation: int, fingerprint: str = "model") -> Child:
-            children.append(Child(self.kind, tmp_path, name, incarnation, fingerprint))
+            children.append(Child(self.peer_kind or self.kind, tmp_path, name, incarnation, fingerprint))
             return children[-1]
 
         yield start
@@ -49,11 +56,11 @@ class TransportSuite:
         self.warm_up()
         if self.kind.startswith("far "):
             create_key(tmp_path)
-        descriptors, threads, pools = len(os.listdir("/proc/self/fd")), threading.active_count(), pools_mapped()
+        descriptors, threads, pools = open_files(self.kept), threading.active_count(), pools_mapped()
         side = Side(self.kind, tmp_path, "decode-0", 22)
         yield side
         side.close()
-        assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert open_files(self.kept) == descriptors
         assert threading.active_count() == threads
         assert pools_mapped() == pools
         assert not [path for path in tmp_path.iterdir() if path.is_socket() and str(os.getpid()) in path.name]
@@ -260,6 +267,15 @@ class TransportSuite:
 def pools_mapped() -> int:
     """Memory files of workers that this process maps."""
     return Path("/proc/self/maps").read_text().count("memfd:baton-kv")
+
+
+def open_files(without: frozenset[str]) -> Counter[str]:
+    """What this process has open, numbers left out, and how many of each; some are not counted."""
+    names: Counter[str] = Counter()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the folder's own
+            names[re.sub(r"\d+", "#", os.readlink(f"/proc/self/fd/{descriptor}"))] += 1
+    return Counter({name: count for name, count in names.items() if name not in without})
 
 
 def start_garbage_thread() -> None:

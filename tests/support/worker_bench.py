@@ -23,7 +23,7 @@ def sid(n: int) -> Sid:
 
 
 class Bench:
-    """One batcher, its clock, and a device that samples `token_of(position)`."""
+    """One batcher, its clock, and a device that samples `token_of(position)`; its vectors say what they are made of."""
 
     def __init__(
         self,
@@ -54,6 +54,8 @@ class Bench:
             costs=costs,
         )
         self.in_flight: deque[StepPlan] = deque()
+        self.pooled: dict[int, int] = {}
+        """Slot -> tokens pooled since its stream began."""
         self.cmd_seq = 0
         self.frames: dict[Sid, tuple[bytes, bytes]] = {}
 
@@ -126,7 +128,16 @@ class Bench:
         plan = self.in_flight.popleft()
         self.now += 0.01
         tokens = [[self.token_of(row.start + row.num_tokens)] if row.samples else [] for row in plan.rows]
-        self.batcher.complete(StepResult(plan.step, tokens, {}, self.now - 0.01, self.now), self.now)
+        self.pooled |= dict.fromkeys([init.slot for init in plan.new_slots], 0)
+        for row in plan.rows:
+            self.pooled[row.slot] += row.pools
+        vectors = {
+            index: b"%d of %d" % (self.pooled[row.slot], row.mean_of)
+            for index, row in enumerate(plan.rows)
+            if row.mean_of
+        }
+        result = StepResult(plan.step, tokens, {}, self.now - 0.01, self.now, vectors=vectors)
+        self.batcher.complete(result, self.now)
         return self.take()
 
     def step(self) -> list[effects.Effect]:

@@ -536,3 +536,63 @@ def test_text_is_never_spliced_under_loss_reorder_and_duplication(seed: int) -> 
     (end,) = frontend.ends(sid)
     assert end.outcome is Outcome.LENGTH
     assert frontend.text(sid) == expected
+
+
+def vector_batch(sid: Sid, vector: bytes, *, attempt: int = 1, seq: int = 1) -> TokenBatch:
+    finish = {0: Finish("stop", 0)}
+    return TokenBatch(
+        *PREFILL, seq, (sid[1],), (attempt,), (0,), (0,), (), finish=finish, vectors=(0,) if vector else ()
+    )
+
+
+def pooled(frontend: Frontend) -> Sid:
+    """A stream that wants a vector."""
+    sid, said = frontend.streams.submit(PROMPT, SamplingParams(max_tokens=0, pooling="LAST"), frontend.now)
+    frontend.do(said)
+    frontend.message(Accepted(sid, 1))
+    return sid
+
+
+def test_a_vector_comes_with_the_end_of_a_stream_without_tokens(frontend: Frontend) -> None:
+    sid = pooled(frontend)
+    said = frontend.do(frontend.streams.on_token_batch(vector_batch(sid, b"\1" * 8), 0.0, (b"\1" * 8,)))
+    [end] = frontend.ends(sid)
+    assert (end.outcome, end.output_tokens, end.vector) == (Outcome.STOP, 0, b"\1" * 8)
+    assert [close.output_tokens for close in sent(said, Close)] == [0]
+    assert frontend.text(sid) == []
+
+
+def test_vectors_of_several_streams_share_a_frame(frontend: Frontend) -> None:
+    sids = [pooled(frontend) for _ in range(3)]
+    batch = TokenBatch(
+        *PREFILL,
+        1,
+        tuple(sid[1] for sid in sids),
+        (1, 1, 1),
+        (0, 0, 0),
+        (0, 0, 0),
+        (),
+        finish={row: Finish("stop", 0) for row in range(3)},
+        vectors=(2, 0, 1),
+    )
+    frontend.do(frontend.streams.on_token_batch(batch, 0.0, (memoryview(b"aaaabbbbcccc"),)))
+    assert [frontend.ends(sid)[0].vector for sid in sids] == [b"bbbb", b"cccc", b"aaaa"]
+
+
+@pytest.mark.parametrize("frames", [(), (b"",), (b"abc",), (b"abcd", b"abcd")])
+def test_vectors_that_do_not_fit_their_frame_are_refused(frontend: Frontend, frames: tuple[bytes, ...]) -> None:
+    sid = pooled(frontend)
+    with pytest.raises(ValueError, match="prefill-0"):
+        frontend.streams.on_token_batch(vector_batch(sid, b"abcd"), 0.0, frames)
+    assert frontend.ends(sid) == []
+
+
+def test_a_lost_vector_is_asked_for_again(frontend: Frontend) -> None:
+    """Nothing that was accepted implies that the stream is complete, although it wants no tokens."""
+    sid = pooled(frontend)
+    frontend.message(Retry(sid, 1, "prefill-0 died"))
+    assert sent(frontend.said, Submit)[-1].attempt == 2
+    frontend.do(frontend.streams.on_token_batch(vector_batch(sid, b"old!"), 0.0, (b"old!",)))
+    assert frontend.ends(sid) == []
+    frontend.do(frontend.streams.on_token_batch(vector_batch(sid, b"new!", attempt=2, seq=2), 0.0, (b"new!",)))
+    assert [end.vector for end in frontend.ends(sid)] == [b"new!"]

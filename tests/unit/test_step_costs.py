@@ -63,7 +63,9 @@ def test_only_running_streams_make_prompts_wait() -> None:
     bench.prefill(1, list(range(3000)), max_tokens=20)
     plan = bench.launch()
     assert plan is not None
-    assert [row.num_tokens for row in plan.rows] == [3000]
+    assert [row.num_tokens for row in plan.rows] == [2048]
+    bench.finish()
+    assert [row.num_tokens for row in bench.launch().rows] == [952]  # type: ignore[union-attr]
     bench.finish()
     bench.prefill(2, list(range(5000, 6000)), max_tokens=20)
     chunks = []
@@ -89,3 +91,27 @@ def test_one_long_prompt_keeps_to_the_target() -> None:
     plan = bench.launch()
     assert plan is not None
     assert [row.num_tokens for row in plan.rows] == [1, 1023]
+
+
+def test_without_running_streams_prompts_are_computed_in_order_and_no_more_at_once_than_fill_the_device() -> None:
+    bench = Bench(num_blocks=1000, budget=4096, target_itl_ms=15.0, costs=costs())
+    for n, length in enumerate((600, 600, 600, 3000, 100)):
+        bench.prefill(n, list(range(10_000 * n, 10_000 * n + length)), max_tokens=1)
+    steps = []
+    while plan := bench.launch():
+        steps.append([row.num_tokens for row in plan.rows])
+        bench.finish()
+    assert steps == [[600, 600], [600, 1448], [1552], [100]]
+
+
+def test_a_step_is_full_when_a_larger_one_computes_hardly_more_a_second() -> None:
+    assert (costs().full_tokens, costs().best_tokens) == (1024, 2048)
+
+
+def test_a_prompt_about_to_be_handed_over_is_no_stream_that_waits_for_its_next_token() -> None:
+    bench = Bench(num_blocks=1000, budget=4096, target_itl_ms=15.0, costs=costs(), depth=2)
+    bench.prefill(1, list(range(1000)), hand_over=True)
+    bench.prefill(2, list(range(5000, 6000)), max_tokens=1)
+    bench.prefill(3, list(range(8000, 10_000)), hand_over=True)
+    assert [row.num_tokens for row in bench.launch().rows] == [1000, 1000]  # type: ignore[union-attr]
+    assert [row.num_tokens for row in bench.launch().rows] == [2000]  # type: ignore[union-attr]

@@ -9,6 +9,7 @@ from baton.kv_transfer.cuda_memory import OUT_OF_MEMORY, CudaError, ExportedMemo
 from baton.proto.config import WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.layout import KVLayout
+from baton.proto.lifecycle import Pooling
 from baton.proto.messages import SamplingParams
 from baton.worker.cuda.runner import CudaRunner
 from baton.worker.cuda.sampler import ROWS as SAMPLER_ROWS
@@ -115,7 +116,8 @@ def run_largest_steps(runner: CudaRunner, num_blocks: int) -> None:
     would wait for the device to be idle, and hold up every stream (150 ms seen).
     """
     rows, blocks_per_row = _rows(runner), _blocks_per_row(runner)
-    runner.execute(_largest_step(rows, _tokens_per_row(runner), blocks_per_row, num_blocks))
+    for pooled in (True, False):  # at the end nobody's slot is one that pools
+        runner.execute(_largest_step(rows, _tokens_per_row(runner), blocks_per_row, num_blocks, pooled))
     runner.execute(_mixed_step(max(1, min(rows - 1, SAMPLER_ROWS)), min(blocks_per_row, num_blocks)))
     torch.empty(_SPARE_BYTES, dtype=torch.uint8, device=runner.device)
 
@@ -152,13 +154,20 @@ def _mixed_step(num_rows: int, num_blocks: int) -> StepPlan:
     return StepPlan(0, [prompt] + [Row(slot, 1, 1, [0], False, [], True, 0) for slot in range(1, num_rows)], inits)
 
 
-def _largest_step(num_rows: int, per_row: int, blocks_per_row: int, num_blocks: int) -> StepPlan:
-    """Prompts whose log-probabilities are wanted too."""
+def _largest_step(num_rows: int, per_row: int, blocks_per_row: int, num_blocks: int, pooled: bool) -> StepPlan:
+    """Prompts whose log-probabilities are wanted too, or whose hidden states are all pooled instead."""
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+    if pooled:
+        params = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling.MEAN)
     prompt = [0] * per_row
     rows, inits = [], []
     for slot in range(num_rows):
         blocks = [index % num_blocks for index in range(slot * blocks_per_row, (slot + 1) * blocks_per_row)]
         inits.append(SlotInit(slot, (0, slot), 0, params, per_row, prompt, blocks))
-        rows.append(Row(slot, 0, per_row, prompt, False, [], True, 0, targets=prompt))
+        row = Row(slot, 0, per_row, prompt, False, [], not pooled, 0)
+        if pooled:
+            row.pools = row.mean_of = per_row
+        else:
+            row.targets = prompt
+        rows.append(row)
     return StepPlan(0, rows, inits)

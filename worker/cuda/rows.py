@@ -22,8 +22,9 @@ class Rows:
         self.sequence = np.repeat(np.arange(len(rows)), self.lengths)
         self.positions = np.arange(self.num_tokens) + (starts - self.query_start[:-1])[self.sequence]
         self.all_decode = self.num_tokens == len(rows) == len(self.sampling)
-        wanted = [start + np.arange(len(row.targets)) for row, start in zip(rows, self.query_start, strict=False)]
-        self.prompt_indices = np.concatenate(wanted)
+        pairs = zip(rows, self.query_start, strict=False)
+        wanted = [start + np.arange(len(row.targets)) for row, start in pairs if row.targets]
+        self.prompt_indices = np.concatenate(wanted) if wanted else np.zeros(0, dtype=np.int64)
 
     def token_ids(self, rows: list[Row]) -> list[int]:
         """[num_tokens]; -1 stands for the token that the slot sampled last."""

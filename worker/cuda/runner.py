@@ -11,6 +11,7 @@ import logging
 import time
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from baton.kernels.cuda import attention, work
@@ -23,12 +24,13 @@ from baton.worker.batch import Batch
 from baton.worker.constraints import Constraints, Masks
 from baton.worker.cuda.graphs import Size, StepGraphs, decode_sizes, mixed_sizes
 from baton.worker.cuda.rows import Rows
-from baton.worker.cuda.sampler import CudaSampler, DeviceLogprobs, DevicePromptLogprobs
+from baton.worker.cuda.sampler import CudaSampler, DeviceLogprobs, DevicePromptLogprobs, to_host
 from baton.worker.cuda.slots import DeviceSlots
 from baton.worker.cuda.step_buffer import StepBuffer, StepInputs, StepLayout
 from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.loaded_model import LoadedModel
 from baton.worker.plan import StepPlan, StepResult
+from baton.worker.pooler import PooledRows, Pooler, to_rows
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +52,11 @@ class Pending:
         prompt_logprobs: list[DevicePromptLogprobs],
         failed: dict[int, str],
         started_s: float,
+        vectors: tuple[PooledRows, torch.Tensor] | None,
     ) -> None:
         self.plan = plan
         self.failed, self.started_s = failed, started_s
+        self._vectors = vectors
         self._tokens, self._logprobs, self._prompt_logprobs = tokens, logprobs, prompt_logprobs
         self._event = torch.cuda.Event()
         self._event.record()
@@ -68,7 +72,8 @@ class Pending:
             sampling[row]: (value,) for part in self._logprobs for row, value in part.read().items()
         }
         told = {part.row: part.read() for part in self._prompt_logprobs}
-        return StepResult(self.plan.step, tokens, logprobs, self.started_s, now, self.failed, told)
+        vectors = to_rows(*self._vectors) if self._vectors is not None else {}
+        return StepResult(self.plan.step, tokens, logprobs, self.started_s, now, self.failed, told, vectors)
 
 
 class CudaRunner:
@@ -92,6 +97,7 @@ class CudaRunner:
         max_blocks = -(-self.max_model_len // self.block_size)
         self._slots = DeviceSlots(self.max_seqs, max_blocks, self.block_size, self.device)
         self._sampler = CudaSampler(self.vocab_size, self.max_seqs, loaded.ops, self.device)
+        self._pooler = Pooler(self.max_seqs, loaded.hidden_size, self.device)
         self.grammars = GrammarCompiler(config.model, self.vocab_size)
         self._constraints = Constraints(self.grammars, self.vocab_size)
         tiles = self.max_tokens + _SPARE_TILES
@@ -146,11 +152,14 @@ class CudaRunner:
         for init in plan.new_slots:
             self._sampler.take(init)
             self._constraints.take_slot(init)
+            self._pooler.take_slot(init)
         building = self._constraints.begin(plan.rows)
         rows = Rows(plan.rows)
         lists = self._plan(rows)
-        size, layout = self._fit(rows, lists)
-        inputs = self._upload(plan, rows, lists, layout)
+        pooled = self._pooler.rows(plan.rows, rows.query_start)
+        wanted = rows.prompt_indices if pooled is None else np.concatenate([rows.prompt_indices, pooled.tokens])
+        size, layout = self._fit(rows, lists, len(wanted))
+        inputs = self._upload(plan, rows, lists, layout, wanted)
         if plan.copies:
             self._copy_blocks(plan.copies)
         hidden = self._graphs.replay(size) if size else self._forward(inputs, layout)
@@ -158,11 +167,15 @@ class CudaRunner:
             self._sample(inputs, len(rows.sampling), hidden)
         masks = building.result() if building is not None else None  # built while the device computes hidden
         logprobs = self._resample(rows, inputs, hidden, masks)
-        told = self._sampler.prompt_logprobs(plan.rows, hidden[len(rows.sampling) :], self.model.logits)
-        host = self._host_tokens[plan.step % len(self._host_tokens)][: len(rows.sampling)]
-        host.copy_(self._tokens[: len(host)], non_blocking=True)
+        count = len(rows.sampling)
+        told = self._sampler.prompt_logprobs(plan.rows, hidden[count:], self.model.logits)
+        vectors = None
+        if pooled is not None:
+            vectors = pooled, self._make_vectors(pooled, hidden[count + len(rows.prompt_indices) :])
+        host = self._host_tokens[plan.step % len(self._host_tokens)][:count]
+        host.copy_(self._tokens[:count], non_blocking=True)
         failed = masks.failed_rows(plan.rows) if masks is not None else {}
-        return Pending(plan, host, logprobs, told, failed, started)
+        return Pending(plan, host, logprobs, told, failed, started, vectors)
 
     def close(self) -> None:
         """End its threads."""
@@ -187,13 +200,13 @@ class CudaRunner:
             self._ops.splits_decode,
         )
 
-    def _fit(self, rows: Rows, lists: tuple[work.Lists, ...]) -> tuple[Size | None, StepLayout]:
-        """The graph that this step runs in, if any, and how its inputs lie."""
+    def _fit(self, rows: Rows, lists: tuple[work.Lists, ...], wanted: int) -> tuple[Size | None, StepLayout]:
+        """The graph that this step runs in, if any, and how its inputs lie. The hidden states of so many tokens are
+        wanted beside those of the sampled rows."""
         size, tiles = self._graphs.fit(rows.num_tokens, not rows.all_decode), len(lists[0].prefill)
-        wanted = len(rows.prompt_indices)
-        if size is not None and not wanted:
+        if size is not None:
             layout = self._layout_of(size)
-            if tiles <= layout.prefill:
+            if tiles <= layout.prefill and len(rows.sampling) + wanted <= layout.samples:
                 return size, layout
         decode_rows = int((rows.lengths == 1).sum()) if self._ops.splits_decode else 0
         layout = replace(self._layout(rows.num_tokens, len(rows.sampling), decode_rows, tiles), prompt=wanted)
@@ -213,7 +226,14 @@ class CudaRunner:
             return self._layout(rows, rows, rows, 0)
         return self._layout(size.tokens, rows, rows, -(-size.tokens // self._tile_tokens) + _SPARE_TILES)
 
-    def _upload(self, plan: StepPlan, rows: Rows, lists: tuple[work.Lists, ...], layout: StepLayout) -> StepInputs:
+    def _upload(
+        self,
+        plan: StepPlan,
+        rows: Rows,
+        lists: tuple[work.Lists, ...],
+        layout: StepLayout,
+        wanted: np.ndarray,
+    ) -> StepInputs:
         """Fill the host's words and copy them over, with what changed in the block tables."""
         host = self._buffer.host()
         inputs = StepInputs(layout, host)
@@ -223,8 +243,8 @@ class CudaRunner:
         self._sampler.fill_draws(arrays["draws"][:count], slots, indices)
         arrays["draws"][count:] = 0
         arrays["sample_slots"][:count], arrays["sample_slots"][count:] = slots, self._slots.padding
-        arrays["logits_indices"][:count] = rows.query_start[1:][rows.sampling] - 1
-        arrays["logits_indices"][count:] = rows.prompt_indices if layout.prompt else 0
+        indices = np.concatenate([rows.query_start[1:][rows.sampling] - 1, wanted])
+        arrays["logits_indices"][: len(indices)], arrays["logits_indices"][len(indices) :] = indices, 0
         arrays["token_ids"][:tokens], arrays["token_ids"][tokens:] = rows.token_ids(plan.rows), 0
         arrays["positions"][:tokens], arrays["positions"][tokens:] = rows.positions, 0
         arrays["token_slots"][:tokens], arrays["token_slots"][tokens:] = rows.slots[rows.sequence], -1
@@ -251,7 +271,7 @@ class CudaRunner:
         return hidden
 
     def _forward(self, inputs: StepInputs, layout: StepLayout) -> torch.Tensor:
-        """Hidden states of the rows to sample, and behind them of the prompts' tokens whose logits are wanted:
+        """Hidden states of the rows to sample, and behind them of the prompts' tokens that are wanted beside:
         [layout.samples + layout.prompt, hidden]."""
         token_ids, slot_mapping = self._slots.prepare(inputs["token_ids"], inputs["positions"], inputs["token_slots"])
         batch = Batch(
@@ -291,6 +311,10 @@ class CudaRunner:
             part = slice(start, min(start + _LOGITS_ROWS, count))
             tokens = self._ops.draw(self.model.logits(hidden[part]), *(c[part] for c in inputs.draw_columns))
             self._slots.store_sampled(tokens, slots[part], self._tokens[part])
+
+    def _make_vectors(self, pooled: PooledRows, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [>= len(pooled.tokens), hidden] -> the vectors that are complete, on their way to the host."""
+        return to_host(self._pooler.pool(pooled, self.model.normed(hidden[: len(pooled.tokens)])))
 
     def _resample(
         self, rows: Rows, inputs: StepInputs, hidden: torch.Tensor, masks: Masks | None

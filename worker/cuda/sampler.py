@@ -39,7 +39,7 @@ class DeviceLogprobs:
         picked: torch.Tensor,
     ):
         self._rows, self._given = rows, given
-        self._tensors = [_to_host(tensor) for tensor in (chosen, ranks, *top, picked)]
+        self._tensors = [to_host(tensor) for tensor in (chosen, ranks, *top, picked)]
 
     def read(self) -> dict[int, TokenLogprobs]:
         """By row of the sampled rows; only after the step's event."""
@@ -59,7 +59,7 @@ class DevicePromptLogprobs:
 
     def __init__(self, row: int, parts: list[torch.Tensor]) -> None:
         self.row = row
-        self._parts = [_to_host(part) for part in parts]
+        self._parts = [to_host(part) for part in parts]
 
     def read(self) -> bytes:
         """Only after the step's event."""
@@ -228,6 +228,7 @@ class CudaSampler(SlotParams):
         return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Pinned; holds the values once the work enqueued so far is done."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)

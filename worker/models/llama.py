@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from baton.kernels.ops import Norm, Ops
+from baton.proto.checkpoint import is_headless
 from baton.worker.batch import Batch
 from baton.worker.layers.linear import Embedding, Linear, Matrix
 from baton.worker.layers.rotary import cos_sin_table
@@ -70,7 +71,8 @@ class LlamaConfig:
             output_bias=bias and kind != "qwen2",
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=kind == "qwen3",
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            # A checkpoint without a head, of an embedding model, is never asked for logits that mean anything.
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)) or is_headless(config),
             windows=_windows(config),
             soft_cap=config.get("attn_logit_softcapping") or 0.0,
         )
@@ -201,9 +203,12 @@ class LlamaForCausalLM(nn.Module):
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
     """Our parameter -> the checkpoint's, whose rows it holds one after the other."""
+    base_prefix: ClassVar[str] = "model."
+    """What names lack in a checkpoint that was saved without the head."""
 
     def __init__(self, config: LlamaConfig, max_model_len: int, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
+        self.ops = ops
         self.model = Decoder(config, max_model_len, ops, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, (config.vocab_size,), False, ops, dtype)
@@ -221,6 +226,10 @@ class LlamaForCausalLM(nn.Module):
         pool: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], written for every token of the batch.
         """
         return self.model(batch, pool)
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> [n, hidden] after the last norm: what embeddings are made of."""
+        return self.ops.rms_norm(hidden, self.model.norm.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_samples, hidden] -> [num_samples, vocab_size] of the model's dtype."""

@@ -4,11 +4,12 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+_LLAMA = ("llama", "LlamaForCausalLM", "LlamaConfig")
+
 _MODELS = {
-    "LlamaForCausalLM": ("llama", "LlamaForCausalLM", "LlamaConfig"),
-    "MistralForCausalLM": ("llama", "LlamaForCausalLM", "LlamaConfig"),
-    "Qwen2ForCausalLM": ("llama", "LlamaForCausalLM", "LlamaConfig"),
-    "Qwen3ForCausalLM": ("llama", "LlamaForCausalLM", "LlamaConfig"),
+    **dict.fromkeys(("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), _LLAMA),
+    # Without a head: embedding models such as E5-Mistral.
+    **dict.fromkeys(("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"), _LLAMA),
 }
 
 

@@ -60,8 +60,10 @@ def checked_targets(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> 
     """
     targets = _targets(model)
     found: dict[str, torch.Tensor] = {}
+    filled: set[str] = set()
     for name, shape in shapes.items():
-        target = targets.get(name)
+        place = name if name in targets else f"{model.base_prefix}{name}"
+        target = targets.get(place)
         if target is None:
             if name.endswith(_IGNORED_SUFFIXES) or name == "lm_head.weight":  # tied: a copy of the embedding
                 continue
@@ -69,7 +71,8 @@ def checked_targets(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> 
         if tuple(target.shape) != tuple(shape):
             raise LoadError(f"checkpoint tensor {name} is {list(shape)}, expected {list(target.shape)}")
         found[name] = target
-    missing = sorted(set(targets) - set(found))
+        filled.add(place)
+    missing = sorted(set(targets) - filled)
     if missing:
         first = missing[0]
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

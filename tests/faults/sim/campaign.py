@@ -19,6 +19,7 @@ class Tally:
     runs: int = 0
     requests: int = 0
     retries: int = 0
+    vectors: int = 0
     failures: list[str] = field(default_factory=list)
     """Per failed seed: how to see it again, and the error."""
 
@@ -27,6 +28,7 @@ class Tally:
         self.runs += other.runs
         self.requests += other.requests
         self.retries += other.retries
+        self.vectors += other.vectors
         self.failures += other.failures
 
 
@@ -44,6 +46,7 @@ def run_seeds(seeds: Iterable[int], depth: int) -> Tally:
         else:
             tally.requests += report.outcomes.total()
             tally.retries += report.retries
+            tally.vectors += report.vectors
     return tally
 
 

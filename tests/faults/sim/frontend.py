@@ -26,6 +26,8 @@ class Call:
     params: SamplingParams
     reference: Reference
     timeout_s: float = 0.0
+    vector: bytes = b""
+    """What must come, where that is wanted instead of tokens."""
     received: list[int] = field(default_factory=list)
     outcome: Outcome | None = None
     message: str = ""
@@ -145,3 +147,4 @@ class Frontend(Process):
         call.outcome, call.message, call.attempts = event.outcome, event.message, event.ledger.attempts
         if event.outcome in (Outcome.STOP, Outcome.LENGTH):
             assert call.complete, f"{event.outcome} after {call.received}"
+            assert event.vector == call.vector, f"vector {event.vector.hex()} instead of {call.vector.hex()}"

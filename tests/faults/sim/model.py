@@ -6,12 +6,16 @@ block anywhere before a token changes that token's outcome.
 A token is an outcome and noise. Without noise a stream is the same whoever computes it. With noise each worker and
 attempt draws other tokens, as a sampler without fixed seeds would: then a stream that goes on from tokens of another
 attempt than those delivered has outcomes that do not follow from its prefix, and so shows that it was spliced.
+
+A hidden state is what a position sees, all of it; the vector of a request that wants one is the sum of those pooled.
 """
 
+import struct
 from collections.abc import Sequence
 
 import numpy as np
 
+from baton.proto.lifecycle import Pooling
 from baton.worker.plan import Row, StepPlan, StepResult
 
 OUTCOMES = 61
@@ -43,8 +47,13 @@ class Memory:
             seen = _mix(seen, sum(self.blocks[block]))
         return seen, sum(self.blocks[block_table[full]][:rest]) if rest else 0
 
-    def append(self, block_table: Sequence[int], start: int, tokens: Sequence[int]) -> int:
-        """Write the KV of tokens at positions from `start`; returns the outcome that follows."""
+    def append(
+        self, block_table: Sequence[int], start: int, tokens: Sequence[int], hidden: list[int] | None = None
+    ) -> int:
+        """Write the KV of tokens at positions from `start`; returns the outcome that follows.
+
+        `hidden` gets the hidden state of each.
+        """
         seen, partial = self.context(block_table, start)
         for position, token in enumerate(tokens, start):
             index, slot = divmod(position, self.block_size)
@@ -53,6 +62,8 @@ class Memory:
             partial += value
             if slot == self.block_size - 1:
                 seen, partial = _mix(seen, sum(self.blocks[block_table[index]])), 0
+            if hidden is not None:
+                hidden.append(seen ^ partial)
         return _mix(seen ^ partial, 0xBA70) % OUTCOMES
 
 
@@ -83,6 +94,20 @@ class Reference:
         self._length += 1
 
 
+def pack_vector(total: int, tokens: int) -> bytes:
+    """A vector: the sum of so many hidden states."""
+    return struct.pack("<QQ", total & _MASK, tokens)
+
+
+def reference_vector(prompt: Sequence[int], pooling: str, block_size: int) -> bytes:
+    """What a prompt's vector must be."""
+    memory = Memory(-(-len(prompt) // block_size), block_size)
+    hidden: list[int] = []
+    memory.append(range(len(memory.blocks)), 0, prompt, hidden)
+    pooled = hidden[-1:] if pooling == Pooling.LAST else hidden
+    return pack_vector(sum(pooled), len(pooled))
+
+
 class Runner:
     """Executes step plans on a Memory, as worker/model_runner.py does on tensors."""
 
@@ -93,6 +118,7 @@ class Runner:
         self._tables: dict[int, list[int]] = {}
         self._last_token: dict[int, int] = {}
         self._attempt: dict[int, int] = {}
+        self._sums: dict[int, int] = {}
 
     def execute(self, plan: StepPlan, started_s: float, sampled_s: float) -> StepResult:
         """One step. All rows read and write the pool now."""
@@ -100,22 +126,29 @@ class Runner:
             self._tables[init.slot] = list(init.block_table)
             self._last_token[init.slot] = init.tokens[-1]
             self._attempt[init.slot] = init.attempt
+            self._sums[init.slot] = 0
         for source, target in plan.copies:
             self._memory.blocks[target][:] = self._memory.blocks[source]
         told: dict[int, bytes] = {}
+        vectors: dict[int, bytes] = {}
         tokens = []
         for index, row in enumerate(plan.rows):
             if row.targets:
                 table = [*self._tables[row.slot], *row.new_blocks]
                 told[index] = prompt_outcomes(self._memory, table, row.start, row.tokens, row.targets)
-            tokens.append(self._execute(row))
-        return StepResult(plan.step, tokens, {}, started_s, sampled_s, prompt_logprobs=told)
+            tokens.append(self._execute(index, row, vectors))
+        return StepResult(plan.step, tokens, {}, started_s, sampled_s, prompt_logprobs=told, vectors=vectors)
 
-    def _execute(self, row: Row) -> list[int]:
+    def _execute(self, index: int, row: Row, vectors: dict[int, bytes]) -> list[int]:
         table = self._tables[row.slot]
         table += row.new_blocks
         known = [self._last_token[row.slot]] if row.from_device else row.tokens
-        outcome = self._memory.append(table, row.start, known)
+        hidden: list[int] | None = [] if row.pools else None
+        outcome = self._memory.append(table, row.start, known, hidden)
+        if hidden is not None:
+            self._sums[row.slot] += sum(hidden[-row.pools :])
+        if row.mean_of:
+            vectors[index] = pack_vector(self._sums[row.slot], row.mean_of)
         if not row.samples:
             return []
         noise = _mix(self._noise, self._attempt[row.slot] << 32 | row.output_index) if self._noise else 0

@@ -7,13 +7,13 @@ from functools import partial
 from random import Random
 
 from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig, PlacementConfig, SchedulerConfig
-from baton.proto.lifecycle import Outcome
+from baton.proto.lifecycle import Outcome, Pooling
 from baton.proto.messages import SamplingParams, Sid
 from baton.scheduler_proc.operations import Operator
 
 from .audit import audit_blocks, leftovers, scheduler_leftovers
 from .frontend import Call, Frontend
-from .model import NOISE, OUTCOMES, STOP_TOKENS, Memory, Reference
+from .model import NOISE, OUTCOMES, STOP_TOKENS, Memory, Reference, reference_vector
 from .network import Network
 from .scheduler import Scheduler
 from .worker import Worker, WorkerSpec
@@ -25,6 +25,8 @@ QUIET_WITHIN_S = 12.0
 QUIET_WITHIN_COPIES = 40
 """Once faults have stopped, everything ends and is freed within this time and so many durations of a pull."""
 TOPOLOGIES = ("pd", "pd", "ppdd", "pdd", "ppd", "u", "uu", "pdu")
+POOLED = 0.2
+"""Share of requests that want a vector instead of tokens."""
 ROLES = {"p": "prefill", "d": "decode", "u": "unified"}
 
 
@@ -35,6 +37,8 @@ class Report:
     outcomes: Counter[str] = field(default_factory=Counter)
     retries: int = 0
     """Attempts beyond each request's first."""
+    vectors: int = 0
+    """Requests that got the vector that they wanted."""
     quiet_after_s: float = 0.0
     """From the end of the faults."""
 
@@ -115,19 +119,22 @@ class Scenario:
     def _draw_call(self) -> Call:
         rng = self.rng
         prompt = rng.choice(self._prefixes)[: rng.choice((0, 16, 33, 48))] + _draw_tokens(rng, rng.randint(1, 50))
+        timeout_s = rng.choice((0.0, 0.0, 0.0, 3.0))
+        if rng.random() < POOLED:
+            params = SamplingParams(max_tokens=0, pooling=rng.choice(list(Pooling)).value)
+            vector = reference_vector(prompt, params.pooling, BLOCK_SIZE)
+            return Call(prompt, params, Reference(prompt, 0, BLOCK_SIZE), timeout_s, vector)
         params = SamplingParams(
             max_tokens=rng.choice((1, 2, 8, 24, 40)),
             stop_token_ids=STOP_TOKENS if rng.random() < 0.5 else (),
             prompt_logprobs=0 if rng.random() < 0.15 else -1,
         )
-        return Call(
-            prompt, params, Reference(prompt, params.max_tokens, BLOCK_SIZE), timeout_s=rng.choice((0.0, 0.0, 0.0, 3.0))
-        )
+        return Call(prompt, params, Reference(prompt, params.max_tokens, BLOCK_SIZE), timeout_s)
 
     def _sample_of(self, call: Call) -> Call:
         """One of several samples; without noise they are equal."""
         reference = Reference(call.prompt, call.params.max_tokens, BLOCK_SIZE)
-        return Call(call.prompt, call.params, reference, call.timeout_s)
+        return Call(call.prompt, call.params, reference, call.timeout_s, call.vector)
 
     def _plan_requests(self) -> None:
         aborts = self.rng.choice((0.0, 0.0, 0.3))
@@ -271,6 +278,7 @@ class Scenario:
                 assert call.orphaned or call.outcome is not None, f"never ended: {call}"
                 report.outcomes["orphaned" if call.outcome is None else call.outcome.value] += 1
                 report.retries += call.attempts - 1
+                report.vectors += call.outcome is Outcome.STOP and bool(call.vector)
                 assert call.outcome is not Outcome.FAILED, f"failed: {call.message}"
         return report
 

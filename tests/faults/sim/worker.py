@@ -220,8 +220,10 @@ class Worker(Process):
                     self._pull(effect)
         for endpoint, group in rows.items():
             self._seq[endpoint] = self._seq.get(endpoint, 0) + 1
-            frames = tuple(row.prompt_logprobs.data for row in group if row.prompt_logprobs)
-            self._send_tokens(endpoint, _token_batch(self.me, self._seq[endpoint], group), frames)
+            frames = [row.prompt_logprobs.data for row in group if row.prompt_logprobs]
+            if vectors := b"".join(row.vector for row in group):
+                frames.append(vectors)
+            self._send_tokens(endpoint, _token_batch(self.me, self._seq[endpoint], group), tuple(frames))
         for endpoint, sent_at in self._token_sent_at.items():
             if self.world.now - sent_at >= BEAT_INTERVAL_S:
                 self._send_tokens(endpoint, TokenBatch(self.name, self.incarnation, self._seq[endpoint]))
@@ -329,4 +331,5 @@ def _token_batch(me: Peer, seq: int, rows: list[Emit]) -> TokenBatch:
         finish={i: row.finish for i, row in enumerate(rows) if row.finish is not None},
         ledgers={i: row.ledger for i, row in enumerate(rows) if row.ledger is not None},
         prompt_logprobs={i: row.prompt_logprobs.top for i, row in enumerate(rows) if row.prompt_logprobs},
+        vectors=tuple(i for i, row in enumerate(rows) if row.vector),
     )

@@ -111,10 +111,12 @@ class Bench:
         priority: int = 0,
         timeout_s: float = 0.0,
         sibling: int = 0,
+        pooling: str = "",
     ) -> Sid:
         """The frontend submits a stream."""
         sid = (FRONTEND, n)
-        submit = Submit(sid, attempt, tokens, SamplingParams(max_tokens=16), timeout_s, priority, sibling)
+        params = SamplingParams(max_tokens=0 if pooling else 16, pooling=pooling)
+        submit = Submit(sid, attempt, tokens, params, timeout_s, priority, sibling)
         self.tell(identity("frontend-0", FRONTEND), submit, np.zeros(tokens, np.int32).tobytes(), b"")
         return sid
 

@@ -49,7 +49,7 @@ def test_every_series_exists_as_zero_once_workers_are_there(metrics: Metrics) ->
     found = {name: total for name, _, total in samples(metrics)}
     for name in ("requests_running", "requests_waiting", "kv_blocks_used", "kv_blocks_total", "kv_leases"):
         assert found[f"baton_{name}"] == 0
-    for name in ("requests_total", "tokens_total", "preemptions_total", "retries_total"):
+    for name in ("requests_total", "tokens_total", "embeddings_total", "preemptions_total", "retries_total"):
         assert found[f"baton_{name}"] == 0
     for name in ("ttft", "tpot", "queue", "prefill", "handoff", "decode"):
         assert found[f"baton_{name}_seconds_count"] == 0
@@ -66,11 +66,12 @@ def test_a_load_sets_gauges_and_counts_tokens(metrics: Metrics, idle: Load) -> N
 
 
 def test_counters_go_on_over_a_workers_restart(metrics: Metrics, idle: Load) -> None:
-    load = msgspec.structs.replace(idle, generated_tokens=50, preemptions=1)
+    load = msgspec.structs.replace(idle, generated_tokens=50, preemptions=1, pooled_vectors=3)
     metrics.observe(LoadReport("decode-0", 1, "decode", load))
     metrics.observe(LoadReport("decode-0", 2, "decode", msgspec.structs.replace(load, generated_tokens=20)))
     assert value(metrics, "baton_tokens_total", source="generated") == 70
     assert value(metrics, "baton_preemptions_total") == 2
+    assert value(metrics, "baton_embeddings_total", worker="decode-0") == 6
 
 
 def test_gauges_of_a_worker_that_left_end_and_its_counters_stay(metrics: Metrics, idle: Load) -> None:

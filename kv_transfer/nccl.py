@@ -1,0 +1,212 @@
+"""Transport `nccl`: between GPUs; from a fetch to its arrival everything is put in order by the GPUs themselves.
+
+    owner     gather i ─► send i        of piece i; gather i + 1 runs beside send i
+    reader    recv i ─► scatter i       scatter i runs beside recv i + 1, and the thread waits for a fetch's last one
+
+Each end has two buffers, for the pieces in turn, and two streams, one that copies and one that nccl uses; they wait for
+each other by events. So the memory of a pair is bounded whatever is asked for, and the threads only enqueue.
+"""
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import numpy as np
+import torch
+
+from baton.kv_transfer.contract import Pool, TransferError, Transport
+from baton.kv_transfer.fetch import (
+    STALLED_S,
+    WINDOW,
+    Attached,
+    FetchLink,
+    Receiver,
+    Sender,
+    attach,
+    blocks_per_fetch,
+    encode_fetch,
+    serve_fetches,
+)
+from baton.kv_transfer.gpu_mover import GpuMover
+from baton.kv_transfer.nccl_library import Communicator, NcclError, unique_id
+
+OWNER, READER = 0, 1
+PIECE_BYTES = 64 * 2**20
+"""One message: 170 us of NVLink, in which the threads enqueue the next with time to spare."""
+PIECES = 2
+FETCH_BYTES = 2 * PIECE_BYTES
+MEETING_S = 30.0
+"""The library may have to be loaded, and it looks for networks."""
+SPIN_S = 0.001
+POLL_S = 0.0002
+"""What has no descriptor to wait for is looked at all the time for SPIN_S, then so often."""
+
+
+class NcclOffer(msgspec.Struct, frozen=True):
+    """Where the owner's pool is."""
+
+    gpu: str
+    """UUID."""
+
+
+class NcclTransport(Transport):
+    """Between different GPUs."""
+
+    name = "nccl"
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def offer(self) -> NcclOffer:
+        return NcclOffer(self._gpu())
+
+    def obstacle(self, offer: msgspec.Raw) -> str:
+        theirs = msgspec.msgpack.decode(offer, type=NcclOffer).gpu
+        return "nccl does not work between two processes on one GPU" if theirs == self._gpu() else ""
+
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> FetchLink:
+        assert connection is not None  # it works within one host
+        (meeting,) = attach(connection, self.name).channel
+        return FetchLink(self._pool, NcclReceiver(self._pool, bytes.fromhex(meeting), connection))
+
+    def serve(self, connection: socket.socket) -> None:
+        meeting = unique_id()
+        connection.send(msgspec.msgpack.encode(Attached((meeting.hex(),))))
+        sender = NcclSender(self._pool, meeting, connection)
+        try:
+            serve_fetches(connection, self._pool, sender)
+        finally:
+            sender.close()
+
+    def _gpu(self) -> str:
+        return str(torch.cuda.get_device_properties(self._pool.gpu).uuid)
+
+
+class _NcclEnd:
+    fetch_bytes = FETCH_BYTES
+
+    def __init__(self, pool: Pool, meeting: bytes, rank: int, connection: socket.socket) -> None:
+        self._pool = pool
+        self._connection = connection
+        self._most = blocks_per_fetch(pool, self.fetch_bytes)
+        self._per_piece = min(max(1, PIECE_BYTES // pool.block_bytes), self._most)
+        self._mover = GpuMover(pool, WINDOW * self._most)
+        device = self._mover.stream.device
+        self._buffers = torch.empty(PIECES, self._per_piece * pool.block_bytes, dtype=torch.uint8, device=device)
+        self._pieces = 0
+        # A peer waits at the other end: steps beside it must not hold nccl up.
+        self._wire = torch.cuda.Stream(device, priority=-1)
+        self._copied = [torch.cuda.Event() for _ in range(PIECES)]
+        self._crossed = [torch.cuda.Event() for _ in range(PIECES)]
+        with _as_transfer_error():
+            self._communicator = Communicator(meeting, rank)
+            try:
+                self._meet(rank)
+            except BaseException:
+                self.close()
+                raise
+
+    def _meet(self, rank: int) -> None:
+        """Connect, which the first operation does and takes most of a second for: one byte crosses."""
+        self._wait(self._communicator.settled, MEETING_S)
+        self._enqueue(
+            self._communicator.send if rank == OWNER else self._communicator.recv, self._buffers.data_ptr(), 1
+        )
+        met = torch.cuda.Event()
+        met.record(self._wire)
+        self._wait(met.query, STALLED_S)
+
+    def _enqueue(self, operation: Callable[[int, int, torch.cuda.Stream], bool], address: int, size: int) -> None:
+        """A message of so many bytes, on the wire's stream."""
+        if not operation(address, size, self._wire):
+            self._wait(self._communicator.settled, MEETING_S)
+
+    def _wait(self, ended: Callable[[], bool], at_most_s: float) -> None:
+        """Until something has ended, not beyond the peer's end."""
+        began = time.monotonic()
+        while not ended():
+            waited = time.monotonic() - began
+            readable, _, _ = select.select([self._connection], [], [], 0 if waited < SPIN_S else POLL_S)
+            if readable and not self._connection.recv(1, socket.MSG_PEEK):
+                raise TransferError("the peer has gone")
+            if waited > at_most_s:
+                raise TransferError(f"the peer stalls for {at_most_s:.0f} s")
+
+    def _places(self, count: int) -> np.ndarray:
+        """Where the next `count` blocks will lie in the buffers, int64 [count]."""
+        piece, within = np.divmod(np.arange(count), self._per_piece)
+        blocks = (self._pieces + piece) % PIECES * self._per_piece + within
+        return self._buffers.data_ptr() + blocks * self._pool.block_bytes
+
+    def _next_pieces(self, first_row: int, count: int) -> Iterator[tuple[int, int, int, range]]:
+        """(buffer, its address, bytes, rows of the mover's list) of each piece of the next `count` blocks."""
+        for start in range(first_row, first_row + count, self._per_piece):
+            rows = range(start, min(start + self._per_piece, first_row + count))
+            buffer = self._pieces % PIECES
+            self._pieces += 1
+            yield buffer, self._buffers[buffer].data_ptr(), len(rows) * self._pool.block_bytes, rows
+
+    def _row(self, index: int) -> int:
+        """Where the list of a fetch begins; the one before it there has arrived, or the reader would not ask."""
+        return index % WINDOW * self._most
+
+    def close(self) -> None:
+        """End the pair and what it has under way; when this returns nothing writes to the pool any more."""
+        with _as_transfer_error():
+            self._communicator.abort()
+        self._mover.finish()
+
+
+class NcclSender(_NcclEnd, Sender):
+    """The owner's end."""
+
+    def __init__(self, pool: Pool, meeting: bytes, connection: socket.socket) -> None:
+        super().__init__(pool, meeting, OWNER, connection)
+
+    def send(self, index: int, blocks: np.ndarray) -> None:
+        row = self._row(index)
+        self._mover.note(row, self._pool.addresses(blocks), self._places(len(blocks)))
+        with _as_transfer_error():
+            for buffer, address, size, rows in self._next_pieces(row, len(blocks)):
+                self._mover.stream.wait_event(self._crossed[buffer])
+                self._mover.launch(rows)
+                self._copied[buffer].record(self._mover.stream)
+                self._wire.wait_event(self._copied[buffer])
+                self._enqueue(self._communicator.send, address, size)
+                self._crossed[buffer].record(self._wire)
+
+
+class NcclReceiver(_NcclEnd, Receiver):
+    """The reader's end."""
+
+    def __init__(self, pool: Pool, meeting: bytes, connection: socket.socket) -> None:
+        super().__init__(pool, meeting, READER, connection)
+        self._arrived = [torch.cuda.Event() for _ in range(WINDOW)]
+
+    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
+        self._connection.send(encode_fetch(blocks))
+        row = self._row(index)
+        self._mover.note(row, self._places(len(blocks)), targets)
+        with _as_transfer_error():
+            for buffer, address, size, rows in self._next_pieces(row, len(blocks)):
+                self._wire.wait_event(self._copied[buffer])
+                self._enqueue(self._communicator.recv, address, size)
+                self._crossed[buffer].record(self._wire)
+                self._mover.stream.wait_event(self._crossed[buffer])
+                self._mover.launch(rows)
+                self._copied[buffer].record(self._mover.stream)
+        self._arrived[index % WINDOW].record(self._mover.stream)
+
+    def receive(self, index: int, targets: np.ndarray) -> None:
+        self._wait(self._arrived[index % WINDOW].query, STALLED_S)
+
+
+@contextlib.contextmanager
+def _as_transfer_error() -> Iterator[None]:
+    try:
+        yield
+    except NcclError as error:
+        raise TransferError(f"nccl: {error}") from error

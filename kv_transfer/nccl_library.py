@@ -1,0 +1,112 @@
+"""NCCL between two ranks: the few calls of the library that torch has loaded, and their errors.
+
+torch.distributed has the same operations, but takes longer to enqueue one than NVLink takes for 32 MiB, and its groups
+come with files and threads of their own and can't be given up while they form. Calls here return at once: until
+`settled` says so, what was called last is still under way.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+UINT8 = 1
+SUCCESS, IN_PROGRESS = 0, 7
+BLOCKING = 0
+"""1: a call waits for what it begins. 0: what waits for a dead peer can be given up, but NCCL starts a thread for each
+operation (docs/performance.md)."""
+_MAGIC = 0xCAFEBEEF
+_VERSION = 21400
+"""Of the configuration below. Later versions have more fields and take their defaults for those that it lacks."""
+
+
+class _UniqueId(ctypes.Structure):
+    """ncclUniqueId: goes by value."""
+
+    _fields_ = (("internal", ctypes.c_char * 128),)
+
+
+class _Config(ctypes.Structure):
+    """ncclConfig_t of version 2.14."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("magic", ctypes.c_uint),
+        ("version", ctypes.c_uint),
+        ("blocking", ctypes.c_int),
+    )
+
+
+class NcclError(Exception):
+    """A call failed, or what it had begun."""
+
+
+def unique_id() -> bytes:
+    """What two ranks must know to meet; this process is where they meet, so it must live until they have."""
+    meeting = _UniqueId()
+    _call("ncclGetUniqueId", ctypes.byref(meeting))
+    return bytes(meeting)
+
+
+class Communicator:
+    """Two ranks on the current devices of their threads, 0 and 1. All calls come from one thread."""
+
+    def __init__(self, meeting: bytes, rank: int) -> None:
+        """Begin to meet the other."""
+        self._peer = 1 - rank
+        self._handle = ctypes.c_void_p()
+        config = _Config(ctypes.sizeof(_Config), _MAGIC, _VERSION, BLOCKING)
+        _call(
+            "ncclCommInitRankConfig",
+            ctypes.byref(self._handle),
+            2,
+            _UniqueId.from_buffer_copy(meeting),
+            rank,
+            ctypes.byref(config),
+        )
+
+    def settled(self) -> bool:
+        """Whether the last call is through, so that another may follow. Raises NcclError when it has failed."""
+        state = ctypes.c_int()
+        _call("ncclCommGetAsyncError", self._handle, ctypes.byref(state))
+        if state.value not in (SUCCESS, IN_PROGRESS):
+            raise NcclError(_explain("what was begun", state.value))
+        return state.value == SUCCESS
+
+    def send(self, address: int, num_bytes: int, stream: torch.cuda.Stream) -> bool:
+        """Enqueue a message to the other; whether the call is through. NCCL's first operation connects, and is not."""
+        return self._transfer("ncclSend", address, num_bytes, stream)
+
+    def recv(self, address: int, num_bytes: int, stream: torch.cuda.Stream) -> bool:
+        """Enqueue the receipt of one of exactly this size."""
+        return self._transfer("ncclRecv", address, num_bytes, stream)
+
+    def _transfer(self, call: str, address: int, num_bytes: int, stream: torch.cuda.Stream) -> bool:
+        where = ctypes.c_void_p(address)
+        size = ctypes.c_size_t(num_bytes)
+        queue = ctypes.c_void_p(stream.cuda_stream)
+        return _call(call, where, size, UINT8, self._peer, self._handle, queue) == SUCCESS
+
+    def abort(self) -> None:
+        """End at once, with whatever is under way on this side."""
+        _call("ncclCommAbort", self._handle)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("libnccl.so.2")
+
+
+def _call(name: str, *arguments: Any) -> int:
+    code: int = getattr(_library(), name)(*arguments)
+    if code not in (SUCCESS, IN_PROGRESS):
+        raise NcclError(_explain(name, code))
+    return code
+
+
+def _explain(what: str, code: int) -> str:
+    library = _library()
+    library.ncclGetErrorString.restype = library.ncclGetLastError.restype = ctypes.c_char_p
+    reasons = (library.ncclGetErrorString(code), library.ncclGetLastError(None))
+    return f"{what}: {', '.join(each.decode() for each in reasons if each)}"
