@@ -256,7 +256,7 @@ def steps(engine: Any, number: int) -> float:
 SPLIT = ("--prefill", "1", "--decode", "1")
 
 
-class Server:
+class WatchedServer:
     """`baton serve`, ready on entry; what it prints goes to stderr too."""
 
     def __init__(self, args: argparse.Namespace, *flags: str) -> None:
@@ -307,7 +307,7 @@ class Server:
             lines = [line for _, line in self._lines if f" {name} is alive, pid " in line]
         return int(lines[-1].split()[-1])
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> "WatchedServer":
         self.said("ready at ")
         return self
 
@@ -318,7 +318,7 @@ class Server:
 
 def handoff(args: argparse.Namespace) -> Figures:
     """Milliseconds of one handoff after the other in an idle system, p50 and p99, by stage."""
-    with Server(args, *SPLIT) as server:
+    with WatchedServer(args, *SPLIT) as server:
         return handoffs(server.url, args.input_len, args.requests)
 
 
@@ -385,7 +385,7 @@ def request(url: str, input_len: int) -> tuple[Figures, list[float]]:
 def restart(args: argparse.Namespace) -> Figures:
     """Seconds from a kill -9 to the worker serving again, and until a request sent at the kill has its answer."""
     figures: Figures = {}
-    with Server(args, *SPLIT) as server:
+    with WatchedServer(args, *SPLIT) as server:
         request(server.url, args.input_len)
         for name in ("decode-0", "prefill-0"):
             killed_at = time.monotonic()
@@ -403,14 +403,14 @@ def load(args: argparse.Namespace) -> Figures:
     kinds = {"split": SPLIT, "unified": ("--unified", "1")}
     for kind in args.kinds:
         flags = kinds[kind.removesuffix("+mps")]
-        with Server(args, *flags, *(("--mps",) if kind.endswith("+mps") else ())) as server:
+        with WatchedServer(args, *flags, *(("--mps",) if kind.endswith("+mps") else ())) as server:
             bench(args, server, 32, 16)  # clocks and caches
             for rate in args.rates:
                 figures[f"{kind}, {rate} req/s"] = bench(args, server, rate * args.seconds, rate)
     return figures
 
 
-def bench(args: argparse.Namespace, server: Server, count: int, rate: int) -> Figures:
+def bench(args: argparse.Namespace, server: WatchedServer, count: int, rate: int) -> Figures:
     """`baton bench serve`'s figures in milliseconds."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, "-P", "-m", "baton.frontend.cli.main", "bench", "serve", "--disable-tqdm"]
