@@ -27,6 +27,7 @@ import msgspec
 from baton.frontend.processes import ProcessSpec, StopOrder
 from baton.frontend.restart import RestartPolicy
 from baton.proto import config as config_tree
+from baton.proto import mps
 from baton.proto.supervision import EXIT_FAILED, EXIT_USER_ERROR, Report
 
 log = logging.getLogger(__name__)
@@ -91,12 +92,15 @@ class Child:
 
     def kill(self) -> None:
         """At once, with everything that it has started."""
-        if not self.exited.is_set():
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.exited.is_set():
+            return
+        if self.spec.mps_dir:
+            mps.end_client(self.spec.mps_dir, self.process.pid)
+        os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Reap the process, which has exited, end what it has left running, and free our ends."""
-        self.kill()
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.reports.close()
         os.close(self.pidfd)

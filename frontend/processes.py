@@ -5,17 +5,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from baton.proto.config import FrontendConfig, SchedulerConfig, ServeConfig, WorkerConfig
+from baton.proto import mps
+from baton.proto.config import FrontendConfig, KeeperConfig, SchedulerConfig, ServeConfig, WorkerConfig
 
-ChildConfig = SchedulerConfig | FrontendConfig | WorkerConfig
+ChildConfig = SchedulerConfig | FrontendConfig | WorkerConfig | KeeperConfig
 
 
 class StopOrder(IntEnum):
-    """Lower ones are stopped first: running streams need the workers, and workers report their end to the scheduler."""
+    """Lower ones are stopped first: running streams need the workers, workers report their end to the scheduler and end
+    with their keeper."""
 
     FRONTEND = 0
     WORKER = 1
     SCHEDULER = 2
+    KEEPER = 3
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class ProcessSpec:
     stop_order: StopOrder
     environment: Mapping[str, str] = field(default_factory=dict)
     """Set on top of the launcher's own."""
+    mps_dir: str = ""
+    """Of the MPS daemon that has to let go of the process before it may be killed."""
 
     @property
     def name(self) -> str:
@@ -40,7 +45,8 @@ def specs(config: ServeConfig) -> list[ProcessSpec]:
     scheduler = ProcessSpec(
         config.scheduler, _module("baton.scheduler_proc.main"), StopOrder.SCHEDULER, thread_environment(1)
     )
-    return [scheduler, *map(worker_spec, config.workers), *map(frontend_spec, config.frontends)]
+    keepers, workers = map(keeper_spec, config.keepers), map(worker_spec, config.workers)
+    return [scheduler, *keepers, *workers, *map(frontend_spec, config.frontends)]
 
 
 def frontend_spec(config: FrontendConfig) -> ProcessSpec:
@@ -48,10 +54,18 @@ def frontend_spec(config: FrontendConfig) -> ProcessSpec:
     return ProcessSpec(config, _module("baton.frontend.main"), StopOrder.FRONTEND, thread_environment(1))
 
 
+def keeper_spec(config: KeeperConfig) -> ProcessSpec:
+    """One keeper."""
+    environment = thread_environment(1) | (mps.environment(config.mps_dir) if config.mps_dir else {})
+    return ProcessSpec(config, _module("baton.keeper.main"), StopOrder.KEEPER, environment)
+
+
 def worker_spec(config: WorkerConfig) -> ProcessSpec:
     """One worker."""
-    threads = config.threads or cpu_count()
-    return ProcessSpec(config, _module("baton.worker.main"), StopOrder.WORKER, thread_environment(threads))
+    environment = thread_environment(config.threads or cpu_count())
+    if config.mps_dir:
+        environment |= mps.environment(config.mps_dir, config.mps_percentage)
+    return ProcessSpec(config, _module("baton.worker.main"), StopOrder.WORKER, environment, config.mps_dir)
 
 
 def _module(name: str) -> tuple[str, ...]:

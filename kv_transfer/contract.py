@@ -87,6 +87,8 @@ class Pool:
     """The file behind `address`; -1 for memory of a GPU."""
     gpu: int = -1
     """Index of the GPU that `address` is on; -1 for host memory."""
+    handle: bytes = b""
+    """By which another process maps `address`, on a GPU."""
 
     def addresses(self, blocks: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where these blocks begin, int64 [n]."""

@@ -2,14 +2,12 @@
 
 torch's allocator hands out parts of larger segments, which may grow and move, and such a part can't be exported by
 itself. The driver library has one name whatever the version of the toolkit. All calls act on the calling thread's
-current device, in the context that torch uses too.
+current device, in the context that torch uses too, or that `use_gpu` has made current where there is no torch.
 """
 
 import ctypes
 import functools
 from typing import Any
-
-import torch
 
 GRANULARITY = 2 * 2**20
 """The driver maps pages of this size: a smaller allocation would share its page, and export what lies beside it."""
@@ -34,6 +32,15 @@ class CudaError(Exception):
         self.code = code
 
 
+def use_gpu(index: int) -> None:
+    """Make a GPU, by its index among the visible ones, current for this thread. Raises OSError without a driver."""
+    _call("cuInit", ctypes.c_uint(0))
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    _call("cuCtxSetCurrent", context)
+
+
 class ExportedMemory:
     """`size` bytes on the current device from `address`, zeroed; memory that peers have mapped outlives `close`."""
 
@@ -43,10 +50,7 @@ class ExportedMemory:
         _call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(-(-size // GRANULARITY) * GRANULARITY))
         self.address = pointer.value
         _call("cuMemsetD8_v2", ctypes.c_uint64(self.address), ctypes.c_ubyte(0), ctypes.c_size_t(size))
-
-    def tensor(self, device: torch.device) -> torch.Tensor:
-        """All of it as uint8 [size]; not to be used after `close`."""
-        return torch.as_tensor(_ArrayInterface(self), device=device)
+        _call("cuCtxSynchronize")  # another process may write at once
 
     def close(self) -> None:
         """Give the memory back, once every kernel that uses it has ended."""
@@ -76,16 +80,6 @@ class MappedMemory:
     def close(self) -> None:
         """Unmap, once every kernel that reads it has ended."""
         _call("cuIpcCloseMemHandle", ctypes.c_uint64(self.address))
-
-
-class _ArrayInterface:
-    def __init__(self, memory: ExportedMemory) -> None:
-        self.__cuda_array_interface__: dict[str, Any] = {
-            "shape": (memory.size,),
-            "typestr": "|u1",
-            "data": (memory.address, False),
-            "version": 3,
-        }
 
 
 @functools.cache

@@ -40,6 +40,8 @@ class Lease:
     blocks: tuple[int, ...] = ()
     """That hold the settled tokens, in order."""
     first_rows: FirstRows | None = None
+    targets: tuple[int, ...] = ()
+    """What the holder has offered for the blocks, ahead of the last one."""
 
     @property
     def live(self) -> bool:
@@ -87,13 +89,21 @@ class Leases:
             lease.deadline = now + self._config.holder_s
         return self.settled_message(lease, holder)
 
-    def confirm(self, lease_id: int, holder: Holder, now: float) -> tuple[Ok | Gone, Lease | None]:
-        """Answer the reader; the lease that this consumed is returned once, for its blocks to be unpinned."""
+    def confirm(
+        self, lease_id: int, holder: Holder, now: float, targets: tuple[int, ...] = ()
+    ) -> tuple[Ok | Gone | Settled, Lease | None]:
+        """Answer the reader; the lease that this consumed is returned once, for its blocks to be unpinned.
+
+        With `targets` it may come while the lease is FILLING, for the owner to carry out when it is READY.
+        """
         lease = self._hold(lease_id, holder, now)
+        if lease is not None and lease.state is LeaseState.FILLING and targets:
+            lease.targets = targets
+            return self.settled_message(lease, holder), None
         if lease is None or lease.state in (LeaseState.GONE, LeaseState.FILLING):
             return Gone(holder, lease_id), None
         if lease.state is LeaseState.CONSUMED:
-            return Ok(holder, lease_id), None
+            return Ok(holder, lease_id, lease.first_rows if lease.targets else None), None
         lease.state = LeaseState.CONSUMED
         lease.deadline = now + self._config.remember_s
         return Ok(holder, lease_id), lease

@@ -106,25 +106,45 @@ class WorkerConfig(Config):
     """cpu | cuda."""
     gpu: int = 0
     """Index of the GPU among those that are visible."""
-    gpu_workers: int = 1
-    """Workers of the deployment on that GPU, this one included."""
-    gpu_kv_share: float = 1.0
-    """This worker's part of what all of them leave for KV blocks."""
     kv_transfer: str = "auto"
-    """How KV blocks come from other workers: auto (the best that a pair has, told in the log) | local (they don't) |
-    cuda_ipc | nccl | gloo | shm | tcp."""
+    """How KV blocks come from other workers: auto (the best that a pair has, told in the log) | local (only within a
+    keeper's pool, where they change owner) | cuda_ipc | nccl | gloo | shm | tcp."""
     attention_backend: str = "auto"
     """auto (what was measured to be fastest) | triton (our own kernels) | fa3 (the extra of that name; for prompts)."""
     threads: int = 0
     """Compute threads on CPU; 0: all cores that this process may use."""
     scheduler: str = ""
     """Address of the scheduler."""
+    keeper: str = ""
+    """ZeroMQ endpoint of the keeper whose memory this worker uses; empty: it has its own."""
+    keeper_workers: int = 1
+    """Workers that use it, this one included."""
+    mps_dir: str = ""
+    """Directory of the MPS daemon whose client it is; empty: processes take turns on the GPU."""
+    mps_percentage: int = 100
+    """Of the multiprocessors that it may use then."""
     run_dir: str = ""
     """0700 directory for this worker's sockets."""
     network: NetworkConfig = NetworkConfig()
     early_bind_tokens: int = 512
     """Prompts with at least this many tokens to compute are handed over chunk by chunk while they run."""
     log_interval_s: float = 10.0
+
+
+class KeeperConfig(Config):
+    """A keeper process: the memory of one device that several workers use."""
+
+    name: str
+    endpoint: str
+    """ZeroMQ endpoint it binds."""
+    parts: dict[str, float]
+    """Worker -> its part of the KV blocks; they sum to 1."""
+    device: str = "cpu"
+    """cpu | cuda."""
+    gpu: int = 0
+    """Index of the GPU among those that are visible."""
+    mps_dir: str = ""
+    """Directory of the MPS daemon to run; empty: none."""
 
 
 class RpcConfig(Config):
@@ -287,6 +307,7 @@ class ServeConfig(Config):
     run_dir: str
     """0700 directory that holds every socket; removed at the end."""
     shutdown_timeout_s: float = 15.0
+    keepers: tuple[KeeperConfig, ...] = ()
 
 
 T = TypeVar("T", bound=Config)

@@ -152,6 +152,8 @@ class Peer(Record):
     """Address of the worker's ROUTER for Open and Confirm."""
     kv_endpoint: str
     """Address at which it greets those who read its KV blocks: 'unix:/run/…/decode-0.kv tcp://10.0.0.5:41878'."""
+    shared_pool: str = ""
+    """The keeper's pool that its blocks lie in, when it swaps them; empty: they can only be copied."""
 
 
 class Holder(Record):
@@ -482,7 +484,8 @@ class ClockRequest(Message):
 
 
 class Progress(Message):
-    """P→S: part of a long prompt has settled and may be read; asks for early binding. Not for continue_decode."""
+    """P→S: part of a long prompt has settled and may be read, or all of it is being computed by now; asks for early
+    binding. Not for continue_decode."""
 
     sid: Sid
     attempt: int
@@ -608,6 +611,9 @@ class Confirm(Message):
     owner_incarnation: int
     lease: int
     holder: Holder
+    targets: tuple[int, ...] = ()
+    """Instead of a copy: these blocks of the holder's, as many as the lease will have, for the lease's. It may come
+    before the last of them has settled; the keeper's Swapped says whether it came to that."""
 
 
 class Settled(Message):
@@ -622,10 +628,12 @@ class Settled(Message):
 
 
 class Ok(Message):
-    """P→D: what you copied was valid, and is yours."""
+    """P→D: what you copied was valid, and is yours; or the keeper has been asked to swap."""
 
     holder: Holder
     lease: int
+    first_rows: FirstRows | None = None
+    """For a holder whose targets came before the last block had settled: the Settled with them may be lost."""
 
 
 class Gone(Message):
@@ -633,6 +641,113 @@ class Gone(Message):
 
     holder: Holder
     lease: int
+
+
+# ----------------------------------------------------------------------------------------------- worker and keeper
+
+
+class Memory(Record):
+    """Device memory that a keeper has allocated."""
+
+    num_bytes: int
+    handle: bytes
+    """What maps it in another process."""
+    ready: bool
+    """Whether it holds what its key says."""
+
+
+class TakeTurn(Message):
+    """W→K, the first message of a process: it wants to load and measure with no other doing so. Answered by Turn once
+    it is its turn and every earlier process of the same name is gone."""
+
+    worker: str
+    pid: int
+
+
+class Turn(Message):
+    """K→W: nobody else loads or measures until this process says EndTurn, or dies."""
+
+    pid: int
+    """The keeper's: when it ends, its memory has no master any more."""
+    shared_pool: str
+    """Names the pool for this life of the keeper."""
+    memories: dict[str, Memory]
+    notes: dict[str, bytes]
+
+
+class Allocate(Message):
+    """W→K, in its turn: memory under a new key. What is not Filled when the turn ends is freed. Answered by
+    Allocated."""
+
+    key: str
+    num_bytes: int
+    num_blocks: int = 0
+    """Above 0: it is the pool of KV blocks, to be divided among the workers; it needs no filling."""
+
+
+class Allocated(Message):
+    """K→W: here it is, or why not."""
+
+    memory: Memory | None
+    error: str = ""
+
+
+class Filled(Message):
+    """W→K: the memory under this key holds what it should."""
+
+    key: str
+
+
+class Note(Message):
+    """W→K: something small that later processes need not find out again."""
+
+    key: str
+    data: bytes
+
+
+class EndTurn(Message):
+    """W→K: the next one may load."""
+
+
+class Join(Message):
+    """W→K: a new incarnation of the worker begins; whatever the one before had asked for is void. Answered by Share."""
+
+    incarnation: int
+
+
+class Share(Message):
+    """K→W: the blocks that this worker owns, int32 in an extra frame."""
+
+
+class Swap(Message):
+    """P→K: a lease was confirmed against targets. Answered by Swapped, to both sides."""
+
+    owner_incarnation: int
+    lease: int
+    holder_incarnation: int
+    give: tuple[int, ...]
+    """The owner's blocks, which the holder gets."""
+    take: tuple[int, ...]
+    """The holder's, which the owner gets."""
+
+
+class Withdraw(Message):
+    """D→K: the holder wants its targets back. Answered by a Swapped that says no, unless one that says yes has been
+    sent before."""
+
+    owner_incarnation: int
+    lease: int
+
+
+class Swapped(Message):
+    """K→P and D: whether the blocks of this lease have changed hands. Until it comes, both sides keep their own away
+    from everything else."""
+
+    owner_incarnation: int
+    lease: int
+    done: bool
+    blocks: tuple[int, ...] = ()
+    """What the receiver has got."""
 
 
 # --------------------------------------------------------------------------------------------------- who reads what
@@ -659,3 +774,5 @@ ToWorker = WhoAreYou | Welcome | Fenced | ClockReply | StartPrefill | StartDecod
 ToWorkerFromFrontend = CancelStream
 ToOwner = Open | Confirm
 ToHolder = Settled | Ok | Gone
+ToKeeper = TakeTurn | Allocate | Filled | Note | EndTurn | Join | Swap | Withdraw
+FromKeeper = Turn | Allocated | Share | Swapped

@@ -26,7 +26,7 @@ import msgspec
 from setproctitle import setproctitle
 
 from baton.proto import config as config_tree
-from baton.proto.config import FrontendConfig, SchedulerConfig, WorkerConfig
+from baton.proto.config import FrontendConfig, KeeperConfig, SchedulerConfig, WorkerConfig
 from baton.proto.errors import UserError
 
 GC_THRESHOLD = 10_000
@@ -36,7 +36,7 @@ EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 _PR_SET_PDEATHSIG = 1
 
-ConfigT = TypeVar("ConfigT", WorkerConfig, FrontendConfig, SchedulerConfig)
+ConfigT = TypeVar("ConfigT", WorkerConfig, FrontendConfig, SchedulerConfig, KeeperConfig)
 
 
 class Report(msgspec.Struct, frozen=True):

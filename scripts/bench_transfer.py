@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""KV blocks between two processes on one GPU: the copy alone, decode steps beside copies, a whole handoff over HTTP.
+"""Two processes on one GPU: the copy of blocks, decode steps beside copies, handoffs over HTTP, restarts, load.
 
-    scripts/bench_transfer.py MODEL_DIR [--parts gather decode handoff] [--json FILE]
+    scripts/bench_transfer.py MODEL_DIR [--parts gather decode handoff restart load] [--json FILE]
 
 MODEL_DIR needs config.json and tokenizer files only: weights are random. Without a GPU: demo --device cpu --parts host
 handoff.
@@ -11,7 +11,9 @@ import argparse
 import ctypes
 import http.client
 import json
+import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -137,9 +139,12 @@ def gather(_args: argparse.Namespace) -> Figures:
                 figures[f"{name}: pull, TB/s"] = payload / statistics.median(seconds) / 1e12
                 addresses = [(link._theirs.addresses(pull.source), pool.addresses(pull.target)) for pull in pulls]
                 jobs = [torch.from_numpy(np.stack(pair, axis=1)).cuda() for pair in addresses]
-                on_device = [device_seconds(lambda job=job, size=block_bytes: copy_blocks(job, size)) for job in jobs][
-                    4:
-                ]
+
+                def copy_five(first: int, jobs: list[torch.Tensor] = jobs, size: int = block_bytes) -> None:
+                    for job in jobs[first : first + 5]:
+                        copy_blocks(job, size)
+
+                on_device = [device_seconds(lambda first=first: copy_five(first)) / 5 for first in (0, 5, 10, 15)][1:]
                 figures[f"{name}: kernel, TB/s"] = payload / statistics.median(on_device) / 1e12
     return figures
 
@@ -248,39 +253,73 @@ def steps(engine: Any, number: int) -> float:
 # ------------------------------------------------------------------------------------------------------------ handoff
 
 
-@contextmanager
-def served(args: argparse.Namespace) -> Iterator[str]:
-    """`baton serve` with one prefill and one decode worker; its URL."""
-    command = [sys.executable, "-P", "-m", "baton.frontend.cli.main", "serve", args.model]
-    flags = ["--prefill", "1", "--decode", "1", "--host", "127.0.0.1", "--port", "0", "--no-enable-prefix-caching"]
-    if args.device == "cuda":
-        flags += ["--device", "cuda", "--gpus", args.gpus, "--load-format", "dummy", "--max-model-len", "8192"]
-    process = subprocess.Popen(
-        [*command, *flags, *args.serve_flags.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=die_with_parent,
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
+SPLIT = ("--prefill", "1", "--decode", "1")
+
+
+class WatchedServer:
+    """`baton serve`, ready on entry; what it prints goes to stderr too."""
+
+    def __init__(self, args: argparse.Namespace, *flags: str) -> None:
+        command = [sys.executable, "-P", "-m", "baton.frontend.cli.main", "serve", args.model, *flags]
+        command += ["--host", "127.0.0.1", "--port", "0", "--no-enable-prefix-caching", *args.serve_flags.split()]
+        if args.device == "cuda":
+            command += ["--device", "cuda", "--gpus", args.gpus, "--load-format", "dummy", "--max-model-len", "8192"]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent
+        )
+        self._lines: list[tuple[float, str]] = []
+        self._printed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
             print(line, end="", file=sys.stderr)
-            if line.startswith("ready at "):
-                break
-        else:
-            raise SystemExit(process.wait())
-        threading.Thread(target=process.stdout.read, daemon=True).start()
-        yield line.split()[2]
-    finally:
-        process.terminate()
-        process.wait()
+            with self._printed:
+                self._lines.append((time.monotonic(), line))
+                self._printed.notify_all()
+        with self._printed:
+            self._lines.append((time.monotonic(), ""))
+            self._printed.notify_all()
+
+    def said(self, text: str, after_s: float = 0.0) -> tuple[float, str]:
+        """When a line with this text came, not before `after_s`, and the line."""
+        found: list[tuple[float, str]] = []
+
+        def there() -> bool:
+            found[:] = [each for each in self._lines if each[0] >= after_s and text in each[1]]
+            return bool(found) or (bool(self._lines) and not self._lines[-1][1])
+
+        with self._printed:
+            self._printed.wait_for(there, timeout=300)
+        if not found:
+            raise SystemExit(f"the server did not say {text!r}")
+        return found[0]
+
+    @property
+    def url(self) -> str:
+        return self.said("ready at ")[1].split()[2]
+
+    def pid(self, name: str) -> int:
+        """Of a process, as it said when it started last."""
+        with self._printed:
+            lines = [line for _, line in self._lines if f" {name} is alive, pid " in line]
+        return int(lines[-1].split()[-1])
+
+    def __enter__(self) -> "WatchedServer":
+        self.said("ready at ")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
 
 
 def handoff(args: argparse.Namespace) -> Figures:
     """Milliseconds of one handoff after the other in an idle system, p50 and p99, by stage."""
-    with served(args) as url:
-        return handoffs(url, args.input_len, args.requests)
+    with WatchedServer(args, *SPLIT) as server:
+        return handoffs(server.url, args.input_len, args.requests)
 
 
 def handoffs(url: str, input_len: int, count: int, warm_up: int = 3) -> Figures:
@@ -294,7 +333,7 @@ def handoffs(url: str, input_len: int, count: int, warm_up: int = 3) -> Figures:
     del ledgers[:warm_up], receipts[:warm_up], gaps[:warm_up]
     figures: Figures = {
         "transport": ledgers[0]["transport"],
-        "moved MiB": ledgers[0]["moved_bytes"] / 2**20,
+        "moved MiB": ledgers[0].get("moved_bytes", 0) / 2**20,
         "first token sampled to client, ms": spread(receipts),
         "first to second token at the client, ms": spread(gaps),
     }
@@ -340,6 +379,50 @@ def request(url: str, input_len: int) -> tuple[Figures, list[float]]:
     return ledger, arrivals
 
 
+# ------------------------------------------------------------------------------------------------- restart and load
+
+
+def restart(args: argparse.Namespace) -> Figures:
+    """Seconds from a kill -9 to the worker serving again, and until a request sent at the kill has its answer."""
+    figures: Figures = {}
+    with WatchedServer(args, *SPLIT) as server:
+        request(server.url, args.input_len)
+        for name in ("decode-0", "prefill-0"):
+            killed_at = time.monotonic()
+            os.kill(server.pid(name), signal.SIGKILL)
+            request(server.url, args.input_len)
+            figures[f"{name}: until a request had its answer, s"] = time.monotonic() - killed_at
+            ready_at, _ = server.said(f"{name} is ready again", killed_at)
+            figures[f"{name}: until it served, s"] = ready_at - killed_at
+    return figures
+
+
+def load(args: argparse.Namespace) -> Figures:
+    """1,024 tokens in and 128 out by Poisson arrivals: the split pool on one GPU beside one unified worker."""
+    figures: Figures = {}
+    kinds = {"split": SPLIT, "unified": ("--unified", "1")}
+    for kind in args.kinds:
+        flags = kinds[kind.removesuffix("+mps")]
+        with WatchedServer(args, *flags, *(("--mps",) if kind.endswith("+mps") else ())) as server:
+            bench(args, server, 32, 16)  # clocks and caches
+            for rate in args.rates:
+                figures[f"{kind}, {rate} req/s"] = bench(args, server, rate * args.seconds, rate)
+    return figures
+
+
+def bench(args: argparse.Namespace, server: WatchedServer, count: int, rate: int) -> Figures:
+    """`baton bench serve`'s figures in milliseconds."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, "-P", "-m", "baton.frontend.cli.main", "bench", "serve", "--disable-tqdm"]
+        command += ["--base-url", server.url, "--model", args.model, "--output-json", file.name, "--temperature", "0"]
+        command += ["--dataset-name", "random", "--random-input-len", "1024", "--random-output-len", "128"]
+        command += ["--num-prompts", str(count), "--request-rate", str(rate), "--seed", "0", "--ignore-eos"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        found = json.loads(Path(file.name).read_text())
+    names = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "mean_itl_ms", "p99_itl_ms")
+    return {"completed": found["completed"], **{name: round(found[name], 2) for name in names}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="model directory, or 'demo' with --device cpu")
@@ -349,6 +432,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--input-len", type=int, default=4096)
     parser.add_argument("--serve-flags", default="", help="more flags of `baton serve`, in one string")
+    parser.add_argument("--kinds", nargs="+", default=["split", "unified"], help="of `load`; also split+mps")
+    parser.add_argument("--rates", nargs="+", type=int, default=[8, 16], help="of `load`: requests a second")
+    parser.add_argument("--seconds", type=int, default=30, help="of arrivals at each rate")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--own", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -365,7 +451,7 @@ def main() -> None:
         args.json.write_text(json.dumps(result, indent=2))
 
 
-PARTS = {"gather": gather, "decode": decode, "handoff": handoff, "host": host}
+PARTS = {"gather": gather, "decode": decode, "handoff": handoff, "host": host, "restart": restart, "load": load}
 
 if __name__ == "__main__":
     main()

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench_gpu_served import Server, bench
-from bench_transfer import Figures, handoffs, served
+from bench_transfer import SPLIT, Figures, WatchedServer, handoffs
 
 SCRIPTS = Path(__file__).resolve().parent
 TARGETS = ("--goodput", "ttft:300", "tpot:10")
@@ -113,7 +113,8 @@ def handoff(args: argparse.Namespace) -> Figures:
         "as by default, transferred at the end": "--early-bind-tokens 1000000",
     }.items():
         args.serve_flags = flags if args.dry_run else f"--max-model-len 40960 {flags}"
-        with served(args) as url:
+        with WatchedServer(args, *SPLIT) as server:
+            url = server.url
             for tokens, count in args.scale.prompts:
                 figures[f"{tokens} tokens, {name}"] = found = handoffs(url, tokens, count, warm_up=2)
                 print(tokens, name, json.dumps(found), flush=True)

@@ -24,6 +24,7 @@ from baton.proto.layout import Group, KVLayout
 from baton.proto.network import Network, open_network
 from baton.proto.supervision import Supervised, run_child
 from baton.worker.backend import Backend, fill_batch
+from baton.worker.blocks import Blocks
 from baton.worker.device import Device
 from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.plan import StepPlan, StepResult
@@ -64,7 +65,8 @@ class InstantBackend(Backend):
 
     def __init__(self, config: WorkerConfig, steps_per_s: float) -> None:
         self.config = fill_batch(config, OWN)
-        self.max_model_len, self.num_blocks = MAX_MODEL_LEN, NUM_BLOCKS
+        self.max_model_len, self.num_blocks, self.pool_blocks = MAX_MODEL_LEN, NUM_BLOCKS, NUM_BLOCKS
+        self.blocks = Blocks(NUM_BLOCKS)
         group = Group("full", 1, config.cache.block_size, 64, ("token",), (16,), "float32")
         self.layout = KVLayout("instant", (group,))
         tokens = load_tokenizer(config.model).encode(TEXT.read_text(), add_special_tokens=False)

@@ -37,7 +37,7 @@ class Clock:
     def __init__(self, target_itl_ms: float, input_len: int, output_len: int) -> None:
         self.batcher = Batcher(
             Peer("unified-0", 1, "", ""),
-            NUM_BLOCKS,
+            range(NUM_BLOCKS),
             max_model_len=8192,
             cache=CacheConfig(num_blocks=NUM_BLOCKS, enable_prefix_caching=False),
             batch=BatchConfig(8192, 1024, target_itl_ms, depth=2),

@@ -14,6 +14,7 @@ from baton.proto.layout import KVLayout
 from baton.proto.messages import Peer
 from baton.proto.network import Network
 from baton.worker.batcher import Batcher
+from baton.worker.blocks import Blocks
 from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.step_costs import StepCosts
@@ -27,6 +28,11 @@ class Backend(ABC):
     layout: KVLayout
     max_model_len: int
     num_blocks: int
+    """That are this worker's own."""
+    pool_blocks: int
+    """Of the pool that they lie in."""
+    blocks: Blocks
+    """Which ones they are."""
     grammars: GrammarCompiler
     """Of this model, shared by the worker's loop and the runner."""
     costs: StepCosts | None = None
@@ -45,10 +51,10 @@ class Backend(ABC):
         """Let go of the pool and of the runner's threads."""
 
     def new_batcher(self, me: Peer) -> Batcher:
-        """A batcher over the whole pool, with nothing in it."""
+        """A batcher over this worker's blocks, with nothing in them."""
         return Batcher(
             me,
-            self.num_blocks,
+            self.blocks.join(me.incarnation),
             self.max_model_len,
             self.config.cache,
             self.config.batch,

@@ -14,6 +14,8 @@ tokens are found when the result arrives, and what a step in flight still comput
 keeps its blocks from transfers until that step has passed.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from baton.kv_transfer.contract import PullDone
@@ -33,6 +35,7 @@ from baton.proto.messages import (
     Gone,
     Holder,
     Holding,
+    KVLink,
     Ledger,
     Load,
     Ok,
@@ -45,6 +48,7 @@ from baton.proto.messages import (
     Sid,
     StartDecode,
     StartPrefill,
+    Swapped,
     TokenLogprobs,
     Welcome,
 )
@@ -57,25 +61,26 @@ from baton.worker.request import RemoteKV, Request, State
 from baton.worker.shared_prompts import SharedPrompts
 from baton.worker.step_costs import StepCosts
 from baton.worker.step_scheduler import Planned, StepScheduler
+from baton.worker.swaps import Swaps
 from baton.worker.tombstones import Tombstones
 
 PREFILL, DECODE = "prefill", "decode"
 
 Command = StartPrefill | StartDecode | CancelCommand
-Event = Welcome | Command | CancelStream | Open | Confirm | Settled | Ok | Gone | PullDone | Compiled
+Event = Welcome | Command | CancelStream | Open | Confirm | Settled | Ok | Gone | Swapped | PullDone | Compiled
 
 
 class Batcher:
     """All streams of one worker incarnation.
 
-    `me` is this worker's own address, `num_blocks` the size of the pool; `max_model_len` bounds a sequence, and `costs`
+    `me` is this worker's own address, `blocks` are those that it owns; `max_model_len` bounds a sequence, and `costs`
     are those of this device's steps, where they are known.
     """
 
     def __init__(
         self,
         me: Peer,
-        num_blocks: int,
+        blocks: Sequence[int],
         max_model_len: int,
         cache: CacheConfig,
         batch: BatchConfig,
@@ -85,16 +90,27 @@ class Batcher:
     ) -> None:
         self.me = me
         self.outbox: list[Effect] = []
-        self.pool = BlockPool(num_blocks, cache.enable_prefix_caching)
+        self.pool = BlockPool(blocks, cache.enable_prefix_caching)
         self.leases = Leases(lease)
         self._block_size = cache.block_size
-        self._max_model_len = min(max_model_len, num_blocks * cache.block_size)
+        self._max_model_len = min(max_model_len, len(blocks) * cache.block_size)
         self._early_bind_tokens = early_bind_tokens
-        self._shared = SharedPrompts()
+        self._shared = SharedPrompts(enabled=not me.shared_pool)
         self._steps = StepScheduler(
             self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs, self._shared
         )
-        self._pulls = Pulls(self.pool, cache.block_size, lease, self._shared, self.outbox, self._kv_ready, self._forget)
+        self._swaps = Swaps(self.pool, self.outbox)
+        self._pulls = Pulls(
+            me,
+            self.pool,
+            self._swaps,
+            cache.block_size,
+            lease,
+            self._shared,
+            self.outbox,
+            self._kv_ready,
+            self._forget,
+        )
         self._gate = GrammarGate(self.outbox)
         self._requests: dict[tuple[Sid, str], Request] = {}
         self._leased: dict[int, Request] = {}
@@ -124,9 +140,12 @@ class Batcher:
                 key = self._lease_key(event)
                 self._pulls.settled(key, event.num_tokens, event.blocks, event.first_rows, now)
             case Ok():
-                self._pulls.ok(self._lease_key(event), now)
+                self._pulls.ok(self._lease_key(event), event.first_rows, now)
             case Gone():
                 self._pulls.gone(self._lease_key(event))
+            case Swapped():
+                if not self._swaps.swapped(event):
+                    self._pulls.swapped(event, now)
             case PullDone():
                 self._pulls.pull_done(event, now)
             case Compiled():
@@ -317,10 +336,19 @@ class Batcher:
 
     def _confirm(self, event: Confirm, now: float) -> None:
         gone = self._as_owner(event)
-        answer, consumed = (gone, None) if gone else self.leases.confirm(event.lease, event.holder, now)
+        answer, consumed = (gone, None) if gone else self.leases.confirm(event.lease, event.holder, now, event.targets)
         self.outbox.append(ToHolder(event.holder, answer))
         if consumed is not None:
-            self._over(self._leased.pop(consumed.id), ended=True)
+            self._consumed(consumed, event.targets)
+
+    def _consumed(self, lease: Lease, targets: tuple[int, ...]) -> None:
+        """The holder has a copy of the blocks, or is to have them for its targets."""
+        request = self._leased.pop(lease.id)
+        if targets:
+            assert lease.holder is not None
+            self._swaps.give((self.me.incarnation, lease.id), request.blocks, lease.holder, targets)
+            request.blocks = []
+        self._over(request, ended=True)
 
     def tick(self, now: float) -> None:
         """Sweep what the clock ends: leases, renewals, tombstones."""
@@ -338,7 +366,13 @@ class Batcher:
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None when `depth` are in flight or nothing can run."""
-        return self._steps.schedule(now)
+        plan = self._steps.schedule(now)
+        if plan is not None:
+            for item in [item for item in self._steps.planned_last if item.request.hands_over and item.samples]:
+                lease = item.request.lease
+                if lease is not None and lease.holder is None and self._binds_early(item.request):
+                    self._report_progress(item.request, now)  # its reader can make room while the last chunk runs
+        return plan
 
     def complete(self, result: StepResult, now: float) -> None:
         """Take in the oldest step's result."""
@@ -370,8 +404,11 @@ class Batcher:
         self._publish(request)
         if not item.decodes:
             request.computed += item.end - item.start
-        if request.hands_over and not item.samples and len(request.tokens) >= self._early_bind_tokens:
+        if not item.samples and self._binds_early(request):
             self._report_progress(request, now)
+
+    def _binds_early(self, request: Request) -> bool:
+        return request.hands_over and len(request.tokens) >= self._early_bind_tokens
 
     def _publish(self, request: Request) -> None:
         full = request.settled // self._block_size
@@ -496,6 +533,14 @@ class Batcher:
         if lease.holder is not None:
             self.outbox.append(ToHolder(lease.holder, self.leases.settled_message(lease, lease.holder)))
         self.outbox.append(ToScheduler(_prefill_done(lease)))
+        if lease.targets and lease.holder is not None:
+            _, consumed = self.leases.confirm(lease.id, lease.holder, now)
+            assert consumed is lease
+            self._consumed(lease, lease.targets)
+
+    def links(self) -> tuple[KVLink, ...]:
+        """Workers that blocks come from without a transport."""
+        return tuple(KVLink(owner, "local") for owner in sorted(self._pulls.swapped_with))
 
     def holdings(self) -> tuple[Holding, ...]:
         """Every stream that this worker keeps something for."""

@@ -11,20 +11,24 @@ writes it any more, so it needs no fence.
 """
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 
 
 class BlockPool:
-    """Bookkeeping for `num_blocks` blocks; knows nothing of their bytes."""
+    """Bookkeeping for the blocks with these ids; knows nothing of their bytes.
 
-    def __init__(self, num_blocks: int, enable_prefix_caching: bool = True) -> None:
-        if num_blocks < 1:
-            raise ValueError(f"a block pool needs at least one block, got {num_blocks}")
-        self.num_blocks = num_blocks
+    Ids may have gaps, and come and go by `exchange`, where workers share one memory. Their number stays.
+    """
+
+    def __init__(self, blocks: Sequence[int], enable_prefix_caching: bool = True) -> None:
+        if not blocks:
+            raise ValueError("a block pool needs at least one block")
+        self.num_blocks = len(blocks)
         self.caching = enable_prefix_caching
-        self._references = [0] * num_blocks
-        self._hash: list[bytes | None] = [None] * num_blocks
+        self._references = dict.fromkeys(blocks, 0)
+        self._hash: dict[int, bytes] = {}
         self._by_hash: dict[bytes, int] = {}
-        self._free = list(range(num_blocks - 1, -1, -1))  # last freed is taken first: its bytes are still in the cache
+        self._free = list(reversed(blocks))  # last freed is taken first: its bytes are still in the cache
         self._fenced: deque[tuple[int, int]] = deque()  # (step, block), oldest first
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
@@ -62,10 +66,7 @@ class BlockPool:
         return self._fenced.popleft()[1]
 
     def _forget(self, block: int) -> None:
-        block_hash = self._hash[block]
-        if block_hash is not None:
-            del self._by_hash[block_hash]
-            self._hash[block] = None
+        del self._by_hash[self._hash.pop(block)]
 
     def match(self, hashes: list[bytes]) -> list[int]:
         """The longest run of cached blocks for this chain (one hash per block), one reference taken on each."""
@@ -87,7 +88,7 @@ class BlockPool:
 
     def publish(self, block: int, block_hash: bytes) -> None:
         """Make a full, settled block findable. The first block with a given content wins."""
-        if self.caching and self._hash[block] is None and block_hash not in self._by_hash:
+        if self.caching and block not in self._hash and block_hash not in self._by_hash:
             self._hash[block] = block_hash
             self._by_hash[block_hash] = block
 
@@ -103,12 +104,22 @@ class BlockPool:
                 continue
             if self._references[block] < 0:
                 raise AssertionError(f"block {block} was released twice")
-            if self._hash[block] is not None:
+            if block in self._hash:
                 self._cached[block] = None
             elif fence:
                 self._fenced.append((fence, block))
             else:
                 self._free.append(block)
+
+    def exchange(self, give: Sequence[int], take: Sequence[int]) -> None:
+        """Blocks change owner: the caller's only reference on each of `give` ends, and it has one on each of `take`."""
+        for block in give:
+            if self._references.pop(block) != 1 or block in self._hash:
+                raise AssertionError(f"block {block} is given away but still needed here")
+        for block in take:
+            if block in self._references:
+                raise AssertionError(f"block {block} was taken but is here already")
+            self._references[block] = 1
 
     def step_completed(self, step: int) -> None:
         """Fences up to `step` have passed."""
@@ -120,4 +131,4 @@ class BlockPool:
         self._free.extend(self._cached)
         self._cached.clear()
         self._by_hash.clear()
-        self._hash = [None] * self.num_blocks
+        self._hash.clear()

@@ -12,6 +12,7 @@ from baton.proto.config import BatchConfig, CacheConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.network import Network
 from baton.worker.backend import Backend, check_pool_size, fill_batch
+from baton.worker.blocks import Blocks, SharedBlocks
 from baton.worker.kv_pool import HostPool
 from baton.worker.model_runner import ModelRunner
 from baton.worker.plan import StepPlan, StepResult
@@ -33,10 +34,21 @@ class CpuBackend(Backend):
         self._runner = ModelRunner(config)
         self.layout, self.max_model_len = self._runner.layout, self._runner.max_model_len
         self.grammars = self._runner.grammars
-        self.num_blocks = _num_blocks(config.cache, self.layout.groups[0].block_bytes)
+        self._pool, self.blocks = self._open_pool()
+        self.pool_blocks = self._pool.num_blocks
+        self.num_blocks = len(self.blocks.join(0))
         check_pool_size(self.num_blocks, config.cache.block_size, self.max_model_len)
-        self._pool = HostPool(self.layout, self.num_blocks)
         self._runner.attach_pool(self._pool.tensor)
+
+    def _open_pool(self) -> tuple[HostPool, Blocks]:
+        block_bytes = self.layout.groups[0].block_bytes
+        num_blocks = _num_blocks(self.config.cache, block_bytes)
+        if not self.config.keeper:
+            return HostPool(self.layout, num_blocks), Blocks(num_blocks)
+        blocks = SharedBlocks(self.config)
+        with blocks.turn():
+            memory = blocks.pool(block_bytes, lambda: num_blocks * self.config.keeper_workers)
+        return HostPool(self.layout, memory.num_bytes // block_bytes, memory.handle.decode()), blocks
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         """All of the step happens in the call that waits for it."""
@@ -48,6 +60,7 @@ class CpuBackend(Backend):
     def close(self) -> None:
         self._runner.close()
         self._pool.close()
+        self.blocks.close()
 
 
 def _num_blocks(cache: CacheConfig, block_bytes: int) -> int:

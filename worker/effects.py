@@ -16,7 +16,9 @@ from baton.proto.messages import (
     Peer,
     Settled,
     Sid,
+    Swap,
     TokenLogprobs,
+    Withdraw,
 )
 
 
@@ -41,6 +43,13 @@ class ToHolder:
 
     holder: Holder
     message: Settled | Ok | Gone
+
+
+@dataclass(slots=True, frozen=True)
+class ToKeeper:
+    """Send to the keeper of the pool."""
+
+    message: Swap | Withdraw
 
 
 @dataclass(slots=True, frozen=True)
@@ -77,4 +86,4 @@ class Compiled:
     error: str = ""
 
 
-Effect = ToScheduler | ToOwner | ToHolder | Emit | Pull | Compile
+Effect = ToScheduler | ToOwner | ToHolder | ToKeeper | Emit | Pull | Compile

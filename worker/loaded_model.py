@@ -11,7 +11,8 @@ from baton.worker.attention import choose_ops
 from baton.worker.attention.model import Model
 from baton.worker.kv_layout import kv_layout
 from baton.worker.models.registry import find_model
-from baton.worker.weights import loader
+from baton.worker.weights import loader, placement
+from baton.worker.weights.placement import SharedMemory
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ class LoadedModel:
     and windows (the distinct ones of its layers; see LlamaConfig).
     """
 
-    def __init__(self, config: WorkerConfig, device: torch.device) -> None:
+    def __init__(self, config: WorkerConfig, device: torch.device, shared: SharedMemory | None = None) -> None:
+        """With `shared` the weights lie there, where another process may have loaded them."""
         directory = Path(config.model.path)
         model_json = loader.read_config(directory)
         model_class, config_class = find_model(model_json)
@@ -53,16 +55,32 @@ class LoadedModel:
         self.ops = choose_ops(config.device, attention, config.attention_backend)
         with device:
             self.model = model_class(shape, self.max_model_len, self.ops, self.dtype)
-        if load_format == "dummy":
-            loader.fill_dummy(self.model, seed)
+        if shared is None:
+            placement.place(self.model, device)
+            self._fill(config, directory, device)
+        else:
+            key = placement.arena_key(self.model, fingerprint)
+            arena, ready = shared.open(key, placement.arena_bytes(self.model))
+            placement.place_in(self.model, arena)
+            if ready:
+                log.info("found the weights in the keeper's memory")
+            else:
+                self._fill(config, directory, device)
+                shared.filled(key)
+        self.model.pack()
+        log.info("loaded %s in %.1f s", directory.name, time.monotonic() - started)
+
+    def _fill(self, config: WorkerConfig, directory: Path, device: torch.device) -> None:
+        if config.model.load_format == "dummy":
+            loader.fill_dummy(self.model, config.model.seed)
         elif device.type == "cuda":
             from baton.worker.weights.stream import load_checkpoint_to_gpu
 
             load_checkpoint_to_gpu(self.model, directory)
         else:
             loader.load_checkpoint(self.model, directory)
-        self.model.pack()
-        log.info("loaded %s in %.1f s", directory.name, time.monotonic() - started)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # others may read as soon as it is said to be filled
 
     def check_pool(self, pool: torch.Tensor) -> None:
         """Raises ValueError unless pool is [num_blocks, *layout.groups[0].shape] of the layout's dtype."""

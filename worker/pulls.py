@@ -8,6 +8,9 @@ A request takes all its blocks at once, prefix hits included: if waiting request
 room that the first of them waits for.
 
 Blocks that a pull may still write are given back only when the transport says PullDone, whatever became of the request.
+
+Where both workers' blocks lie in one pool nothing is pulled: the Confirm goes out as soon as blocks are reserved and
+offers them for the owner's (swaps.py). The leg is ready once Swapped and the first rows are here, in any order.
 """
 
 from collections import deque
@@ -17,11 +20,12 @@ from dataclasses import dataclass
 from baton.kv_transfer.contract import Pull, PullDone
 from baton.proto.config import LeaseConfig
 from baton.proto.lifecycle import Stage
-from baton.proto.messages import Confirm, Ended, FirstRows, Open
+from baton.proto.messages import Confirm, Ended, FirstRows, Open, Peer, Swapped
 from baton.worker.block_pool import BlockPool
 from baton.worker.effects import Effect, ToOwner, ToScheduler
 from baton.worker.request import RemoteKV, Request, State
 from baton.worker.shared_prompts import SharedPrompts
+from baton.worker.swaps import Swaps
 
 
 @dataclass(slots=True)
@@ -37,7 +41,9 @@ class Pulls:
 
     def __init__(
         self,
+        me: Peer,
         pool: BlockPool,
+        swaps: Swaps,
         block_size: int,
         config: LeaseConfig,
         shared: SharedPrompts,
@@ -45,7 +51,9 @@ class Pulls:
         ready: Callable[[Request], None],
         failed: Callable[[Request], None],
     ) -> None:
+        self._me = me
         self._pool = pool
+        self._swaps = swaps
         self._block_size = block_size
         self._config = config
         self._shared = shared
@@ -58,6 +66,8 @@ class Pulls:
         self._orphans: dict[int, Orphan] = {}  # transfer -> what it may still write
         self._next_transfer = 1
         self.pulled_tokens = 0
+        self.swapped_with: set[str] = set()
+        """Workers whose blocks are taken in exchange."""
 
     def __len__(self) -> int:
         return len(self._by_lease)
@@ -109,11 +119,42 @@ class Pulls:
         if request not in self._unreserved:
             self._advance(request, now)
 
-    def ok(self, key: tuple[int, int], now: float) -> None:
-        """The owner confirmed: the copy is ours and true."""
+    def ok(self, key: tuple[int, int], rows: FirstRows | None, now: float) -> None:
+        """The owner confirmed: the copy is ours and true, or the keeper will say whose the blocks are."""
         request = self._by_lease.get(key)
         if request is None or _remote(request).confirm_sent_at is None:
             return
+        remote = _remote(request)
+        remote.heard_at = now
+        if not self._shares_pool(remote):
+            self._arrived(key, request, now)
+        elif rows is not None:
+            remote.settled, remote.first_rows = remote.total, rows
+            self._advance(request, now)
+
+    def swapped(self, event: Swapped, now: float) -> None:
+        """The keeper's word on blocks that were offered for the owner's."""
+        key = event.owner_incarnation, event.lease
+        request = self._by_lease.get(key)
+        if request is None or not _remote(request).offered:
+            if event.done:
+                raise AssertionError(f"blocks of lease {event.lease} were swapped, but not for any of ours")
+            return
+        remote = _remote(request)
+        remote.offered = False
+        if not event.done:
+            self._fail(request, "its blocks were not swapped")
+            return
+        self._pool.exchange(request.blocks, event.blocks)
+        request.blocks = list(event.blocks)
+        remote.swapped, remote.heard_at = True, now
+        self.swapped_with.add(remote.owner.worker)
+        request.ledger.transport = "local"
+        request.ledger.moved_blocks = len(request.blocks)
+        request.ledger.stages[Stage.PULLED] = now
+        self._advance(request, now)
+
+    def _arrived(self, key: tuple[int, int], request: Request, now: float) -> None:
         del self._by_lease[key]
         remote = _remote(request)
         request.ledger.stages[Stage.CONFIRMED] = now
@@ -150,7 +191,12 @@ class Pulls:
     def cancel(self, request: Request) -> None:
         """Forget the request; blocks under a running transfer follow when it ends."""
         remote = _remote(request)
-        self._by_lease.pop((remote.owner.incarnation, remote.lease), None)
+        key = remote.owner.incarnation, remote.lease
+        self._by_lease.pop(key, None)
+        if remote.offered:
+            self._swaps.withdraw(key, request.blocks)
+            request.blocks = []
+            return
         if request in self._unreserved:
             self._unreserved.remove(request)
         orphan = Orphan(request.blocks, set(remote.pulling))
@@ -182,6 +228,13 @@ class Pulls:
         """Pull what has settled and was not asked for; confirm when all is here."""
         remote = _remote(request)
         done = remote.first_rows is not None and remote.settled >= remote.total
+        if remote.swapped and done:
+            self._arrived((remote.owner.incarnation, remote.lease), request, now)
+            return
+        if self._shares_pool(remote):
+            if remote.confirm_sent_at is None:
+                self._confirm(request, now)
+            return
         readable = -(-remote.total // self._block_size) if done else remote.settled // self._block_size
         if readable > remote.asked_blocks:
             self._pull(request, remote.asked_blocks, readable, now)
@@ -208,7 +261,14 @@ class Pulls:
     def _confirm(self, request: Request, now: float) -> None:
         remote = _remote(request)
         remote.confirm_sent_at = now
-        self._outbox.append(ToOwner(remote.owner, Confirm(remote.owner.incarnation, remote.lease, remote.holder)))
+        remote.offered = self._shares_pool(remote) and not remote.swapped
+        targets = tuple(request.blocks) if remote.offered else ()
+        confirm = Confirm(remote.owner.incarnation, remote.lease, remote.holder, targets)
+        self._outbox.append(ToOwner(remote.owner, confirm))
+
+    def _shares_pool(self, remote: RemoteKV) -> bool:
+        """Whether blocks of ours can be swapped for the owner's."""
+        return bool(self._me.shared_pool) and remote.owner.shared_pool == self._me.shared_pool
 
     def _fail(self, request: Request, reason: str) -> None:
         self.cancel(request)

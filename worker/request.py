@@ -48,6 +48,10 @@ class RemoteKV:
     """When the owner last answered."""
     opened_at: float = 0.0
     confirm_sent_at: float | None = None
+    offered: bool = False
+    """Whether our blocks may have been swapped for the owner's by now."""
+    swapped: bool = False
+    """Whether they have been."""
 
 
 @dataclass(slots=True, eq=False)

@@ -71,11 +71,12 @@ class Session:
         stem = Path(config.run_dir) / f"{config.name}-{self._incarnation:014x}"
         self._poller = zmq.Poller()
         self._me_bytes = identity(config.name, self._incarnation)
-        greeting = Greeting(backend.layout, config.name, self._incarnation, backend.num_blocks)
+        greeting = Greeting(backend.layout, config.name, self._incarnation, backend.pool_blocks)
         self._source, self._sink = backend.open_transport(stem.with_suffix(".kv"), greeting, network)
         self._peers: Router[ToOwner] = Router(network, network.everywhere(f"ipc://{stem}.peer"), ToOwner)
         self._peer_path = stem.with_suffix(".peer")
-        self._me = Peer(config.name, self._incarnation, self._peers.address, self._source.address)
+        pool = backend.blocks.shared_pool
+        self._me = Peer(config.name, self._incarnation, self._peers.address, self._source.address, pool)
         self._scheduler: Dealer[ToWorker] = Dealer(network, config.scheduler, self._me_bytes, ToWorker)
         self._distant = not is_local(self._scheduler.endpoint)
         self._clock = ClusterClock(clock_space(), same_host=not self._distant)
@@ -90,7 +91,7 @@ class Session:
         self._load_at = 0.0
         self._holdings_at = 0.0
         self._load_due = True
-        loop_sources = (device, self._sink, backend.grammars, supervised.stop_fd)
+        loop_sources = (device, self._sink, backend.grammars, supervised.stop_fd, *backend.blocks.sources)
         for source in (self._peers.socket, self._scheduler.socket, *loop_sources):
             self._poller.register(source, zmq.POLLIN)
         self._beats = Heartbeat(network, config.scheduler, self._beat)
@@ -152,6 +153,8 @@ class Session:
         for _incarnation, owner in self._owners.values():
             for answer, _frames in owner.drain():
                 self._batcher.handle(answer, (), now)
+        for swapped in self._backend.blocks.drain():
+            self._batcher.handle(swapped, (), now)
         for cancel in self._tokens.cancels():
             self._batcher.handle(cancel, (), now)
         for done in self._sink.completed():
@@ -187,6 +190,8 @@ class Session:
                 case effects.ToHolder():
                     # A holder that is gone asks again, or its lease expires.
                     self._peers.send(identity(effect.holder.worker, effect.holder.incarnation), effect.message)
+                case effects.ToKeeper():
+                    self._backend.blocks.send(effect.message)
                 case Pull():
                     self._sink.start(effect)
                 case effects.Compile():
@@ -217,7 +222,9 @@ class Session:
         if with_holdings or (self._load_due and now - self._load_at >= LOAD_INTERVAL_S):
             load = self._batcher.load(with_holdings)
             if with_holdings:
-                load = msgspec.structs.replace(load, settings=self._settings, links=self._sink.links())
+                load = msgspec.structs.replace(
+                    load, settings=self._settings, links=(*self._sink.links(), *self._batcher.links())
+                )
             self._scheduler.send(load)
             self._load_at, self._load_due = now, False
             if with_holdings:

@@ -18,6 +18,8 @@ and a cached key. How hot the GPU runs and what the host adds is a factor learne
 from bisect import bisect_left
 from collections.abc import Sequence
 
+import msgspec
+
 HURRY_TOKENS = 3000
 """So many queued tokens add the target once more to a step's time."""
 MOST_HURRY = 3.6
@@ -47,6 +49,15 @@ class StepCosts:
         """With so many a step computes the most prompt tokens a second."""
         self.full_tokens = next(tokens for tokens in rates if rates[tokens] >= FULL * rates[self.best_tokens])
         """With so many it fills the device."""
+
+    def encode(self) -> bytes:
+        """What was measured, for another process."""
+        return msgspec.json.encode((self.table, self.per_key, self.per_pair, self.padded_to))
+
+    @classmethod
+    def decode(cls, data: bytes) -> "StepCosts":
+        """Inverse of encode."""
+        return cls(*msgspec.json.decode(data, type=tuple[list[tuple[int, float]], float, float, int]))
 
     def seconds(self, tokens: int, keys: int = 0, pairs: int = 0) -> float:
         """Of a step of so many tokens, whose decode rows read `keys` tokens and whose chunks make `pairs`."""

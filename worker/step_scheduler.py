@@ -239,6 +239,11 @@ class StepScheduler:
         return None
 
     @property
+    def planned_last(self) -> list[Planned]:
+        """The rows of the step that was planned last."""
+        return self._in_flight[-1].planned
+
+    @property
     def steps_in_flight(self) -> int:
         """Plans whose results have not come back."""
         return len(self._in_flight)

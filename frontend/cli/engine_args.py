@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from baton.proto.config import KV_TRANSFERS, BatchConfig, CacheConfig, ModelConfig
@@ -17,8 +16,6 @@ from baton.proto.supervision import EXIT_USER_ERROR, die_with_parent
 
 MAX_NUMBER = 2**31 - 1
 """Counts and indices are 32-bit in kernels."""
-_KV_PARTS = {Role.PREFILL: 1, Role.DECODE: 3, Role.UNIFIED: 3}
-"""How workers on one GPU divide what is left for KV blocks: a prefill worker keeps a prompt's until they are pulled."""
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -99,7 +96,8 @@ def add_kv_transfer_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-transfer",
         default="auto",
         choices=("auto", "local", *sorted({name for names in KV_TRANSFERS.values() for name in names})),
-        help="how KV blocks come from other workers; auto: the best that a pair has, as the log tells; local: never",
+        help="how KV blocks come from other workers; auto: the best that a pair has, as the log tells; local: only in "
+        "a pool that workers share, where blocks change owner and no byte moves",
     )
     parser.add_argument(
         "--early-bind-tokens",
@@ -140,32 +138,24 @@ def gpu_list(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-@dataclass(frozen=True)
-class GpuPlace:
-    """Where a worker runs, and with whom; the fields of WorkerConfig."""
-
-    gpu: int = 0
-    gpu_workers: int = 1
-    gpu_kv_share: float = 1.0
-
-
-def place_on_gpus(args: argparse.Namespace, roles: Sequence[Role]) -> list[GpuPlace]:
-    """The GPU of each worker, with its share of the KV memory where several are on one."""
+def gpus_of(args: argparse.Namespace, num_workers: int) -> list[int]:
+    """The GPU of each worker; 0 where there is none."""
     if args.device != "cuda":
-        return [GpuPlace()] * len(roles)
-    gpus = [args.gpus[index % len(args.gpus)] if args.gpus else index for index in range(len(roles))]
-    places = []
-    for gpu, role in zip(gpus, roles, strict=True):
-        beside = [other for place, other in zip(gpus, roles, strict=True) if place == gpu]
-        places.append(GpuPlace(gpu, len(beside), _KV_PARTS[role] / sum(_KV_PARTS[other] for other in beside)))
-    return places
+        return [0] * num_workers
+    return [args.gpus[index % len(args.gpus)] if args.gpus else index for index in range(num_workers)]
 
 
 def check_kv_transfer(args: argparse.Namespace, roles: Sequence[Role]) -> None:
     """Raises UserError when blocks could not move as asked."""
     possible = KV_TRANSFERS[args.device]
     if args.kv_transfer == "local" and set(roles) != {Role.UNIFIED}:
-        raise UserError("--kv-transfer local moves no blocks between workers: it needs --unified workers alone")
+        if args.enable_prefix_caching:
+            raise UserError(
+                "--kv-transfer local hands blocks over, and a prefix cache keeps them: add --no-enable-prefix-caching, "
+                "or let --kv-transfer auto copy them"
+            )
+        if len(set(gpus_of(args, len(roles)))) > 1:
+            raise UserError("--kv-transfer local needs all workers on one GPU, as with --gpus 0")
     if args.kv_transfer not in ("auto", "local", *possible):
         raise UserError(f"--device {args.device} has no --kv-transfer {args.kv_transfer}, only {', '.join(possible)}")
 

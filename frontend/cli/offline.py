@@ -8,7 +8,6 @@ import msgspec
 
 from baton.frontend.cli import engine_args, sizing
 from baton.frontend.processes import cpu_count, thread_environment
-from baton.proto.lifecycle import Role
 
 if TYPE_CHECKING:
     from baton.frontend.llm import LLM
@@ -35,7 +34,7 @@ def load(args: argparse.Namespace) -> "LLM":
         seed=model.seed,
         max_model_len=model.max_model_len,
         device=args.device,
-        gpu=engine_args.place_on_gpus(args, [Role.UNIFIED])[0].gpu,
+        gpu=engine_args.gpus_of(args, 1)[0],
         attention_backend=args.attention_backend,
         threads=args.threads or 0,
         cache=engine_args.cache_config(args, plan.pool_bytes),

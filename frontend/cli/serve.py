@@ -2,15 +2,22 @@
 
 import argparse
 import asyncio
-import dataclasses
 import errno
 import logging
 import socket
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from baton.frontend.cli import edge_args, engine_args, network_args, pooling_args, rpc_args, sizing, tool_args
+from baton.frontend.cli import (
+    edge_args,
+    engine_args,
+    network_args,
+    pooling_args,
+    rpc_args,
+    sharing,
+    sizing,
+    tool_args,
+)
 from baton.frontend.launcher import Launcher
 from baton.frontend.processes import specs
 from baton.frontend.run_dir import RunDir
@@ -57,6 +64,16 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
         default=1,
         metavar="F",
         help="HTTP processes on the same port; one streams about 30,000 tokens per second",
+    )
+    group.add_argument(
+        "--mps", action="store_true", help="workers on one GPU run at the same time, through NVIDIA's MPS, not in turns"
+    )
+    group.add_argument(
+        "--mps-prefill-percentage",
+        type=percentage,
+        default=60,
+        metavar="P",
+        help="of the GPU's multiprocessors that prefill workers may use with --mps",
     )
     group.add_argument("--placement", default="least_loaded", choices=("least_loaded", "round_robin"))
     group.add_argument(
@@ -116,6 +133,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def percentage(text: str) -> int:
+    """1 to 100."""
+    value = engine_args.positive(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"expected a percentage up to 100, got {text!r}")
+    return value
+
+
 def root_path(text: str) -> str:
     """A prefix with a slash before it and none after; empty for the root itself."""
     inner = text.strip("/")
@@ -134,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
     """Check what can be checked, start everything, keep it running; the exit code."""
     roles = worker_roles(args)
     engine_args.check_kv_transfer(args, roles)
+    sharing.check(args, len(roles))
     tool_args.check(args)
     edge_args.check(args)
     args.port = claim_address(args)
@@ -147,7 +173,6 @@ def run(args: argparse.Namespace) -> int:
         log.log(plan.note_level, plan.note)
     with RunDir(*([args.uds] if args.uds else [])) as run_dir:
         config = serve_config(args, directory, plan, roles, run_dir, *listening)
-        _say_who_shares(config.workers)
         for endpoint in config.scheduler.endpoint.split():
             log.info("more workers can join: baton worker --role ROLE --scheduler %s MODEL", endpoint)
         launcher = Launcher(specs(config), run_dir.path, lambda took: _announce(args, took), config.shutdown_timeout_s)
@@ -222,8 +247,30 @@ def serve_config(
     scheduler = run_dir.endpoint("scheduler")
     private = str(run_dir.path)
     model = engine_args.model_config(args, directory, plan.max_model_len)
-    places = engine_args.place_on_gpus(args, roles)
+    gpus = engine_args.gpus_of(args, len(roles))
     inference, admin = rpc_args.configs(args, claim_port)
+    workers = tuple(
+        WorkerConfig(
+            name=f"{role}-{roles[:index].count(role)}",
+            role=role,
+            model=model,
+            cache=engine_args.cache_config(args, plan.pool_bytes),
+            batch=engine_args.batch_config(args),
+            device=args.device,
+            gpu=gpus[index],
+            kv_transfer=args.kv_transfer,
+            early_bind_tokens=args.early_bind_tokens,
+            attention_backend=args.attention_backend,
+            threads=args.threads or 0,
+            scheduler=scheduler,
+            run_dir=private,
+            network=network,
+        )
+        for index, role in enumerate(roles)
+    )
+    workers, keepers = sharing.share(workers, run_dir.endpoint)
+    if args.mps:
+        workers, keepers = sharing.with_mps(workers, keepers, run_dir.path, args.mps_prefill_percentage)
     return ServeConfig(
         scheduler=SchedulerConfig(
             endpoint=f"{scheduler} {listening}".rstrip(),
@@ -265,35 +312,11 @@ def serve_config(
             )
             for index in range(args.frontends)
         ),
-        workers=tuple(
-            WorkerConfig(
-                name=f"{role}-{roles[:index].count(role)}",
-                role=role,
-                model=model,
-                cache=engine_args.cache_config(args, plan.pool_bytes),
-                batch=engine_args.batch_config(args),
-                device=args.device,
-                **dataclasses.asdict(places[index]),
-                kv_transfer=args.kv_transfer,
-                early_bind_tokens=args.early_bind_tokens,
-                attention_backend=args.attention_backend,
-                threads=args.threads or 0,
-                scheduler=scheduler,
-                run_dir=private,
-                network=network,
-            )
-            for index, role in enumerate(roles)
-        ),
+        workers=workers,
+        keepers=keepers,
         run_dir=private,
         shutdown_timeout_s=args.shutdown_timeout,
     )
-
-
-def _say_who_shares(workers: Sequence[WorkerConfig]) -> None:
-    """Which workers divide a GPU's memory, and how."""
-    for gpu in dict.fromkeys(worker.gpu for worker in workers if worker.gpu_workers > 1):
-        parts = ", ".join(f"{worker.name} {worker.gpu_kv_share:.0%}" for worker in workers if worker.gpu == gpu)
-        log.info("GPU %d is shared; of the memory for KV blocks get: %s", gpu, parts)
 
 
 def _announce(args: argparse.Namespace, took_s: float) -> None:

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.role or not args.scheduler:
         raise UserError("--role and --scheduler are needed: what this worker does, and for whom")
     engine_args.check_kv_transfer(args, [Role(args.role)])
+    if args.kv_transfer == "local" and args.role != Role.UNIFIED:
+        raise UserError("--kv-transfer local needs a pool that workers share; one that joins has a pool of its own")
     scheduler, network = network_args.join(args)
     # A pid is unique on its host alone, and a socket's path must stay short.
     here = "" if is_local(scheduler) else f"{socket.gethostname().partition('.')[0][:12]}-"
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             cache=engine_args.cache_config(args, plan.pool_bytes),
             batch=engine_args.batch_config(args),
             device=args.device,
-            gpu=engine_args.place_on_gpus(args, [args.role])[0].gpu,
+            gpu=engine_args.gpus_of(args, 1)[0],
             kv_transfer=args.kv_transfer,
             early_bind_tokens=args.early_bind_tokens,
             attention_backend=args.attention_backend,

@@ -2,15 +2,17 @@
 
 Each seed draws workers, requests (of one sample or several, some with their prompt's log-probabilities, some for a
 vector instead of tokens), aborts, faults (cut links, crashes, orderly exits, pauses, slow and repeating links) and an
-operator, who drains and resumes workers, changes roles and cancels requests. Every token is checked against the prefix
-it must follow from, and every vector against its prompt, through what the simulated KV blocks hold (see sim/model.py).
-When the faults stop, every request has ended exactly once and everything is free again within bounded time.
+operator, who drains and resumes workers, changes roles and cancels requests. The workers have pools of their own and
+copy blocks, or share one pool and swap them. Every token is checked against the prefix it must follow from, and every
+vector against its prompt, through what the simulated KV blocks hold (see sim/model.py). When the faults stop, every
+request has ended exactly once and everything is free again within bounded time.
 """
 
 import pytest
 from sim.campaign import Tally, run_campaign, run_seeds
 
 DEPTHS = (1, 2, 4)
+SHARED = pytest.mark.parametrize("shared", [False, True], ids=["pools of their own", "one pool"])
 FAST_SEEDS = range(100)
 ALL_SEEDS = range(2000)
 
@@ -24,12 +26,14 @@ def check(tally: Tally) -> None:
     assert tally.vectors > tally.runs / 2
 
 
+@SHARED
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_random_histories_lose_and_splice_nothing(depth: int) -> None:
-    check(run_seeds(FAST_SEEDS, depth))
+def test_random_histories_lose_and_splice_nothing(depth: int, shared: bool) -> None:
+    check(run_seeds(FAST_SEEDS, depth, shared))
 
 
 @pytest.mark.slow
+@SHARED
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_thousands_of_random_histories_lose_and_splice_nothing(depth: int) -> None:
-    check(run_campaign(ALL_SEEDS[len(FAST_SEEDS) :], depth))
+def test_thousands_of_random_histories_lose_and_splice_nothing(depth: int, shared: bool) -> None:
+    check(run_campaign(ALL_SEEDS[len(FAST_SEEDS) :], depth, shared))

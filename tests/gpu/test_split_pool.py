@@ -17,6 +17,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from support.deployment import Deployment  # noqa: E402
+from support.kills import kill_in_place  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -74,14 +75,18 @@ def complete_all(deployment: Deployment, prompts: list[list[int]]) -> list[list[
     return [answer["choices"][0]["token_ids"] for answer in answers]
 
 
+NO_CACHE = "--no-enable-prefix-caching"
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         ("--num-blocks", "1000"),
-        ("--num-blocks", "1000", "--max-num-batched-tokens", "256"),
-        ("--gpu-memory-utilization", "0.1", "--no-enable-prefix-caching"),
+        ("--num-blocks", "1000", "--max-num-batched-tokens", "256", NO_CACHE),
+        ("--gpu-memory-utilization", "0.1", NO_CACHE),
+        ("--num-blocks", "1000", "--kv-transfer", "cuda_ipc", NO_CACHE),
     ],
-    ids=["whole prompts", "in chunks", "pools measured, no prefix cache"],
+    ids=["copied for the prefix cache", "swapped, in chunks", "pool measured", "copied as asked for"],
 )
 def test_tokens_are_those_of_transformers(model: tuple[Any, Path], flags: tuple[str, ...]) -> None:
     reference, directory = model
@@ -90,17 +95,27 @@ def test_tokens_are_those_of_transformers(model: tuple[Any, Path], flags: tuple[
         outputs = complete_all(deployment, prompts)
         pulled = deployment.total("baton_tokens_total", 'source="pulled"')
         deployment.wait_idle()
-        deployment.wait_for("decode-0 reads prefill-0 through cuda_ipc")
+        copied = any("decode-0 reads prefill-0 through cuda_ipc" in line for line in deployment.lines)
     for prompt, output in zip(prompts, outputs, strict=True):
         check(reference, prompt, output)
     assert pulled == sum(map(len, prompts))
+    assert copied == (NO_CACHE not in flags or "cuda_ipc" in flags)
+
+
+def test_weights_are_in_memory_once(model: tuple[Any, Path]) -> None:
+    """Loading says so: the second worker finds them."""
+    _, directory = model
+    with Deployment(*SPLIT, "--num-blocks", "1000", model=str(directory)) as deployment:
+        found = [line for line in deployment.lines if "found the weights in the keeper's memory" in line]
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 def test_streams_outlive_a_killed_worker(model: tuple[Any, Path], victim: str) -> None:
     reference, directory = model
     prompts = random_prompts(60)
-    with Deployment(*SPLIT, "--num-blocks", "1000", model=str(directory)) as deployment, ThreadPoolExecutor(1) as pool:
+    flags = ("--num-blocks", "1000", NO_CACHE)
+    with Deployment(*SPLIT, *flags, model=str(directory)) as deployment, ThreadPoolExecutor(1) as pool:
         complete_all(deployment, prompts[:1])
         beside = pool.submit(complete_all, deployment, prompts)
         psutil.Process(deployment.pids()[victim]).send_signal(signal.SIGKILL)
@@ -109,3 +124,13 @@ def test_streams_outlive_a_killed_worker(model: tuple[Any, Path], victim: str) -
         deployment.wait_idle()
     for prompt, output in zip(prompts, outputs, strict=True):
         check(reference, prompt, output)
+
+
+@pytest.mark.timeout(400)
+def test_kills_lose_no_request_and_change_no_token(smollm2: Path, request: pytest.FixtureRequest) -> None:
+    """20 by `--kills 20`."""
+    prompts = [[random.randrange(100, 40000) for _ in range(random.randrange(1, 600))] for _ in range(24)]
+    flags = ("--prefill", "2", "--decode", "2", *SPLIT[4:], "--num-blocks", "2000", "--max-num-seqs", "64", NO_CACHE)
+    with Deployment(*flags, model=str(smollm2)) as deployment:
+        workers = ["decode-0", "prefill-0", "decode-1", "prefill-1"]
+        kill_in_place(deployment, workers, prompts, request.config.getoption("--kills"))

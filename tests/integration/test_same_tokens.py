@@ -22,6 +22,7 @@ TIE = 1e-3
 SAMPLED: dict[str, list[list[int]]] = {}
 """Mode -> seeded samples, compared across modes."""
 
+ONE_POOL = ["--kv-transfer", "local", "--no-enable-prefix-caching"]
 MODES = {
     "1 prefill + 1 decode": ["--prefill", "1", "--decode", "1", "--max-num-batched-tokens", "128"],
     "2 prefill + 2 decode": ["--prefill", "2", "--decode", "2"],
@@ -31,6 +32,8 @@ MODES = {
     "1 + 1, prefix cache off": ["--prefill", "1", "--decode", "1", "--no-enable-prefix-caching"],
     "unified, prefix cache off": ["--unified", "1", "--no-enable-prefix-caching", "--max-num-batched-tokens", "96"],
     "1 + 1, preempting": ["--prefill", "1", "--decode", "1", "--num-blocks", "64"],
+    "2 + 2 in one pool": ["--prefill", "2", "--decode", "2", *ONE_POOL],
+    "1 + 1 in one pool, preempting": ["--prefill", "1", "--decode", "1", "--num-blocks", "64", *ONE_POOL],
     "unified, preempting": ["--unified", "1", "--num-blocks", "64"],
 }
 

@@ -39,13 +39,15 @@ class Bench:
         prompts_first: bool = False,
         costs: StepCosts | None = None,
         token_of: Callable[[int], int] = lambda position: 1000 + position,
+        first_block: int = 0,
+        shared_pool: str = "",
     ) -> None:
         self.now = 100.0
-        self.me = Peer(name, incarnation, f"ipc://{name}", f"shm:{name}")
+        self.me = Peer(name, incarnation, f"ipc://{name}", f"shm:{name}", shared_pool)
         self.token_of = token_of
         self.batcher = Batcher(
             self.me,
-            num_blocks,
+            range(first_block, first_block + num_blocks),
             max_model_len=4096,
             cache=CacheConfig(block_size=BLOCK, num_blocks=num_blocks, enable_prefix_caching=caching),
             batch=BatchConfig(budget, max_num_seqs, target_itl_ms, prompts_first, depth),

@@ -8,7 +8,7 @@ from baton.worker.block_pool import BlockPool
 
 
 def test_allocation_is_all_or_nothing() -> None:
-    pool = BlockPool(4)
+    pool = BlockPool(range(4))
     assert pool.allocate(5) is None
     assert pool.num_free == 4
     blocks = pool.allocate(4)
@@ -18,7 +18,7 @@ def test_allocation_is_all_or_nothing() -> None:
 
 
 def test_a_released_published_block_is_found_until_it_is_needed() -> None:
-    pool = BlockPool(2)
+    pool = BlockPool(range(2))
     blocks = pool.allocate(2)
     assert blocks is not None
     pool.publish(blocks[0], b"a")
@@ -31,7 +31,7 @@ def test_a_released_published_block_is_found_until_it_is_needed() -> None:
 
 
 def test_a_match_shares_the_block_and_keeps_it_from_eviction() -> None:
-    pool = BlockPool(2)
+    pool = BlockPool(range(2))
     (block,) = pool.allocate(1) or []
     pool.publish(block, b"a")
     assert pool.match([b"a"]) == [block]
@@ -43,7 +43,7 @@ def test_a_match_shares_the_block_and_keeps_it_from_eviction() -> None:
 
 
 def test_the_end_of_a_sequence_is_evicted_before_its_beginning() -> None:
-    pool = BlockPool(3)
+    pool = BlockPool(range(3))
     blocks = pool.allocate(3)
     assert blocks is not None
     for block, name in zip(blocks, (b"a", b"b", b"c"), strict=True):
@@ -54,7 +54,7 @@ def test_the_end_of_a_sequence_is_evicted_before_its_beginning() -> None:
 
 
 def test_a_fenced_block_serves_steps_at_once_and_pulls_after_the_step() -> None:
-    pool = BlockPool(1)
+    pool = BlockPool(range(1))
     blocks = pool.allocate(1)
     assert blocks is not None
     pool.release(blocks, fence=7)
@@ -67,7 +67,7 @@ def test_a_fenced_block_serves_steps_at_once_and_pulls_after_the_step() -> None:
 
 
 def test_a_second_release_is_an_error() -> None:
-    pool = BlockPool(2)
+    pool = BlockPool(range(2))
     blocks = pool.allocate(1)
     assert blocks is not None
     pool.release(blocks)
@@ -76,7 +76,7 @@ def test_a_second_release_is_an_error() -> None:
 
 
 def test_without_caching_nothing_is_found() -> None:
-    pool = BlockPool(1, enable_prefix_caching=False)
+    pool = BlockPool(range(1), enable_prefix_caching=False)
     blocks = pool.allocate(1)
     assert blocks is not None
     pool.publish(blocks[0], b"a")
@@ -87,7 +87,7 @@ def test_without_caching_nothing_is_found() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_use_never_hands_a_block_out_twice_or_loses_one(seed: int) -> None:
     rng = random.Random(seed)
-    pool = BlockPool(12)
+    pool = BlockPool(range(12))
     held: list[tuple[list[int], bool]] = []  # (blocks, whether they are shared by a match)
     names = [bytes([i]) for i in range(8)]
     step = 0

@@ -24,6 +24,7 @@ from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 from baton.worker.backend import open_backend
 
+LOCAL_DECODE = "--role decode --scheduler ipc:///s --kv-transfer local --no-enable-prefix-caching"
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 64,
@@ -146,7 +147,13 @@ def test_a_machine_without_a_gpu_is_told_what_cuda_needs(model: Path) -> None:
         (["serve", "demo", "--max-waiting", "0"], "expected a whole number above 0, got '0'"),
         (["serve", "demo", "--shutdown-timeout", "soon"], "expected seconds from 0, for example 2.5, got 'soon'"),
         (["serve", "demo", "--kv-transfer", "pigeon"], "argument --kv-transfer: invalid choice: 'pigeon'"),
-        (["serve", "demo", "--kv-transfer", "local"], "needs --unified workers alone"),
+        (["serve", "demo", "--kv-transfer", "local"], "add --no-enable-prefix-caching"),
+        (
+            ["worker", "demo", *LOCAL_DECODE.split()],
+            "one that joins has a pool of its own",
+        ),
+        (["serve", "demo", "--mps"], "--mps is for workers that share a GPU"),
+        (["serve", "demo", "--mps-prefill-percentage", "101"], "expected a percentage up to 100, got '101'"),
         (["serve", "demo", "--kv-transfer", "nccl"], "--device cpu has no --kv-transfer nccl, only shm, tcp, gloo"),
         (["serve", "demo", "--device", "cuda", "--kv-transfer", "shm"], "only cuda_ipc, tcp, nccl, gloo"),
         (["worker", "demo"], "--role and --scheduler are needed"),

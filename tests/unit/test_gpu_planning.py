@@ -8,7 +8,6 @@ import pytest
 
 from baton.frontend.cli import engine_args
 from baton.kernels.cuda import work
-from baton.proto.lifecycle import Role
 
 ROW, POSITION, TOKENS, TABLE, START, END, PARTIAL, LENGTH = range(work.TILE_FIELDS)
 
@@ -73,19 +72,8 @@ def options(**given: object) -> argparse.Namespace:
 
 
 def test_workers_take_the_gpus_in_turn() -> None:
-    unified = [Role.UNIFIED] * 3
-    assert [place.gpu for place in engine_args.place_on_gpus(options(), unified)] == [0, 1, 2]
-    assert [place.gpu for place in engine_args.place_on_gpus(options(gpus=(4, 6)), unified)] == [4, 6, 4]
-    assert engine_args.place_on_gpus(options(device="cpu"), unified) == [engine_args.GpuPlace()] * 3
+    assert engine_args.gpus_of(options(), 3) == [0, 1, 2]
+    assert engine_args.gpus_of(options(gpus=(4, 6)), 3) == [4, 6, 4]
+    assert engine_args.gpus_of(options(device="cpu"), 3) == [0, 0, 0]
     with pytest.raises(argparse.ArgumentTypeError):
         engine_args.gpu_list("0,0")
-
-
-def test_workers_on_one_gpu_divide_its_memory() -> None:
-    roles = [Role.PREFILL, Role.DECODE, Role.DECODE]
-    prefill, decode, alone = engine_args.place_on_gpus(options(gpus=(2, 5)), [roles[0], roles[1], roles[2]])
-    assert (prefill.gpu, decode.gpu, alone.gpu) == (2, 5, 2)
-    assert (decode.gpu_workers, decode.gpu_kv_share) == (1, 1.0)
-    assert (prefill.gpu_workers, alone.gpu_workers) == (2, 2)
-    assert prefill.gpu_kv_share == 0.25
-    assert alone.gpu_kv_share == 0.75

@@ -13,10 +13,11 @@ MAY_IMPORT = {
     "frontend": {"proto"},
     "scheduler_proc": {"proto"},
     "worker": {"proto", "kv_transfer", "kernels"},
+    "keeper": {"proto", "kv_transfer"},
     "kv_transfer": {"proto", "kernels"},
     "kernels": set(),
 }
-WITHOUT_TORCH = ("proto", "frontend", "scheduler_proc")
+WITHOUT_TORCH = ("proto", "frontend", "scheduler_proc", "keeper")
 
 
 def imports(file: Path) -> Iterator[str]:

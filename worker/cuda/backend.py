@@ -1,6 +1,6 @@
 """A worker on a GPU: steps run ahead of the host, the KV pool in device memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from baton.kv_transfer.contract import Sink, Source
@@ -9,10 +9,13 @@ from baton.kv_transfer.transports import open_halves
 from baton.proto.config import BatchConfig, WorkerConfig
 from baton.proto.network import Network
 from baton.worker.backend import Backend, check_pool_size, fill_batch
+from baton.worker.blocks import Blocks, SharedBlocks, cost_key
 from baton.worker.cuda.costs import measure_costs
 from baton.worker.cuda.memory import GpuPool, measure_pool_blocks, open_gpu, run_largest_steps
 from baton.worker.cuda.runner import CudaRunner
+from baton.worker.cuda.shared import KeeperMemory
 from baton.worker.plan import StepPlan, StepResult
+from baton.worker.step_costs import StepCosts
 
 OWN = BatchConfig(max_num_batched_tokens=8192, max_num_seqs=1024, target_itl_ms=15.0, depth=2)
 """Two steps in flight, so that the GPU has the next one when it ends one."""
@@ -23,25 +26,53 @@ class CudaBackend(Backend):
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config = fill_batch(config, OWN)
-        open_gpu(config.gpu)
-        self._runner = CudaRunner(config)
+        if not config.keeper:
+            device = open_gpu(config.gpu)
+            self._runner = CudaRunner(config)
+            num_blocks = self._num_blocks()
+            self._start(GpuPool(self._runner.layout, num_blocks, device), Blocks(num_blocks))
+            return
+        keeper = SharedBlocks(config)
+        with keeper.turn():
+            device = open_gpu(config.gpu)
+            self._runner = CudaRunner(config, KeeperMemory(keeper, device))
+            block_bytes = self._runner.layout.groups[0].block_bytes
+            memory = keeper.pool(block_bytes, self._num_blocks)
+            pool = GpuPool(self._runner.layout, memory.num_bytes // block_bytes, device, memory.handle)
+            self._start(pool, keeper)
+
+    def _start(self, pool: GpuPool, blocks: Blocks) -> None:
+        """All that is done over the pool before the first request."""
+        config = self.config
         self.layout, self.max_model_len = self._runner.layout, self._runner.max_model_len
         self.grammars = self._runner.grammars
-        self.num_blocks = self._num_blocks()
+        self._pool, self.blocks = pool, blocks
+        mine = blocks.join(0)
+        self.pool_blocks, self.num_blocks = pool.num_blocks, len(mine)
         check_pool_size(self.num_blocks, config.cache.block_size, self.max_model_len)
-        self._pool = GpuPool(self.layout, self.num_blocks, self._runner.device)
-        self._runner.attach_pool(self._pool.tensor)
+        self._runner.attach_pool(pool.tensor)
         self._runner.capture()
-        run_largest_steps(self._runner, self.num_blocks)
+        run_largest_steps(self._runner, mine)
         if config.batch.target_itl_ms:
-            self.costs = measure_costs(self._runner, self.num_blocks)
+            self.costs = self._costs(mine)
+
+    def _costs(self, mine: Sequence[int]) -> StepCosts | None:
+        """Measured once for all workers of a keeper: a later one may have others computing beside it."""
+        key = cost_key(self.config)
+        if known := self.blocks.note(key):
+            return StepCosts.decode(known)
+        costs = measure_costs(self._runner, mine)
+        if costs is not None:
+            self.blocks.take_note(key, costs.encode())
+        return costs
 
     def _num_blocks(self) -> int:
-        cache = self.config.cache
+        """For all workers that use the pool."""
+        cache, workers = self.config.cache, self.config.keeper_workers
         if cache.num_blocks:
-            return cache.num_blocks
+            return cache.num_blocks * workers
         if cache.kv_cache_memory_bytes:
-            return cache.kv_cache_memory_bytes // self.layout.groups[0].block_bytes
+            return cache.kv_cache_memory_bytes // self._runner.layout.groups[0].block_bytes * workers
         return measure_pool_blocks(self._runner, self.config)
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
@@ -53,3 +84,4 @@ class CudaBackend(Backend):
     def close(self) -> None:
         self._runner.close()
         self._pool.close()
+        self.blocks.close()

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 
 from baton.proto.messages import SamplingParams
 from baton.worker.cuda.graphs import mixed_sizes
@@ -18,14 +19,14 @@ _PROBE_TOKENS, _PROBE_START = 512, 8192
 _PROBE_ROWS, _PROBE_LENGTH = 64, 1024
 
 
-def measure_costs(runner: CudaRunner, num_blocks: int) -> StepCosts | None:
-    """Time steps of the sizes that a step with prompts may have. What is in the pool's blocks is overwritten.
+def measure_costs(runner: CudaRunner, own: Sequence[int]) -> StepCosts | None:
+    """Time steps of the sizes that a step with prompts may have. What is in the blocks, this worker's own, is lost.
 
     None where sequences are so short that chunks make no difference.
     """
     if runner.max_model_len < _SHORTEST:
         return None
-    probe = _Probe(runner, num_blocks)
+    probe = _Probe(runner, own)
     longest = runner.max_model_len - 1
     tokens = min(_PROBE_TOKENS, runner.max_tokens, longest // 2)
     start = min(_PROBE_START, longest - tokens)
@@ -51,8 +52,8 @@ def _parts(total: int, largest: int) -> list[int]:
 class _Probe:
     """Times steps of rows given as (tokens cached before, tokens computed)."""
 
-    def __init__(self, runner: CudaRunner, num_blocks: int) -> None:
-        self._runner, self._num_blocks = runner, num_blocks
+    def __init__(self, runner: CudaRunner, own: Sequence[int]) -> None:
+        self._runner, self._own = runner, own
 
     def seconds(self, rows: list[tuple[int, int]]) -> float:
         """Of one of two such steps, enqueued one behind the other; a first one compiles what is not yet compiled."""
@@ -67,7 +68,7 @@ class _Probe:
         planned, inits, block = [], [], 0
         for slot, (start, count) in enumerate(rows):
             needed = -(-(start + count) // self._runner.block_size)
-            blocks = [index % self._num_blocks for index in range(block, block + needed)]
+            blocks = [self._own[index % len(self._own)] for index in range(block, block + needed)]
             block += needed
             inits.append(SlotInit(slot, (0, slot), 0, params, start + count, [0] * (start + count), blocks))
             planned.append(Row(slot, start, count, [0] * count, False, [], True, 0))

@@ -44,10 +44,17 @@ def _up_to(sizes: list[int], largest: int) -> list[int]:
 
 
 class StepGraphs:
-    """`run(size)` enqueues a step of this size and returns its hidden states; it is captured once a size."""
+    """`run(size)` enqueues a step of this size and returns its hidden states; it is captured once a size, after
+    `blank(size)` has made its inputs those of a step of nothing."""
 
-    def __init__(self, run: Callable[[Size], torch.Tensor], decode: list[int], mixed: list[int]) -> None:
-        self._run = run
+    def __init__(
+        self,
+        blank: Callable[[Size], None],
+        run: Callable[[Size], torch.Tensor],
+        decode: list[int],
+        mixed: list[int],
+    ) -> None:
+        self._blank, self._run = blank, run
         self.decode, self.mixed = decode, mixed
         self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -61,6 +68,7 @@ class StepGraphs:
     def capture(self, sizes: list[Size] | None = None) -> None:
         """Capture these sizes, or all."""
         for size in self.sizes if sizes is None else sizes:
+            self._blank(size)
             self._run(size)  # compiles, and lets libraries make their workspaces
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()

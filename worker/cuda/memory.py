@@ -1,11 +1,12 @@
 """How much of a GPU the KV pool may take: measured with a step of the largest size, not guessed."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from baton.kv_transfer.contract import Pool
-from baton.kv_transfer.cuda_memory import OUT_OF_MEMORY, CudaError, ExportedMemory
+from baton.kv_transfer.cuda_memory import OUT_OF_MEMORY, CudaError, ExportedMemory, MappedMemory, export
 from baton.proto.config import WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.layout import KVLayout
@@ -13,6 +14,7 @@ from baton.proto.lifecycle import Pooling
 from baton.proto.messages import SamplingParams
 from baton.worker.cuda.runner import CudaRunner
 from baton.worker.cuda.sampler import ROWS as SAMPLER_ROWS
+from baton.worker.cuda.shared import device_tensor
 from baton.worker.kv_pool import DTYPES
 from baton.worker.plan import Row, SlotInit, StepPlan
 
@@ -25,34 +27,43 @@ PROCESS_BYTES = 800 * 2**20
 
 
 class GpuPool:
-    """The KV blocks on a GPU, zeroed, in memory that peers can map: `tensor` [num_blocks, *layout.groups[0].shape]."""
+    """The KV blocks on a GPU, in memory that peers can map: `tensor` [num_blocks, *layout.groups[0].shape].
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+    Its own memory, zeroed; or that of a keeper, where it has given its `handle`.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device, handle: bytes = b"") -> None:
         (group,) = layout.groups
         self.layout = layout
         self.num_blocks = num_blocks
         self.block_bytes = group.block_bytes
+        size = num_blocks * group.block_bytes
+        self._memory = MappedMemory(handle) if handle else self._allocate(size, device)
+        self._handle = handle or export(self._memory.address)
+        tensor = device_tensor(self._memory.address, size, device)
+        self.tensor = tensor.view(DTYPES[group.dtype]).view(num_blocks, *group.shape)
+        self._gpu = device.index
+
+    def _allocate(self, size: int, device: torch.device) -> ExportedMemory:
         try:
-            self.memory = ExportedMemory(num_blocks * group.block_bytes)
+            return ExportedMemory(size)
         except CudaError as error:
             if error.code != OUT_OF_MEMORY:
                 raise
             raise UserError(
-                f"the KV pool of {num_blocks} blocks ({num_blocks * group.block_bytes / 2**30:.1f} GiB) does not fit "
-                f"on {device}; lower --num-blocks, --kv-cache-memory-bytes or --gpu-memory-utilization"
+                f"the KV pool of {self.num_blocks} blocks ({size / 2**30:.1f} GiB) does not fit on {device}; "
+                "lower --num-blocks, --kv-cache-memory-bytes or --gpu-memory-utilization"
             ) from error
-        self.tensor = self.memory.tensor(device).view(DTYPES[group.dtype]).view(num_blocks, *group.shape)
-        self._gpu = device.index
 
     @property
     def blocks(self) -> Pool:
         """For transports."""
-        return Pool(self.memory.address, self.num_blocks, self.block_bytes, gpu=self._gpu)
+        return Pool(self._memory.address, self.num_blocks, self.block_bytes, gpu=self._gpu, handle=self._handle)
 
     def close(self) -> None:
-        """Free the memory, once every step has ended."""
+        """Let go of the memory, once every step has ended."""
         del self.tensor
-        self.memory.close()
+        self._memory.close()
 
 
 def open_gpu(index: int) -> torch.device:
@@ -74,51 +85,54 @@ def open_gpu(index: int) -> torch.device:
 
 
 def measure_pool_blocks(runner: CudaRunner, config: WorkerConfig) -> int:
-    """KV blocks that fit beside weights, activations and graphs. Raises UserError when nothing is left."""
+    """KV blocks that fit beside weights, activations and graphs of all workers. Raises UserError when none does.
+
+    The other workers of a keeper come later and are taken to need what this one does; the weights are there once.
+    """
     device, block_bytes, cache = runner.device, runner.layout.groups[0].block_bytes, config.cache
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    # Beside others that load at this moment, what is in use says little: they are taken to need what this one does.
-    workers = config.gpu_workers
-    loaded = total - free if workers == 1 else torch.cuda.memory_reserved(device) + PROCESS_BYTES
+    in_use, workers = total - free, config.keeper_workers
+    each = torch.cuda.memory_reserved(device) + PROCESS_BYTES
+    loaded = in_use + (workers - 1) * each
     scratch = GpuPool(runner.layout, _rows(runner) * _blocks_per_row(runner), device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_reserved(device)
     runner.attach_pool(scratch.tensor)
-    run_largest_steps(runner, scratch.num_blocks)
+    run_largest_steps(runner, range(scratch.num_blocks))
     activations = torch.cuda.max_memory_reserved(device) - before
     graphs = runner.measure_graphs()
     scratch.close()
     runner.detach_pool()
     torch.cuda.empty_cache()
-    left = int(total * cache.gpu_memory_utilization) - workers * (loaded + activations + graphs)
-    room = int(left * config.gpu_kv_share)
+    room = int(total * cache.gpu_memory_utilization) - loaded - workers * (activations + graphs)
     log.info(
-        "GPU memory: %.2f GiB for %d workers; each %.2f after loading, %.2f for activations, %.2f for graphs; "
-        "here %.2f for KV blocks",
+        "GPU memory: %.2f GiB; %.2f in use once weights and what %d workers have beside them are there; each %.2f for "
+        "activations, %.2f for graphs; %.2f for KV blocks",
         total / 2**30,
+        loaded / 2**30,
         workers,
-        *(value / 2**30 for value in (loaded, activations, graphs, max(room, 0))),
+        *(value / 2**30 for value in (activations, graphs, max(room, 0))),
     )
     if room < block_bytes:
         raise UserError(
-            f"no room for a KV pool: of {total / 2**30:.1f} GiB each of {workers} workers has {loaded / 2**30:.1f} in "
-            f"use after loading, a step takes {(activations + graphs) / 2**30:.1f}; raise --gpu-memory-utilization "
+            f"no room for a KV pool: of {total / 2**30:.1f} GiB {loaded / 2**30:.1f} are in use after loading, a step "
+            f"takes {(activations + graphs) / 2**30:.1f} in each of {workers} workers; raise --gpu-memory-utilization "
             f"{cache.gpu_memory_utilization}, or lower --max-num-batched-tokens or --max-num-seqs"
         )
     return room // block_bytes
 
 
-def run_largest_steps(runner: CudaRunner, num_blocks: int) -> None:
-    """The steps that need the most memory outside of graphs; they overwrite the blocks of the pool attached.
+def run_largest_steps(runner: CudaRunner, own: Sequence[int]) -> None:
+    """The steps that need the most memory outside of graphs; they overwrite these blocks of the pool attached.
 
     Once everything is there they also leave that memory with torch's allocator. A step that took it from the driver
     would wait for the device to be idle, and hold up every stream (150 ms seen).
     """
     rows, blocks_per_row = _rows(runner), _blocks_per_row(runner)
     for pooled in (True, False):  # at the end nobody's slot is one that pools
-        runner.execute(_largest_step(rows, _tokens_per_row(runner), blocks_per_row, num_blocks, pooled))
-    runner.execute(_mixed_step(max(1, min(rows - 1, SAMPLER_ROWS)), min(blocks_per_row, num_blocks)))
+        runner.execute(_largest_step(rows, _tokens_per_row(runner), blocks_per_row, own, pooled))
+    runner.execute(_mixed_step(max(1, min(rows - 1, SAMPLER_ROWS)), list(own[:blocks_per_row])))
     torch.empty(_SPARE_BYTES, dtype=torch.uint8, device=runner.device)
 
 
@@ -134,7 +148,7 @@ def _blocks_per_row(runner: CudaRunner) -> int:
     return -(-_tokens_per_row(runner) // runner.block_size)
 
 
-def _mixed_step(num_rows: int, num_blocks: int) -> StepPlan:
+def _mixed_step(num_rows: int, blocks: list[int]) -> StepPlan:
     """A prompt and decode rows that ask the sampler for all it has, in no graph: compiles what such steps need."""
     params = SamplingParams(
         max_tokens=2,
@@ -148,13 +162,12 @@ def _mixed_step(num_rows: int, num_blocks: int) -> StepPlan:
         min_tokens=1,
         stop_token_ids=(0,),
     )
-    blocks = list(range(num_blocks))
     inits = [SlotInit(slot, (0, slot), 0, params, 2, [0, 0], blocks) for slot in range(num_rows)]
     prompt = Row(0, 0, 2, [0, 0], False, [], True, 0)
     return StepPlan(0, [prompt] + [Row(slot, 1, 1, [0], False, [], True, 0) for slot in range(1, num_rows)], inits)
 
 
-def _largest_step(num_rows: int, per_row: int, blocks_per_row: int, num_blocks: int, pooled: bool) -> StepPlan:
+def _largest_step(num_rows: int, per_row: int, blocks_per_row: int, own: Sequence[int], pooled: bool) -> StepPlan:
     """Prompts whose log-probabilities are wanted too, or whose hidden states are all pooled instead."""
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
     if pooled:
@@ -162,7 +175,7 @@ def _largest_step(num_rows: int, per_row: int, blocks_per_row: int, num_blocks: 
     prompt = [0] * per_row
     rows, inits = [], []
     for slot in range(num_rows):
-        blocks = [index % num_blocks for index in range(slot * blocks_per_row, (slot + 1) * blocks_per_row)]
+        blocks = [own[i % len(own)] for i in range(slot * blocks_per_row, (slot + 1) * blocks_per_row)]
         inits.append(SlotInit(slot, (0, slot), 0, params, per_row, prompt, blocks))
         row = Row(slot, 0, per_row, prompt, False, [], not pooled, 0)
         if pooled:

@@ -31,6 +31,7 @@ from baton.worker.grammar_compiler import GrammarCompiler
 from baton.worker.loaded_model import LoadedModel
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.pooler import PooledRows, Pooler, to_rows
+from baton.worker.weights.placement import SharedMemory
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +84,11 @@ class CudaRunner:
     Raises ValueError when the model can't be served. close() ends its threads.
     """
 
-    def __init__(self, config: WorkerConfig) -> None:
-        """config.batch has nothing left to the device."""
+    def __init__(self, config: WorkerConfig, shared: SharedMemory | None = None) -> None:
+        """config.batch has nothing left to the device; `shared` is where the weights lie, if not here."""
         self.device = torch.device("cuda", config.gpu)
         torch.cuda.set_device(self.device)
-        loaded = LoadedModel(config, self.device)
+        loaded = LoadedModel(config, self.device, shared)
         assert isinstance(loaded.ops, CudaOps)
         self._loaded, self._ops, self.model = loaded, loaded.ops, loaded.model
         self.layout, self.vocab_size, self.max_model_len = loaded.layout, loaded.vocab_size, loaded.max_model_len
@@ -120,12 +121,11 @@ class CudaRunner:
         del self._pool
 
     def _new_graphs(self) -> StepGraphs:
-        return StepGraphs(self._captured_step, decode_sizes(self.max_seqs), mixed_sizes(self.max_tokens))
+        return StepGraphs(self._blank, self._captured_step, decode_sizes(self.max_seqs), mixed_sizes(self.max_tokens))
 
     @torch.inference_mode()
     def measure_graphs(self) -> int:
         """Bytes that the graphs take beside the pool attached, measured on the largest."""
-        self._buffer.device.zero_()  # a step of nothing: what the last one left has another layout
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         graphs = self._new_graphs()
@@ -137,7 +137,6 @@ class CudaRunner:
     def capture(self) -> None:
         """Capture the graphs over the pool attached last."""
         started = time.monotonic()
-        self._buffer.device.zero_()
         self._graphs.capture()
         log.info("captured %d graphs in %.1f s", len(self._graphs.sizes), time.monotonic() - started)
 
@@ -260,6 +259,13 @@ class CudaRunner:
         updates = self._buffer.upload(host, layout, self._slots.updates(plan.new_slots, plan.rows))
         self._slots.apply(updates)
         return StepInputs(layout, self._buffer.device)
+
+    def _blank(self, size: Size) -> None:
+        """A step of nothing, all of it padding: it writes no block, which may be another worker's."""
+        self._buffer.device.zero_()
+        inputs = StepInputs(self._layout_of(size), self._buffer.device)
+        inputs["token_slots"].fill_(-1)
+        inputs["sample_slots"].fill_(self._slots.padding)
 
     def _captured_step(self, size: Size) -> torch.Tensor:
         """What the graph of this size captures."""

@@ -8,6 +8,11 @@ from torch import nn
 from baton.kernels.ops import Norm, Ops, PackedWeight
 
 
+def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """Without memory, which weights/placement.py gives it."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
 class Matrix(nn.Module):
     """A weight [rows, features]. It is a parameter while it is filled, and packed from then on."""
 
@@ -16,7 +21,9 @@ class Matrix(nn.Module):
     def __init__(self, rows: int, features: int, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
         self.ops = ops
-        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(rows, features, dtype=dtype), requires_grad=False)
+        self.weight: nn.Parameter | None = nn.Parameter(
+            torch.empty(rows, features, dtype=dtype, device="meta"), requires_grad=False
+        )
 
     def pack(self) -> None:
         """Replace the parameter by its packed form."""
@@ -32,7 +39,7 @@ class Linear(Matrix):
         self.shards = tuple(shards)
         rows = sum(self.shards)
         super().__init__(rows, features, ops, dtype)
-        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
+        self.bias = parameter(rows, dtype=dtype) if bias else None
 
     def forward(self, x: torch.Tensor, norm: Norm | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
         """norm(x [num_tokens, features]) W^T + b + residual -> [num_tokens, rows]; `residual` may be overwritten."""

@@ -14,7 +14,7 @@ from torch import nn
 from baton.kernels.ops import Norm, Ops
 from baton.proto.checkpoint import is_headless
 from baton.worker.batch import Batch
-from baton.worker.layers.linear import Embedding, Linear, Matrix
+from baton.worker.layers.linear import Embedding, Linear, Matrix, parameter
 from baton.worker.layers.rotary import cos_sin_table
 
 
@@ -152,7 +152,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+        self.weight = parameter(size, dtype=dtype)
         self.eps = eps
 
     @property

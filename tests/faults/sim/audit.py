@@ -2,6 +2,9 @@
 
 from collections import Counter
 
+import numpy as np
+
+from baton.keeper.shares import Shares
 from baton.scheduler_proc.cluster import Cluster
 from baton.worker.batcher import Batcher
 from baton.worker.request import Request
@@ -15,15 +18,18 @@ def audit_blocks(batcher: Batcher) -> None:
         owners.update(request.blocks)
     for orphan in {id(orphan): orphan for orphan in batcher._pulls._orphans.values()}.values():
         owners.update(orphan.blocks)
+    for limbo in batcher._swaps._limbo.values():
+        owners.update(limbo)
     idle = [*pool._free, *pool._cached, *(block for _, block in pool._fenced)]
     assert len(idle) == len(set(idle)), f"blocks are free twice: {[b for b, n in Counter(idle).items() if n > 1]}"
-    for block in range(pool.num_blocks):
+    for block in pool._references:
         assert pool._references[block] == owners[block], (
             f"block {block} has {pool._references[block]} references and {owners[block]} owners"
         )
     assert set(idle).isdisjoint(owners), f"blocks are free and owned: {set(idle) & set(owners)}"
-    lost = set(range(pool.num_blocks)) - set(idle) - set(owners)
+    lost = set(pool._references) - set(idle) - set(owners)
     assert not lost, f"blocks are neither free nor owned: {lost}"
+    assert len(pool._references) == pool.num_blocks, f"{len(pool._references)} blocks instead of {pool.num_blocks}"
     for request in batcher._requests.values():
         for block in request.blocks[_num_known(request, batcher._block_size) :]:
             assert owners[block] == 1, f"block {block} is shared but may still be written"
@@ -35,9 +41,26 @@ def _num_known(request: Request, block_size: int) -> int:
     return request.remote.hit_blocks if pulls else request.settled // block_size
 
 
+def audit_shares(batchers: list[Batcher]) -> None:
+    """No block is in use by two workers. What is in limbo is used by nobody, and may be another's by now."""
+    users: Counter[int] = Counter()
+    for batcher in batchers:
+        limbo = {block for limbo in batcher._swaps._limbo.values() for block in limbo}
+        offered = {b for r in batcher._pulls._by_lease.values() if r.remote and r.remote.offered for b in r.blocks}
+        users.update(set(batcher.pool._references) - limbo - offered)
+    assert not [b for b, n in users.items() if n > 1], f"in use twice: {[b for b, n in users.items() if n > 1]}"
+
+
+def audit_keeper(batchers: list[Batcher], shares: Shares) -> None:
+    """When all is quiet workers and keeper agree on every block."""
+    for batcher in batchers:
+        owned = set(np.flatnonzero(shares._owner == shares._index[batcher.me.worker]).tolist())
+        assert set(batcher.pool._references) == owned, f"{batcher.me.worker} and the keeper differ"
+
+
 def leftovers(batcher: Batcher) -> str:
     """What a worker still keeps; empty when nothing."""
-    if batcher.holdings() or batcher.pool.num_used or batcher.leases.num_live:
+    if batcher._swaps._limbo or batcher.holdings() or batcher.pool.num_used or batcher.leases.num_live:
         used, leases = batcher.pool.num_used, batcher.leases.num_live
         return f"{batcher.me.worker}: {used} blocks, {leases} leases, {batcher.holdings()}"
     return ""

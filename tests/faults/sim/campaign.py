@@ -32,16 +32,16 @@ class Tally:
         self.failures += other.failures
 
 
-def run_seeds(seeds: Iterable[int], depth: int) -> Tally:
+def run_seeds(seeds: Iterable[int], depth: int, shared: bool = False) -> Tally:
     """One after the other, in this process."""
     tally = Tally()
     for seed in seeds:
         tally.runs += 1
         try:
-            report = Scenario(seed, depth).run()
+            report = Scenario(seed, depth, shared).run()
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            replay = f"python tests/faults/replay.py {seed} --depth {depth}"
+            replay = f"python tests/faults/replay.py {seed} --depth {depth}{' --shared' if shared else ''}"
             tally.failures.append(f"{replay}\n    {where.name}: {type(error).__name__}: {str(error)[:500]}")
         else:
             tally.requests += report.outcomes.total()
@@ -50,12 +50,12 @@ def run_seeds(seeds: Iterable[int], depth: int) -> Tally:
     return tally
 
 
-def run_campaign(seeds: range, depth: int) -> Tally:
+def run_campaign(seeds: range, depth: int, shared: bool = False) -> Tally:
     """Spread over the cores."""
     tasks = [seeds[i : i + SEEDS_PER_TASK] for i in range(0, len(seeds), SEEDS_PER_TASK)]
     tally = Tally()
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for part in pool.map(run_seeds, tasks, [depth] * len(tasks)):
+        for part in pool.map(run_seeds, tasks, [depth] * len(tasks), [shared] * len(tasks)):
             tally.add(part)
     return tally

@@ -11,8 +11,9 @@ from baton.proto.lifecycle import Outcome, Pooling
 from baton.proto.messages import SamplingParams, Sid
 from baton.scheduler_proc.operations import Operator
 
-from .audit import audit_blocks, leftovers, scheduler_leftovers
+from .audit import audit_blocks, audit_keeper, audit_shares, leftovers, scheduler_leftovers
 from .frontend import Call, Frontend
+from .keeper import KeeperProcess
 from .model import NOISE, OUTCOMES, STOP_TOKENS, Memory, Reference, reference_vector
 from .network import Network
 from .scheduler import Scheduler
@@ -46,7 +47,8 @@ class Report:
 class Scenario:
     """Draws a cluster, its requests and its faults from the seed."""
 
-    def __init__(self, seed: int, depth: int, trace: Callable[[str], None] | None = None) -> None:
+    def __init__(self, seed: int, depth: int, shared: bool = False, trace: Callable[[str], None] | None = None) -> None:
+        """`shared`: all workers have their blocks in the one pool of a keeper, and no prefix cache."""
         self.world = World(seed, trace)
         self.rng = self.world.rng
         self.network = Network(self.world)
@@ -61,8 +63,9 @@ class Scenario:
         )
         self.scheduler = Scheduler(self.world, self.network, config)
         memories: dict[str, Memory] = {}
-        specs = self._draw_workers(depth)
-        self.workers = [Worker(self.world, self.network, spec, memories) for spec in specs]
+        specs = self._draw_workers(depth, shared)
+        self.keeper = self._draw_keeper(specs) if shared else None
+        self.workers = [Worker(self.world, self.network, spec, memories, self.keeper) for spec in specs]
         self.frontends = [Frontend(self.world, self.network, f"frontend-{i}") for i in range(self.rng.choice((1, 2)))]
         self.processes: list[Process] = [self.scheduler, *self.workers, *self.frontends]
         self._prefixes = [_draw_tokens(self.rng, 48) for _ in range(2)]
@@ -83,12 +86,14 @@ class Scenario:
             assert self.world.now < deadline, f"not quiet {patience_s:.0f} s after the last fault: {left}"
             self.world.run(self.world.now + 0.25)
             self._audit()
+        if self.keeper is not None and self.keeper.state.shares is not None:
+            audit_keeper([worker.batcher for worker in self.workers if worker.batcher], self.keeper.state.shares)
         return self._report()
 
-    def _draw_workers(self, depth: int) -> list[WorkerSpec]:
+    def _draw_workers(self, depth: int, shared: bool) -> list[WorkerSpec]:
         rng = self.rng
         letters = rng.choice(TOPOLOGIES)
-        cache = CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=rng.random() < 0.7)
+        cache = CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=rng.random() < 0.7 and not shared)
         lease = LeaseConfig(unbound_s=3.0, holder_s=1.5, renew_interval_s=0.3, remember_s=10.0)
         batch = BatchConfig(
             max_num_batched_tokens=rng.choice((16, 48, 256)),
@@ -115,6 +120,11 @@ class Scenario:
             )
             for index, letter in enumerate(letters)
         ]
+
+    def _draw_keeper(self, specs: list[WorkerSpec]) -> KeeperProcess:
+        slowness = self.rng.choice((1.0, 1.0, 10.0))
+        blocks = {spec.name: spec.num_blocks for spec in specs}
+        return KeeperProcess(self.world, blocks, BLOCK_SIZE, lambda: slowness * self.network.conditions.delay_s)
 
     def _draw_call(self) -> Call:
         rng = self.rng
@@ -177,7 +187,8 @@ class Scenario:
         process.kill()
         if self.rng.random() < 0.5:
             self.world.at(self.world.now + 0.002, lambda: self.scheduler.process_died(process.name))
-        self.world.at(self.world.now + self.rng.expovariate(1 / 0.8), lambda: self._restart(process))
+        restart_s = self.rng.choice((0.01, 0.8))
+        self.world.at(self.world.now + self.rng.expovariate(1 / restart_s), lambda: self._restart(process))
 
     def _leave(self) -> None:
         """A worker stops in order, as by SIGTERM, and comes back."""
@@ -258,9 +269,11 @@ class Scenario:
             self.world.at(self.world.now + 0.2, lambda: self._end_draining(name))
 
     def _audit(self) -> None:
-        for worker in self.workers:
-            if worker.batcher is not None:
-                audit_blocks(worker.batcher)
+        batchers = [worker.batcher for worker in self.workers if worker.batcher is not None]
+        for batcher in batchers:
+            audit_blocks(batcher)
+        if self.keeper is not None:
+            audit_shares(batchers)
 
     def _leftovers(self) -> list[str]:
         left = [leftovers(worker.batcher) if worker.batcher else f"{worker.name} is down" for worker in self.workers]

@@ -4,9 +4,11 @@ It follows worker/session.py; steps and copies take virtual time and touch the p
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from baton.kv_transfer.contract import Pull, PullDone
 from baton.proto import PROTOCOL_VERSION
@@ -19,18 +21,23 @@ from baton.proto.messages import (
     Configure,
     Fenced,
     Goodbye,
+    Join,
     Message,
     Peer,
     Settings,
+    Share,
+    Swapped,
     TokenBatch,
+    Turn,
     Welcome,
     WhoAreYou,
     WorkerHello,
 )
 from baton.worker.batcher import Batcher
-from baton.worker.effects import Emit, ToHolder, ToOwner, ToScheduler
+from baton.worker.effects import Emit, ToHolder, ToKeeper, ToOwner, ToScheduler
 from baton.worker.plan import StepPlan
 
+from .keeper import KeeperProcess, Link
 from .model import Memory, Runner
 from .network import Network
 from .world import Process, World
@@ -70,38 +77,73 @@ class WorkerSpec:
 class Worker(Process):
     """One worker over all its lives and incarnations."""
 
-    def __init__(self, world: World, network: Network, spec: WorkerSpec, memories: dict[str, Memory]) -> None:
+    def __init__(
+        self,
+        world: World,
+        network: Network,
+        spec: WorkerSpec,
+        memories: dict[str, Memory],
+        keeper: KeeperProcess | None = None,
+    ) -> None:
         super().__init__(world, spec.name)
         self.spec = spec
         self.network = network
         self._memories = memories
         """By kv_endpoint: what peers have mapped. It outlives the process that made it."""
+        self._keeper = keeper
+        self._link: Link | None = None
         self.batcher: Batcher | None = None
 
     def start(self) -> None:
-        """A new process with an empty pool."""
+        """A new process with an empty pool, or with its share of the keeper's."""
         self.alive = True
-        self.memory = Memory(self.spec.num_blocks, self.spec.cache.block_size)
-        self._begin()
+        self._pulls = 0
+        self._device_free_at = self._result_at = self.world.now
+        if self._keeper is None:
+            self.memory = Memory(self.spec.num_blocks, self.spec.cache.block_size)
+            self._join()
+        else:
+            self.memory = self._keeper.memory
+            self._link = self._keeper.connect(self, self._on_keeper)
 
     def kill(self) -> None:
         """Peers keep what they have mapped."""
         super().kill()
         self.network.unbind(self)
         self.batcher = None
+        if self._link is not None:
+            self._link.cut()
 
-    def _begin(self) -> None:
-        """A new incarnation, over the memory that is there."""
-        spec, rng = self.spec, self.world.rng
-        self.incarnation = rng.getrandbits(48)
-        self.me = Peer(spec.name, self.incarnation, f"peer:{spec.name}:{self.incarnation}", f"kv:{self.incarnation}")
+    def _on_keeper(self, message: Message, frames: tuple[bytes, ...]) -> None:
+        match message:
+            case Turn():
+                self._join()
+            case Share():
+                self._begin(np.frombuffer(frames[0], dtype=np.int32).tolist())
+            case Swapped():
+                self._on_lease(b"keeper", message, ())
+
+    def _join(self) -> None:
+        """A new incarnation, once it is known which blocks it has."""
+        self.incarnation = self.world.rng.getrandbits(48)
+        if self._link is None:
+            self._begin(range(self.spec.num_blocks))
+        else:
+            self._link.send(Join(self.incarnation))
+
+    def _begin(self, blocks: Sequence[int]) -> None:
+        """Over the memory that is there."""
+        spec = self.spec
+        pool = "shared" if self._keeper is not None else ""
+        self.me = Peer(
+            spec.name, self.incarnation, f"peer:{spec.name}:{self.incarnation}", f"kv:{self.incarnation}", pool
+        )
         self._memories[self.me.kv_endpoint] = self.memory
         self.batcher = Batcher(
-            self.me, spec.num_blocks, spec.max_model_len, spec.cache, spec.batch, spec.lease, spec.early_bind_tokens
+            self.me, blocks, spec.max_model_len, spec.cache, spec.batch, spec.lease, spec.early_bind_tokens
         )
         self._runner = Runner(self.memory, noise=self.incarnation if spec.noisy else 0)
         self._device_free_at = self._result_at = self.world.now
-        self._pulls = 0
         self._fenced = False
         self._settings = Settings(role=spec.role)
         self._welcome = False
@@ -125,7 +167,7 @@ class Worker(Process):
 
     def _begin_when_still(self) -> None:
         if self._pulls == 0 and self._device_free_at <= self.world.now:
-            self._begin()
+            self._join()
         else:
             self.later(0.01, self._begin_when_still)
 
@@ -216,6 +258,9 @@ class Worker(Process):
                 case ToHolder():
                     holder = identity(effect.holder.worker, effect.holder.incarnation).decode()
                     self.network.send(self, f"holder:{holder}", self.me.endpoint.encode(), effect.message)
+                case ToKeeper():
+                    assert self._link is not None
+                    self._link.send(effect.message)
                 case Pull():
                     self._pull(effect)
         for endpoint, group in rows.items():
@@ -236,16 +281,16 @@ class Worker(Process):
         self.network.send(self, "scheduler", self._identity, message, dealer=True)
 
     def _submit(self, plan: StepPlan) -> None:
-        """The device goes on while the process is paused; its results wait."""
-        incarnation, life = self.incarnation, self.life
+        """The device goes on while the process is paused, its results wait; and for a moment after its end."""
+        incarnation, life, runner, link = self.incarnation, self.life, self._runner, self._link
         started = max(self.world.now, self._device_free_at)
         ended = started + self.world.rng.uniform(0.2, 1.8) * self.spec.step_s
         self._device_free_at = ended
         results: deque = deque()
 
         def execute() -> None:
-            if self.life == life:
-                results.append(self._runner.execute(plan, started, ended))
+            if self.life == life or (link is not None and self.world.now < link.gone_at):
+                results.append(runner.execute(plan, started, ended))
 
         def deliver() -> None:
             if self.incarnation == incarnation and self.batcher is not None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from baton.kernels.reference import TorchOps
 from baton.worker.models.registry import find_model
-from baton.worker.weights import loader
+from baton.worker.weights import loader, placement
 from baton.worker.weights.gguf import DTYPES, _cast, _unpermute
 from baton.worker.weights.resolve import ResolveError, resolve
 
@@ -47,7 +47,9 @@ TEXTS = [
 
 def _model(config: dict[str, Any] = CONFIG) -> Any:
     model_class, config_class = find_model(config)
-    return model_class(config_class.from_json(config), 64, TorchOps(), torch.float32)
+    model = model_class(config_class.from_json(config), 64, TorchOps(), torch.float32)
+    placement.place(model, torch.device("cpu"))
+    return model
 
 
 def _checkpoint(model: Any) -> dict[str, torch.Tensor]:
