@@ -150,7 +150,9 @@ def test_an_item_that_says_nothing_to_the_model_is_refused(item: dict[str, Any],
     assert caught.value.body.error.param == param
 
 
-@pytest.mark.parametrize("field", ["n", "return_token_ids", "response_format", "conversation", "prompt"])
+@pytest.mark.parametrize(
+    "field", ["n", "best_of", "echo", "return_token_ids", "response_format", "conversation", "prompt"]
+)
 def test_what_would_be_ignored_in_silence_is_refused(field: str) -> None:
     wanted, raw = request()
     with pytest.raises(ApiError, match=field):
