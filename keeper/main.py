@@ -20,6 +20,9 @@ from baton.proto.supervision import Supervised, run_child
 
 log = logging.getLogger(__name__)
 
+LOOK_UP_MS = 500
+"""A signal that comes just before the poll begins is handled only once it has ended."""
+
 
 class Loop:
     """Owns the socket and the pidfds; close() frees them."""
@@ -35,7 +38,7 @@ class Loop:
 
     def run(self) -> None:
         """Until stop_fd is readable."""
-        while self._stop_fd not in (ready := dict(self._poller.poll())):
+        while self._stop_fd not in (ready := dict(self._poller.poll(LOOK_UP_MS))):
             for sender, message, _frames in self._router.drain():
                 self._carry_out(self._keeper.handle(sender, message))
             for fd in [fd for fd in ready if fd in self._pidfds]:
