@@ -1,5 +1,6 @@
 """Which blocks a worker owns: all of its own pool, or a share of one that a keeper has."""
 
+import logging
 import os
 import select
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ from baton.proto.messages import (
     Withdraw,
 )
 from baton.proto.network import Network
+
+log = logging.getLogger(__name__)
 
 POOL = "kv"
 """The pool's key among a keeper's memories."""
@@ -96,6 +99,7 @@ class SharedBlocks(Blocks):
         self._death.register(self._pidfd, select.POLLIN)
         self.sources = (self._channel.socket, self._pidfd)
         self.shared_pool = self._turn.shared_pool if self._swaps else ""
+        log.info("KV blocks are %s within the keeper's pool", "swapped" if self._swaps else "copied")
         yield
         self._channel.send(EndTurn())
 

@@ -33,7 +33,7 @@ def test_a_handoff_moves_no_byte_and_the_pool_is_there_once() -> None:
         )
         ledger = response.json()["baton_ledger"]
         mapped = shared_bytes(deployment)
-        deployment.wait_for("decode-0 reads prefill-0 through local")
+        deployment.wait_for("KV blocks are swapped within the keeper's pool", 2)
         deployment.wait_idle()
     assert (ledger["transport"], ledger["moved_blocks"]) == ("local", 2)
     assert "moved_bytes" not in ledger
