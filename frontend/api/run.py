@@ -18,6 +18,8 @@ from baton.frontend.model_info import ModelInfo
 NO_PLACE: Refusals = {
     name: (harmless, "this API's answers have no place for it; /v1/chat/completions does")
     for name, harmless in {
+        "best_of": (None, 1),
+        "echo": (None, False),
         "n": (None, 1),
         "prompt_logprobs": (None,),
         "response_format": (None,),

@@ -34,6 +34,7 @@ from baton.frontend.model_info import ModelInfo
 from baton.frontend.openapi import describe, query
 from baton.frontend.reading import RequestReader
 from baton.proto.config import FrontendConfig
+from baton.proto.keys import key_name
 
 MAX_PAGE = 100
 DEFAULT_PAGE = 20
@@ -75,7 +76,7 @@ class ResponsesApi:
             answer = Forward(peer, encode(raw))
         else:
             with_ledger = header(scope, b"x-baton-ledger") == b"1"
-            draft = await self._drafts.make(wanted, raw, _tenant(scope), with_ledger, received_s)
+            draft = await self._drafts.make(wanted, raw, key_name.get(), with_ledger, received_s)
             if wanted.background:
                 answer = self._begin_background(draft, wanted.stream)
             elif wanted.stream:
@@ -93,7 +94,7 @@ class ResponsesApi:
         if (peer := self._elsewhere(wanted.previous_response_id)) is not None:
             answer = Forward(peer, encode(raw))
         else:
-            items = self._drafts.items(wanted, _tenant(scope))
+            items = self._drafts.items(wanted, key_name.get())
             chat, request = await self._drafts.chat(wanted, raw, items)
             prompt = await self._prompts.chat(request, chat)
             answer = _json(objects.InputTokens(input_tokens=len(prompt.ids)))
@@ -103,7 +104,7 @@ class ResponsesApi:
         """A stored response as it is now; with `stream=true` its events, of one that was streamed in the background."""
         if (peer := self._elsewhere(response_id)) is not None:
             return Forward(peer)
-        found = self._store.get(response_id, _tenant(request.scope))
+        found = self._store.get(response_id, key_name.get())
         stream = request.query_params.get("stream", "false").lower()
         if stream not in ("true", "false"):
             raise bad_request("stream must be true or false.", "stream")
@@ -118,7 +119,7 @@ class ResponsesApi:
         """End a response that runs; of one that has ended, what became of it."""
         if (peer := self._elsewhere(response_id)) is not None:
             return Forward(peer)
-        found = self._store.get(response_id, _tenant(request.scope))
+        found = self._store.get(response_id, key_name.get())
         if isinstance(found, Kept):
             return _json(found.response)
         _cancel(found.run, found.answer)
@@ -128,7 +129,7 @@ class ResponsesApi:
         """Forget a response; one that runs is cancelled."""
         if (peer := self._elsewhere(response_id)) is not None:
             return Forward(peer)
-        live = self._store.delete(response_id, _tenant(request.scope))
+        live = self._store.delete(response_id, key_name.get())
         if live is not None:
             _cancel(live.run, live.answer)
         return _json(objects.DeletedResponse(id=response_id))
@@ -137,7 +138,7 @@ class ResponsesApi:
         """What a response answers, a page at a time: the input, and what was said before it."""
         if (peer := self._elsewhere(response_id)) is not None:
             return Forward(peer)
-        items = self._store.get(response_id, _tenant(request.scope)).input_items()
+        items = self._store.get(response_id, key_name.get()).input_items()
         limit = _whole_number(request, "limit", DEFAULT_PAGE, 1, MAX_PAGE)
         order, after = request.query_params.get("order", "desc"), request.query_params.get("after")
         if order not in ("asc", "desc"):
@@ -228,12 +229,6 @@ def _cancel(run: Run, answer: ResponseAnswer) -> None:
 def _append(log: EventLog | None, events: list[object], ended: bool) -> None:
     if log is not None:
         log.append([named_event(event) for event in events], ended)
-
-
-def _tenant(scope: Scope) -> str:
-    """Whose responses a request may see: those of the same key."""
-    name: str = scope.get("state", {}).get("key_name", "")
-    return name
 
 
 def _whole_number(request: Request, name: str, default: int, low: int, high: int) -> int:
