@@ -8,7 +8,9 @@ finished sequence scores sum / length ** length_penalty, its end token included 
 when the best running beam, at its present length, can't beat the worst of `width` finished ones.
 """
 
+import heapq
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from baton.proto.messages import TokenLogprobs
 
@@ -59,13 +61,17 @@ class BeamSearch:
 
     def advance(self, found: list[TokenLogprobs]) -> None:
         """Go on by one token; `found[i].top` are the best continuations of running[i], best first."""
-        candidates = [
-            beam.then(token, logprob, rank, step)
-            for beam, step in zip(self.running, found, strict=True)
-            for rank, (token, logprob) in enumerate(step.top, 1)
-        ]
-        candidates.sort(key=lambda beam: -beam.total)
-        candidates = candidates[: self.num_alternatives]
+        # Most continuations go no further: a copy of all that came before would be made for nothing.
+        best = heapq.nlargest(
+            self.num_alternatives,
+            (
+                (beam.total + logprob, beam, token, logprob, rank, step)
+                for beam, step in zip(self.running, found, strict=True)
+                for rank, (token, logprob) in enumerate(step.top, 1)
+            ),
+            key=itemgetter(0),
+        )
+        candidates = [beam.then(token, logprob, rank, step) for _, beam, token, logprob, rank, step in best]
         length = len(candidates[0].tokens)
         full = length >= self.max_tokens
         ended = [beam for beam in candidates[: self.width] if full or beam.tokens[-1] in self.end_ids]
