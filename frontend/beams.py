@@ -15,6 +15,11 @@ from operator import itemgetter
 from baton.proto.messages import TokenLogprobs
 
 
+def num_alternatives(width: int, num_end_ids: int) -> int:
+    """Best next tokens that a search needs of each beam: if all end tokens are among them, enough others are."""
+    return max(2, 1 + num_end_ids) * width
+
+
 @dataclass(frozen=True)
 class Beam:
     """One output so far."""
@@ -56,8 +61,8 @@ class BeamSearch:
 
     @property
     def num_alternatives(self) -> int:
-        """Best next tokens that `advance` needs of each beam: if all end tokens are among them, enough others are."""
-        return max(2, 1 + len(self.end_ids)) * self.width
+        """Best next tokens that `advance` needs of each beam."""
+        return num_alternatives(self.width, len(self.end_ids))
 
     def advance(self, found: list[TokenLogprobs]) -> None:
         """Go on by one token; `found[i].top` are the best continuations of running[i], best first."""

@@ -10,6 +10,7 @@ import msgspec
 
 from baton.frontend.api.errors import ApiError, bad_request
 from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from baton.frontend.beams import num_alternatives
 from baton.frontend.model_info import ModelInfo
 from baton.proto.messages import SamplingParams
 
@@ -28,16 +29,22 @@ MAX_BEAMS = 64
 MAX_PROMPT_LOGPROBS = 2**20
 """Of one prompt, alternatives included: 8 MB on their way, some ten times as much as JSON."""
 MAX_REQUEST_ID = 256
-_NOT_WITH_BEAMS = (
-    "stop",
-    "logit_bias",
-    "bad_words",
-    "allowed_token_ids",
-    "logprob_token_ids",
-    "prompt_logprobs",
-    "echo",
-)
-"""What would change the model's probabilities, or has no place in the answer."""
+MAX_BEAM_ALTERNATIVES = 1024
+"""Next tokens that a worker reports of each beam."""
+_NOT_WITH_BEAMS: dict[str, tuple[object, ...]] = {
+    "stop": (None, []),
+    "logit_bias": (None, {}),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None,),
+    "logprob_token_ids": (None, []),
+    "prompt_logprobs": (None,),
+    "echo": (False,),
+    "min_tokens": (0,),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+}
+"""What would change the model's probabilities, or has no place in the answer; values that ask for nothing."""
 _UINT64 = 2**64 - 1
 
 N = TypeVar("N", int, float)
@@ -182,7 +189,7 @@ def read_wishes(request: GenerationRequest, info: ModelInfo, max_logprobs: int) 
         prompt_logprobs=prompt_logprobs,
         echo=echo,
         prefix=_continued(request) if request.echo else "",
-        length_penalty=_length_penalty(request, n),
+        length_penalty=_length_penalty(request, n, sampling, info),
         bad_words=_bad_words(request),
         priority=_within("priority", request.priority, -(2**31), 2**31 - 1),
         request_id=_request_id(request.request_id),
@@ -296,15 +303,22 @@ def _continued(request: GenerationRequest) -> str:
     return last.content if isinstance(last.content, str) else "\n".join(part.text or "" for part in last.content)
 
 
-def _length_penalty(request: GenerationRequest, n: int) -> float | None:
+def _length_penalty(request: GenerationRequest, n: int, sampling: SamplingParams, info: ModelInfo) -> float | None:
     """Of a beam search. What it could not honour is refused, because beams follow the model's own probabilities."""
     if not request.use_beam_search:
         return None
     _within("n", n, 1, MAX_BEAMS)
     _within("length_penalty", request.length_penalty, -100, 100)
-    for name in _NOT_WITH_BEAMS:
-        if getattr(request, name) not in (None, False):
+    for name, harmless in _NOT_WITH_BEAMS.items():
+        if getattr(request, name) not in harmless:
             raise bad_request(f"{name} is not possible with use_beam_search.", name)
+    alternatives = num_alternatives(n, len(sampling.stop_token_ids))
+    if alternatives > min(MAX_BEAM_ALTERNATIVES, info.vocab_size):
+        raise bad_request(
+            f"{n} beams with {len(sampling.stop_token_ids)} tokens that end them compare {alternatives} next tokens of "
+            f"each; at most {min(MAX_BEAM_ALTERNATIVES, info.vocab_size)} are possible. Ask for fewer of either.",
+            "n",
+        )
     return request.length_penalty
 
 

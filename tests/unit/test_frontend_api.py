@@ -104,6 +104,11 @@ def ids(text: str) -> list[int]:
         ({"use_beam_search": True, "n": 65}, "n"),
         ({"use_beam_search": True, "stop": "x"}, "stop"),
         ({"use_beam_search": True, "length_penalty": 1e9}, "length_penalty"),
+        ({"use_beam_search": True, "min_tokens": 1}, "min_tokens"),
+        ({"use_beam_search": True, "repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"use_beam_search": True, "frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"use_beam_search": True, "prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"use_beam_search": True, "n": 64, "stop_token_ids": [1, 2, 3, 4]}, "n"),
     ],
 )
 def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
@@ -111,6 +116,11 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
         wishes(**fields)
     assert caught.value.body.error.param == param
     assert caught.value.status == (404 if param == "model" else 400)
+
+
+def test_fields_that_ask_for_nothing_are_no_hindrance_to_a_beam_search() -> None:
+    idle = {"stop": [], "logit_bias": {}, "bad_words": [], "presence_penalty": 0.0, "repetition_penalty": 1.0}
+    assert wishes(use_beam_search=True, n=4, stop_token_ids=[1, 2], **idle).length_penalty == 1.0
 
 
 def test_unsupported_fields_of_chat_are_refused_and_their_harmless_values_are_not() -> None:
