@@ -21,6 +21,7 @@ class _Pooled(msgspec.Struct, kw_only=True):
     ] = None
     add_special_tokens: bool | None = None
     priority: int = 0
+    cache_salt: str | None = None
     user: str | None = None
 
 

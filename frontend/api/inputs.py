@@ -7,7 +7,7 @@ import numpy as np
 
 from baton.frontend.api.embedding_requests import EmbeddingRequest, RerankRequest, ScoreRequest
 from baton.frontend.api.errors import bad_request
-from baton.frontend.api.prompts import Prompt
+from baton.frontend.api.prompts import Prompt, read_salt
 from baton.frontend.model_info import ModelInfo
 from baton.frontend.tokenizer import Side, Tokenizer
 from baton.proto.hashing import hash_chain, pack_hashes
@@ -20,13 +20,15 @@ MAX_INPUTS = 2048
 
 @dataclass(frozen=True)
 class Cut:
-    """How inputs are tokenised and made to fit."""
+    """How inputs are tokenised, made to fit and named in the prefix cache."""
 
     add_special_tokens: bool
     max_tokens: int | None
     """Longer inputs are cut to so many; None: what the model can't take is an error."""
     side: Side
     """Which end is cut off."""
+    salt: tuple[str, ...] = ()
+    """Extra keys of the hash chains."""
 
 
 def read_cut(request: PoolingRequest, info: ModelInfo) -> Cut:
@@ -35,7 +37,8 @@ def read_cut(request: PoolingRequest, info: ModelInfo) -> Cut:
     if limit is not None and limit != -1 and not 1 <= limit <= info.max_model_len:
         raise bad_request(f"{name} must be -1 or from 1 to {info.max_model_len}, got {limit}.", name)
     limit = info.max_model_len if limit == -1 else limit
-    return Cut(request.add_special_tokens is not False, limit, request.truncation_side or "right")
+    side, salt = request.truncation_side or "right", read_salt(request.cache_salt)
+    return Cut(request.add_special_tokens is not False, limit, side, salt)
 
 
 def check_count(count: int, param: str) -> None:
@@ -63,7 +66,7 @@ def _prompt(
         raise bad_request(f"input {index} is empty; it needs at least one token.", param)
     _check_length(len(ids), info, param, index)
     tokens = np.array(ids, dtype=np.int32)
-    return Prompt(tokens, pack_hashes(hash_chain(tokens)))
+    return Prompt(tokens, pack_hashes(hash_chain(tokens, *cut.salt)))
 
 
 def _encode(text: str, cut: Cut, tokenizer: Tokenizer, info: ModelInfo, param: str, index: int) -> Sequence[int]:

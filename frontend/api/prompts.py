@@ -23,6 +23,9 @@ T = TypeVar("T")
 SHORT_IDS = 4096
 """So many token ids are checked and hashed in half a millisecond, most of it with the interpreter's lock held."""
 
+MAX_SALT = 1024
+"""Characters of a cache_salt: the roots that salts make are remembered."""
+
 _FINAL = "\ue000baton\ue001"
 """Stands at the end of the final message while it is rendered, to find where the template goes on behind it."""
 
@@ -71,12 +74,12 @@ class Prompts:
 
     def of_completion(self, request: CompletionRequest) -> list[Prompt]:
         """One prompt per string or list of ids. Raises ApiError."""
-        salt = _salt(request)
+        salt = read_salt(request.cache_salt)
         return [self._prompt(ids, "prompt", salt, text) for ids, text in self._completion_ids(request)]
 
     def of_chat(self, request: ChatCompletionRequest, raw: dict[str, Any]) -> Prompt:
         """The rendered conversation; `raw` is the request as it came. Raises ApiError."""
-        return self._prompt(self._chat_ids(request, raw), "messages", _salt(request))
+        return self._prompt(self._chat_ids(request, raw), "messages", read_salt(request.cache_salt))
 
     async def bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """As of_bad_words, in a thread."""
@@ -224,11 +227,13 @@ def _keep(ids: list[int], cut: Truncation | None) -> list[int]:
     return ids[-cut.count :] if cut.side == "left" else ids[: cut.count]
 
 
-def _salt(request: CompletionRequest | ChatCompletionRequest) -> tuple[str, ...]:
-    """What keeps the prompt's blocks apart from those of others."""
-    if request.cache_salt == "":
+def read_salt(given: str | None) -> tuple[str, ...]:
+    """What keeps a prompt's blocks apart from those of others: extra keys of its hash chain. Raises ApiError."""
+    if given == "":
         raise bad_request("cache_salt must not be empty; leave it out to share cached prompts.", "cache_salt")
-    return () if request.cache_salt is None else (request.cache_salt,)
+    if given is not None and len(given) > MAX_SALT:
+        raise bad_request(f"cache_salt has {len(given)} characters; at most {MAX_SALT} are possible.", "cache_salt")
+    return () if given is None else (given,)
 
 
 def _is_short_ids(prompt: Any) -> bool:

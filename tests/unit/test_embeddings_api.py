@@ -108,6 +108,16 @@ def test_text_that_is_cut_is_not_tokenised_as_a_whole(tokenizer: Tokenizer, side
     assert prompt.ids.tolist() == short.ids.tolist()
 
 
+def test_a_salt_keeps_inputs_apart_in_the_prefix_cache(tokenizer: Tokenizer) -> None:
+    def hashes(**fields: Any) -> bytes:
+        cut = read_cut(read({"input": "", **fields}, EmbeddingRequest)[0], INFO)
+        return prompts_of([[5] * 40], cut, tokenizer, INFO, "input")[0].hashes
+
+    assert hashes() == hashes() != hashes(cache_salt="one") == hashes(cache_salt="one") != hashes(cache_salt="other")
+    with pytest.raises(ApiError, match="cache_salt"):
+        hashes(cache_salt="")
+
+
 def test_a_prompt_may_fill_the_context(tokenizer: Tokenizer) -> None:
     cut = read_cut(EmbeddingRequest(input=""), INFO)
     assert len(prompts_of([[5] * 64], cut, tokenizer, INFO, "input")[0].ids) == 64

@@ -135,8 +135,9 @@ def test_a_salt_changes_every_hash_of_the_prompt() -> None:
     assert len({unit for chain in units for unit in chain}) == 3 * len(units[0]) == 9
     assert hashes(cache_salt="one") == one
     assert plain == pack_hashes(hash_chain(np.array(prompt_ids(prompt="x" * 40), dtype=np.int32)))
-    with pytest.raises(ApiError, match="cache_salt"):
-        hashes(cache_salt="")
+    for wrong in ("", "s" * 1025):
+        with pytest.raises(ApiError, match="cache_salt"):
+            hashes(cache_salt=wrong)
 
 
 def test_bad_words_are_banned_at_the_beginning_and_behind_a_space() -> None:
