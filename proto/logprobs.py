@@ -15,11 +15,12 @@ class PromptLogprobs(msgspec.Struct, frozen=True):
     """int32 [num_tokens, 2 + 2 * top]: the token's logprob as float32 bits, its rank, ids of the best, their logprobs
     as float32 bits."""
 
-    def entries(self) -> list[TokenLogprobs]:
-        """One for each token from the second on."""
+    def entries(self, top: int | None = None) -> list[TokenLogprobs]:
+        """One for each token from the second on, with so many alternatives; None: all."""
+        top = self.top if top is None else min(top, self.top)
         words = np.frombuffer(self.data, dtype=np.int32).reshape(-1, 2 + 2 * self.top)
         floats = words.view(np.float32)
-        ids, logprobs = words[:, 2 : 2 + self.top].tolist(), floats[:, 2 + self.top :].tolist()
+        ids, logprobs = words[:, 2 : 2 + top].tolist(), floats[:, 2 + self.top : 2 + self.top + top].tolist()
         return [
             TokenLogprobs(logprob, rank, tuple(zip(*best, strict=True)))
             for logprob, rank, *best in zip(floats[:, 0].tolist(), words[:, 1].tolist(), ids, logprobs, strict=True)

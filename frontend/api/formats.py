@@ -95,7 +95,8 @@ class CompletionFormat:
     def _logprobs(self, choice: Choice, delta: Delta, echo: bool) -> CompletionLogprobs:
         scored: list[Scored] = list(zip(delta.token_ids, delta.logprobs, strict=True))
         if echo and choice.prompt_logprobs is not None:
-            scored = [*zip(choice.prompt.ids.tolist(), [None, *choice.prompt_logprobs.entries()], strict=True), *scored]
+            told: list[TokenLogprobs | None] = [None, *choice.prompt_logprobs.entries(self._wishes.logprobs)]
+            scored = [*zip(choice.prompt.ids.tolist(), told, strict=True), *scored]
         with_top = bool(self._wishes.logprobs or self._wishes.sampling.logprob_token_ids)
         result = self._logprob_writer.completion(scored, self._offsets.get(choice.index, 0), with_top)
         if result.tokens:

@@ -67,12 +67,12 @@ class LogprobWriter:
         """vLLM's prompt_logprobs, with so many alternatives; None when nobody asked for them."""
         if found is None:
             return None
-        entries = zip(ids[1:], found.entries(), strict=True)
-        return [None, *(self._position(id, entry, top) for id, entry in entries)]
+        entries = zip(ids[1:], found.entries(top), strict=True)
+        return [None, *(self._position(id, entry) for id, entry in entries)]
 
-    def _position(self, id: int, entry: TokenLogprobs, top: int) -> dict[str, PromptLogprob]:
+    def _position(self, id: int, entry: TokenLogprobs) -> dict[str, PromptLogprob]:
         of = self._tokenizer.token
-        best = {str(other): PromptLogprob(_finite(v), r, of(other)) for r, (other, v) in enumerate(entry.top[:top], 1)}
+        best = {str(other): PromptLogprob(_finite(v), r, of(other)) for r, (other, v) in enumerate(entry.top, 1)}
         return {str(id): PromptLogprob(_finite(entry.logprob), entry.rank, of(id))} | best
 
     def token(self, id: int) -> str:

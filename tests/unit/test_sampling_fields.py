@@ -165,6 +165,15 @@ def test_an_echo_begins_with_the_prompt_and_its_logprobs() -> None:
     assert choice["prompt_logprobs"] is None
 
 
+def test_an_echo_has_as_many_alternatives_as_its_logprobs_say_whatever_prompt_logprobs_do() -> None:
+    told = PromptLogprobs(2, packed((-0.5, 2, [(7, -0.25), (8, -0.75)]), (-1.5, 1, [(9, -1.5), (8, -2.0)])))
+    request = completion(prompt=ids("abc"), echo=True, logprobs=1, prompt_logprobs=2, max_tokens=1)
+    (choice,) = answer(request, ids("d"), prompt_logprobs=told)["choices"]
+    seven, nine = TOKENIZER.token(7), TOKENIZER.token(9)
+    assert choice["logprobs"]["top_logprobs"][1:3] == [{"b": -0.5, seven: -0.25}, {"c": -1.5, nine: -1.5}]
+    assert [len(position) for position in choice["prompt_logprobs"][1:]] == [3, 3]
+
+
 def test_an_echo_alone_computes_one_token_and_shows_none() -> None:
     request = completion(prompt=[ids("ab")], echo=True, max_tokens=0, return_token_ids=True)
     assert read_wishes(request, INFO, 5).for_prompt(2, INFO, "prompt").max_tokens == 1
