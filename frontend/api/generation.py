@@ -84,6 +84,7 @@ class Generator:
         else:
             _check_fan_out(request, wishes.n)
             prompts = await self._prompts.completion(request)
+        wishes.check_answer(sum(len(prompt.ids) for prompt in prompts))
         if wishes.bad_words:
             wishes = wishes.without_words(await self._prompts.bad_words(wishes.bad_words))
         wishes = await self._constrain(wishes, request, plan)
@@ -123,7 +124,12 @@ class Generator:
                         choice, delta = done[index]
                         delta.extend(choice.take(output, reader))
         choices = [choice for choice, _ in done]
-        return encode(job.format.whole(done, usage_of(job, choices), _ledger(job, choices)))
+
+        def written() -> bytes:
+            return encode(job.format.whole(done, usage_of(job, choices), _ledger(job, choices)))
+
+        # Those of a long prompt take a second or two, for which the event loop must not be held up.
+        return written() if job.wishes.sampling.prompt_logprobs < 0 else await self._prompts.in_thread(written)
 
     async def beams(self, job: Job) -> list[tuple[Choice, Delta]]:
         """The answers of a beam search, which has none before its end. Raises ApiError."""

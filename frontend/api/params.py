@@ -28,6 +28,8 @@ MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BEAMS = 64
 MAX_PROMPT_LOGPROBS = 2**20
 """Of one prompt, alternatives included: 8 MB on their way, some ten times as much as JSON."""
+MAX_ANSWER_PROMPT_LOGPROBS = 2 * MAX_PROMPT_LOGPROBS
+"""Of one answer, which has them for every sample of every prompt."""
 MAX_REQUEST_ID = 256
 MAX_BEAM_ALTERNATIVES = 1024
 """Next tokens that a worker reports of each beam."""
@@ -122,6 +124,16 @@ class Wishes:
             min_tokens=min(self.sampling.min_tokens, max_tokens),
             seed=secrets.randbits(64) if self.seed is None else self.seed & _UINT64,
         )
+
+    def check_answer(self, prompt_tokens: int) -> None:
+        """Refuse an answer that nobody could hold; `prompt_tokens` are those of all prompts. Raises ApiError."""
+        if (self.sampling.prompt_logprobs + 1) * prompt_tokens * self.n > MAX_ANSWER_PROMPT_LOGPROBS:
+            raise bad_request(
+                f"log-probabilities of {prompt_tokens} prompt tokens with {self.sampling.prompt_logprobs} alternatives "
+                f"each, {self.n} times, are too many: at most {MAX_ANSWER_PROMPT_LOGPROBS} in one answer. Send the "
+                "prompts one by one, or ask for fewer samples.",
+                "prompt_logprobs",
+            )
 
     def keeping_special_tokens(self) -> "Wishes":
         """With special tokens in the text, for a parser that looks for them."""

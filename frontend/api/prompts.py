@@ -116,7 +116,7 @@ class Prompts:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Tokenising that somebody else describes."""
+        """Tokenising, or the like, that somebody else describes."""
         return await self._run(work)
 
     async def _run(self, work: Callable[[], T]) -> T:

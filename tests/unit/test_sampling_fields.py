@@ -209,6 +209,10 @@ def test_prompt_logprobs_are_bounded() -> None:
     assert given.for_prompt(MAX_PROMPT_LOGPROBS // 4, wide, "prompt").prompt_logprobs == 3
     with pytest.raises(ApiError, match="too many"):
         given.for_prompt(MAX_PROMPT_LOGPROBS // 4 + 1, wide, "prompt")
+    wishes(prompt_logprobs=3, n=2).check_answer(MAX_PROMPT_LOGPROBS // 4)
+    with pytest.raises(ApiError, match="too many"):
+        wishes(prompt_logprobs=3, n=2).check_answer(MAX_PROMPT_LOGPROBS // 4 + 1)
+    wishes(n=128).check_answer(2**40)
 
 
 def test_tokens_may_be_written_as_ids() -> None:
