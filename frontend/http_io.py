@@ -82,7 +82,8 @@ class EventStream:
         if self._blocked is not None or self._over.done():
             return
         try:
-            if data := self._events.take():
+            data = self._events.take()
+            if data or (self._events.ended and not self._started):  # an answer without events is one, too
                 self._blocked = run_eagerly(self._write(data))
         except Exception as error:
             self._end(error)

@@ -38,7 +38,7 @@ class Source:
         if self._error is not None:
             raise self._error
         data, self._data = self._data, b""
-        self.ended = bool(data) and self._last
+        self.ended = self.ended or (bool(data) and self._last)
         return data
 
 
@@ -90,6 +90,18 @@ def test_events_are_written_as_they_come_by_whoever_brings_them() -> None:
         await running
         assert connection.sent[0]["status"] == 200
         assert [message["more_body"] for message in connection.sent[1:]] == [True, True, False]
+
+    streamed(use)
+
+
+def test_an_answer_that_ends_without_an_event_is_an_empty_one() -> None:
+    async def use(source: Source, connection: Connection, running: "asyncio.Task[None]") -> None:
+        source.ended = True
+        source.put(b"")
+        await running
+        assert [message["type"] for message in connection.sent] == ["http.response.start", "http.response.body"]
+        assert (connection.sent[0]["status"], connection.pieces) == (200, [b""])
+        assert not connection.sent[1]["more_body"]
 
     streamed(use)
 

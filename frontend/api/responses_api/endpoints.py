@@ -215,10 +215,7 @@ class _Followed(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._log.follow(self._after) as events:
-            if events.ended:
-                await super().__call__(scope, receive, send)
-            else:
-                await EventStream(events, send, self._stalled_s).run(receive)
+            await EventStream(events, send, self._stalled_s).run(receive)
 
 
 def _cancel(run: Run, answer: ResponseAnswer) -> None:
