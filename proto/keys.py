@@ -89,7 +89,11 @@ class Keyring:
             raise UserError(f"can't read the API keys in {path}: {error.strerror}") from error
         if stat.S_IMODE(status.st_mode) & 0o077:
             raise UserError(f"{path} has API keys that others than its owner may read: chmod 600 {path}")
-        self._known = [*self._given, *_parse(path, data).items()]
+        found = _parse(path, data)
+        # Whoever has the name has what belongs to it, such as stored responses.
+        if twice := [name for name, _ in self._given if name in found]:
+            raise UserError(f"{path} names a key {twice[0]}, as the command line's are called: choose another name")
+        self._known = [*self._given, *found.items()]
         self._version = _version(status)
 
 

@@ -16,10 +16,15 @@ def key_file(path: Path, text: str, mode: int = 0o600) -> str:
 
 
 def test_keys_have_names(tmp_path: Path) -> None:
-    file = key_file(tmp_path / "keys", "# a comment\n\n  search\tsecret-of-search \nkey-1 from-the-file\n")
+    file = key_file(tmp_path / "keys", "# a comment\n\n  search\tsecret-of-search \nkey-3 from-the-file\n")
     keys = Keyring(("first", "second"), file)
     sent = (b"first", b"second", b"secret-of-search", b"from-the-file", b"search", b"", b"\xff")
-    assert [keys.name_of(key) for key in sent] == ["key-1", "key-2", "search", "key-1", None, None, None]
+    assert [keys.name_of(key) for key in sent] == ["key-1", "key-2", "search", "key-3", None, None, None]
+
+
+def test_no_key_of_a_file_has_the_name_of_one_from_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="key-2"):
+        Keyring(("first", "second"), key_file(tmp_path / "keys", "key-2 from-the-file\n"))
 
 
 def test_without_keys_nobody_is_asked_and_with_an_empty_file_nobody_gets_in(tmp_path: Path) -> None:
