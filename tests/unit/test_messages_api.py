@@ -54,6 +54,11 @@ def test_what_both_apis_have_stays_and_the_rest_gets_its_chat_name() -> None:
     }
 
 
+def test_log_probabilities_have_no_place_in_a_message() -> None:
+    with pytest.raises(ApiError, match="logprob_token_ids"):
+        chat_of(logprob_token_ids=[1])
+
+
 def test_blocks_become_chat_messages() -> None:
     use = {"type": "tool_use", "id": "c", "name": "time", "input": {"zone": "CET"}}
     turns = [

@@ -21,6 +21,7 @@ from baton.frontend.api.run import NO_PLACE
 
 _REFUSED: Refusals = {
     "container": ((None,), "the server runs no code"),
+    "logprob_token_ids": ((None, []), "messages have no place for log-probabilities; /v1/chat/completions has"),
     "mcp_servers": ((None, []), "the server calls no tools; name them in tools and answer their calls"),
 }
 
