@@ -87,11 +87,13 @@ class Prompts:
 
     def of_bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Token sequences that spell the words, at the beginning of the output and, where that makes another token,
-        behind a space: those that vLLM bans."""
+        behind a space: those that vLLM bans. Raises ApiError for a word that has none."""
         found: list[tuple[int, ...]] = []
         for word in words:
             first = tuple(self.tokenizer.encode(word.lstrip(), add_special_tokens=False))
             spaced = tuple(self.tokenizer.encode(f" {word.lstrip()}", add_special_tokens=False))
+            if not first or not spaced:
+                raise bad_request(f"bad_words has {word!r}, which the tokenizer drops.", "bad_words")
             found.append(first)
             if spaced[0] != first[0] and len(spaced) == len(first):
                 found.append(spaced)

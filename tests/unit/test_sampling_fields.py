@@ -149,6 +149,8 @@ def test_bad_words_are_banned_at_the_beginning_and_behind_a_space() -> None:
     prompts = Prompts(Tokenizer(backend), None, INFO)
     assert prompts.of_bad_words(("a", "b", " a")) == ((0,), (3,), (1,))
     assert PROMPTS.of_bad_words(("ab",)) == (tuple(ids("ab")),)
+    with pytest.raises(ApiError, match="drops"):
+        prompts.of_bad_words(("c",))
 
 
 def test_an_echo_begins_with_the_prompt_and_its_logprobs() -> None:
