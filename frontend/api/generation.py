@@ -88,6 +88,7 @@ class Generator:
         if wishes.bad_words:
             wishes = wishes.without_words(await self._prompts.bad_words(wishes.bad_words))
         wishes = await self._constrain(wishes, request, plan)
+        wishes.check_volume(len(prompts))
         format = self._format(request, wishes)
         options = request.stream_options or StreamOptions()
         return Job(prompts, wishes, format, options, with_ledger, received_s, timeout_s, plan)

@@ -17,6 +17,8 @@ from baton.proto.messages import SamplingParams
 MAX_ID_DIGITS = 10
 MAX_STREAMS = 1024
 """Streams that one request may open: prompts times n."""
+MAX_PARAMS_BYTES = 16 * 2**20
+"""Of all streams' sampling parameters together: each brings its own, and the scheduler reads them all."""
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 4096
 """Of one stop string: text is held back while it may still become one."""
@@ -133,6 +135,18 @@ class Wishes:
                 f"each, {self.n} times, are too many: at most {MAX_ANSWER_PROMPT_LOGPROBS} in one answer. Send the "
                 "prompts one by one, or ask for fewer samples.",
                 "prompt_logprobs",
+            )
+
+    def check_volume(self, num_prompts: int) -> None:
+        """Refuse long lists or forms for many streams. Raises ApiError."""
+        streams = num_prompts * self.n
+        size = streams * len(msgspec.msgpack.encode(self.sampling))
+        if size > MAX_PARAMS_BYTES:
+            raise bad_request(
+                f"{streams} output streams have {size >> 20} MiB of sampling parameters, at most "
+                f"{MAX_PARAMS_BYTES >> 20} are possible: shorten allowed_token_ids, logit_bias, bad_words or the form "
+                "of the output, or ask for fewer samples.",
+                "n",
             )
 
     def keeping_special_tokens(self) -> "Wishes":

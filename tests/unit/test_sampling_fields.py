@@ -217,6 +217,14 @@ def test_prompt_logprobs_are_bounded() -> None:
     wishes(n=128).check_answer(2**40)
 
 
+def test_long_lists_are_not_for_many_streams() -> None:
+    wide = ModelInfo(("small",), 100, 200_000, (EOS,), SamplingDefaults())
+    given = read_wishes(completion(allowed_token_ids=list(range(150_000)), n=2), wide, 5)
+    given.check_volume(8)
+    with pytest.raises(ApiError, match="100 output streams"):
+        given.check_volume(50)
+
+
 def test_tokens_may_be_written_as_ids() -> None:
     a = ids("a")[0]
     (choice,) = answer(completion(logprobs=1, return_tokens_as_token_ids=True), [a])["choices"]
