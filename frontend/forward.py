@@ -20,6 +20,7 @@ _OF_ONE_HOP = frozenset(
 )
 _OURS = frozenset({b"date", b"x-request-id", IGNORED_FIELDS})
 """Headers that this frontend gives answers itself; for web pages too, so that the other one hears of no origin."""
+_NOT_HANDED_ON = frozenset({b"origin", b"x-request-id"})
 
 
 def peer_socket(run_dir: str, name: str) -> Path:
@@ -65,8 +66,9 @@ class Forward(Response):
 
 def _head(scope: Scope, length: int) -> bytes:
     path = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-    headers = [(name, value) for name, value in scope["headers"] if name not in _OF_ONE_HOP and name != b"origin"]
+    headers = [pair for pair in scope["headers"] if pair[0] not in _OF_ONE_HOP and pair[0] not in _NOT_HANDED_ON]
     headers += [(b"host", b"peer"), (b"connection", b"close"), (b"content-length", str(length).encode())]
+    headers.append((b"x-request-id", scope["state"]["request_id"].encode()))  # both logs have the one the client gets
     lines = b"".join(b"%b: %b\r\n" % pair for pair in headers)
     return b"%b %b HTTP/1.1\r\n%b\r\n" % (scope["method"].encode(), path, lines)
 

@@ -15,7 +15,7 @@ Server = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 def scope(**fields: Any) -> dict[str, Any]:
-    headers = [(b"authorization", b"Bearer k"), (b"host", b"me"), (b"content-length", b"99"), (b"x-request-id", b"r")]
+    headers = [(b"authorization", b"Bearer k"), (b"host", b"me"), (b"content-length", b"99"), (b"x-request-id", b"r e")]
     return {
         "type": "http",
         "method": "POST",
@@ -23,6 +23,7 @@ def scope(**fields: Any) -> dict[str, Any]:
         "raw_path": b"/v1/responses",
         "query_string": b"",
         "headers": headers,
+        "state": {"request_id": "re"},
         **fields,
     }
 
@@ -87,6 +88,7 @@ def test_the_request_arrives_as_it_came_and_the_answer_too(tmp_path: Path) -> No
     assert b"authorization: Bearer k" in lines
     assert b"content-length: 5" in lines
     assert b"host: me" not in lines
+    assert [line for line in lines if line.startswith(b"x-request-id")] == [b"x-request-id: re"]
     assert body == b"hello"
     assert client.sent[0] == {"type": "http.response.start", "status": 201, "headers": [(b"x-a", b"b")]}
     assert client.body == b"abcd"
