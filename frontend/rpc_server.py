@@ -18,11 +18,13 @@ from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.embedding_requests import EmbeddingRequest
 from baton.frontend.api.embeddings import Embedder, Pooled, PoolingJob
 from baton.frontend.api.embeddings import usage_of as pooled_usage_of
-from baton.frontend.api.errors import ApiError
+from baton.frontend.api.errors import ApiError, bad_request
 from baton.frontend.api.generation import Generator, Job, usage_of
+from baton.frontend.api.inputs import check_count
 from baton.frontend.api.params import check_model
 from baton.frontend.api.prompts import Prompts
 from baton.frontend.api.requests import CompletionRequest, DetokenizeRequest, TokenizeRequest, read
+from baton.frontend.bodies import MAX_VALUES
 from baton.frontend.engine_client import EngineClient
 from baton.frontend.model_info import ModelInfo
 from baton.proto.config import FrontendConfig
@@ -113,6 +115,8 @@ class Inference:
     async def embed(self, request: Any, context: Context) -> Any:
         received_s = time.monotonic()
         try:
+            check_count(len(request.inputs), "inputs")
+            check_values(request)
             wanted, unknown = read(embedding_fields(request), EmbeddingRequest)
             assert not unknown, f"inference.proto has fields that the API does not know: {unknown}"
             job = await self._embedder.prepare(
@@ -136,8 +140,9 @@ class Inference:
         return self._messages.new("TokenizeResponse", token_ids=ids, token_strs=pieces, max_model_len=limit)
 
     async def detokenize(self, request: Any, _context: Context) -> Any:
-        raw = _present(request, ("model",)) | {"tokens": list(request.token_ids)}
         try:
+            check_values(request)
+            raw = _present(request, ("model",)) | {"tokens": list(request.token_ids)}
             wanted, _unknown = read(raw, DetokenizeRequest)
             check_model(wanted.model, self._info)
             text = await self._prompts.detokenize(wanted.tokens)
@@ -151,6 +156,7 @@ class Inference:
         return self._messages.new("ListModelsResponse", models=models)
 
     async def _prepare(self, request: Any, received_s: float, timeout_s: float) -> Job:
+        check_values(request)
         raw = completion_fields(request)
         wanted, unknown = read(raw, CompletionRequest)
         assert not unknown, f"inference.proto has fields that the API does not know: {unknown}"
@@ -190,6 +196,25 @@ def _timeout_s(context: Context) -> float:
     """Until the call's deadline; 0 without one."""
     remaining_s = context.time_remaining()
     return 0.0 if remaining_s is None else max(remaining_s, 1e-3)
+
+
+def check_values(request: Message) -> None:
+    """Lists are bounded as in the body of an HTTP request (bodies.py), and for the same reason. Raises ApiError."""
+    if _num_values(request) > MAX_VALUES:
+        raise bad_request(f"the request has more than {MAX_VALUES} values; send them in several requests")
+
+
+def _num_values(message: Message) -> int:
+    """Entries of all lists in it."""
+    count = 0
+    for field, value in message.ListFields():
+        if isinstance(value, Message):
+            count += _num_values(value)
+        elif isinstance(value, Sequence | Mapping) and not isinstance(value, str):
+            count += len(value)
+            if isinstance(value, Sequence) and field.message_type is not None:
+                count += sum(map(_num_values, value))
+    return count
 
 
 def completion_fields(request: Any) -> dict[str, Any]:

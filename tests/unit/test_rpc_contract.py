@@ -7,8 +7,10 @@ import msgspec
 import pytest
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
 
+from baton.frontend.api.errors import ApiError
 from baton.frontend.api.requests import CompletionRequest, read
-from baton.frontend.rpc_server import completion_fields
+from baton.frontend.bodies import MAX_VALUES
+from baton.frontend.rpc_server import check_values, completion_fields
 from baton.proto.lifecycle import Duty, FinishReason, Role
 from baton.proto.rpc.schema import descriptor_set, schema
 from baton.scheduler_proc.instructions import EventKind
@@ -126,3 +128,14 @@ def test_a_message_becomes_the_request_that_json_would() -> None:
 )
 def test_enums_have_the_values_of_ours(enum: str, ours: list[str]) -> None:
     assert {name for name in schema().enum(enum) if name != "UNSPECIFIED"} == set(ours)
+
+
+def test_lists_are_bounded_wherever_they_are() -> None:
+    ids = {"ids": [1] * (MAX_VALUES // 2)}
+    embed = schema().message("EmbedRequest")
+    check_values(embed(inputs=[{"token_ids": ids}, {"text": "word " * MAX_VALUES}]))
+    generate = schema().message("GenerateRequest")
+    sampling = {"allowed_token_ids": ids["ids"], "logit_bias": {1: 0.5}}
+    for request in (embed(inputs=[{"token_ids": ids}] * 2), generate(token_ids=ids, sampling=sampling)):
+        with pytest.raises(ApiError, match="values"):
+            check_values(request)
