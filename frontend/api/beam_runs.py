@@ -3,6 +3,7 @@
 The prefix cache makes it cheap: what a beam shares with the step before is found, block by block.
 """
 
+import asyncio
 import time
 
 import msgspec
@@ -63,10 +64,12 @@ class BeamRun:
                     hashes = extend_packed(prompt.hashes, ids)
                     reader.submit(ids, step_params(search), hashes, self._wishes.priority, timeout_s)
                     owners.append(index)
+                await asyncio.sleep(0)  # in between others have their turns
             found = await self._collect(reader, owners)
         for index, search in enumerate(self._searches):
             if not search.done:
                 search.advance([entry for owner, entry in zip(owners, found, strict=True) if owner == index])
+                await asyncio.sleep(0)
 
     async def _collect(self, reader: OutputReader, owners: list[int]) -> list[TokenLogprobs]:
         found: dict[int, TokenLogprobs] = {}
