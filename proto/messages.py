@@ -69,6 +69,8 @@ class SamplingParams(Record):
     @property
     def depends_on_output(self) -> bool:
         """Whether which tokens may come next depends on the last one."""
+        if not self.bad_words:  # as nearly always; asked for each stream of each step
+            return bool(self.grammar)
         return bool(self.grammar) or any(len(word) > 1 for word in self.bad_words)
 
 

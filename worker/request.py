@@ -108,6 +108,8 @@ class Request:
     """PromptLogprobs.data so far; None: nobody wants them, or they have been sent with the first token."""
     shared_key: tuple[str, bytes, tuple[int, ...]] | None = None
     """Under which others find what its blocks hold (shared_prompts.py)."""
+    named: tuple[int, tuple[bytes, tuple[int, ...]]] | None = None
+    """What prefix_name was asked last, and its answer: a request that waits is asked at every step."""
 
     @property
     def key(self) -> tuple[Sid, str]:
@@ -131,6 +133,8 @@ class Request:
 
     def pools(self, count: int, last: bool) -> tuple[int, int]:
         """Row.pools and Row.mean_of of a row of so many tokens, which is or is not the prompt's last."""
+        if not self.params.pooling:
+            return 0, 0
         match self.params.pooling:
             case Pooling.MEAN:
                 return count, len(self.tokens) if last else 0
@@ -170,9 +174,11 @@ class Request:
 
     def prefix_name(self, length: int) -> tuple[bytes, tuple[int, ...]]:
         """Names its first `length` tokens and what they depend on: the hash of the full units, and the rest."""
-        units = length // HASH_UNIT
-        self.block_hashes(HASH_UNIT, units)
-        return self.chain[units], tuple(self.tokens[units * HASH_UNIT : length])
+        if self.named is None or self.named[0] != length:
+            units = length // HASH_UNIT
+            self.block_hashes(HASH_UNIT, units)
+            self.named = length, (self.chain[units], tuple(self.tokens[units * HASH_UNIT : length]))
+        return self.named[1]
 
     def block_hashes(self, block_size: int, num_blocks: int) -> list[bytes]:
         """Hash of each of the first `num_blocks` blocks, which must be full: that of its last unit."""

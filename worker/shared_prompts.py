@@ -20,7 +20,7 @@ class SharedPrompts:
 
     def owner(self, request: Request, length: int) -> Request | None:
         """Whose blocks hold the request's first `length` tokens, or will once it has settled so many."""
-        found = self._owners.get(self._key(request, length))
+        found = self._owners.get(self._key(request, length)) if self._owners else None
         return None if found is request else found
 
     def claim(self, request: Request, length: int) -> None:

@@ -148,10 +148,12 @@ class StepScheduler:
 
     def _budget(self) -> int:
         """Tokens of the next step."""
-        decoding = [r for r in self.running if _decodes(r) and not self._foreseen_end(r)] + list(self.kv_here)
-        prompt = next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
-        if self._costs is None or prompt is None:
+        if self._costs is None:
             return self._max_tokens
+        prompt = next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
+        if prompt is None:
+            return self._max_tokens
+        decoding = [r for r in self.running if _decodes(r) and not self._foreseen_end(r)] + list(self.kv_here)
         if not decoding:
             return self._max_tokens if self._prompts_first else self._filling(self._costs)
         keys = sum(request.total for request in decoding)

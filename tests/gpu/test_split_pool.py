@@ -83,7 +83,7 @@ NO_CACHE = "--no-enable-prefix-caching"
     [
         ("--num-blocks", "1000"),
         ("--num-blocks", "1000", "--max-num-batched-tokens", "256", NO_CACHE),
-        ("--gpu-memory-utilization", "0.1", NO_CACHE),
+        ("--gpu-memory-utilization", "0.5", NO_CACHE),  # others of the suite use the GPU too, which counts
         ("--num-blocks", "1000", "--kv-transfer", "cuda_ipc", NO_CACHE),
     ],
     ids=["copied for the prefix cache", "swapped, in chunks", "pool measured", "copied as asked for"],

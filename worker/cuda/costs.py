@@ -33,7 +33,8 @@ def measure_costs(runner: CudaRunner, own: Sequence[int]) -> StepCosts | None:
     per_pair = (probe.seconds([(start, tokens)]) - probe.seconds([(0, tokens)])) / (tokens * start)
     rows, length = min(_PROBE_ROWS, runner.max_seqs), min(_PROBE_LENGTH, longest - 1)
     per_key = (probe.seconds([(length, 1)] * rows) - probe.seconds([(1, 1)] * rows)) / (rows * (length - 1))
-    sizes = [*mixed_sizes(runner.max_tokens), *(size for size in _BEYOND_GRAPHS if size <= runner.max_tokens)]
+    most = min(runner.max_tokens, runner.max_seqs * longest)  # few short sequences fill no large step
+    sizes = [size for size in (*mixed_sizes(runner.max_tokens), *_BEYOND_GRAPHS) if size <= most]
     table = [(size, probe.seconds([(0, part) for part in _parts(size, longest)])) for size in sizes]
     log.info(
         "a step of %s; %.1f ns a key, %.2f ns a query and 1,000 keys",

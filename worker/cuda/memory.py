@@ -149,7 +149,8 @@ def _blocks_per_row(runner: CudaRunner) -> int:
 
 
 def _mixed_step(num_rows: int, blocks: list[int]) -> StepPlan:
-    """A prompt and decode rows that ask the sampler for all it has, in no graph: compiles what such steps need."""
+    """A prompt and decode rows that ask the sampler for all it has, and a copy of a block, here onto itself: compiles
+    what such steps need beside the graphs."""
     params = SamplingParams(
         max_tokens=2,
         temperature=1.0,
@@ -164,7 +165,8 @@ def _mixed_step(num_rows: int, blocks: list[int]) -> StepPlan:
     )
     inits = [SlotInit(slot, (0, slot), 0, params, 2, [0, 0], blocks) for slot in range(num_rows)]
     prompt = Row(0, 0, 2, [0, 0], False, [], True, 0)
-    return StepPlan(0, [prompt] + [Row(slot, 1, 1, [0], False, [], True, 0) for slot in range(1, num_rows)], inits)
+    rows = [prompt] + [Row(slot, 1, 1, [0], False, [], True, 0) for slot in range(1, num_rows)]
+    return StepPlan(0, rows, inits, [(blocks[0], blocks[0])])
 
 
 def _largest_step(num_rows: int, per_row: int, blocks_per_row: int, own: Sequence[int], pooled: bool) -> StepPlan:

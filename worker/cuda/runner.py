@@ -167,7 +167,9 @@ class CudaRunner:
         masks = building.result() if building is not None else None  # built while the device computes hidden
         logprobs = self._resample(rows, inputs, hidden, masks)
         count = len(rows.sampling)
-        told = self._sampler.prompt_logprobs(plan.rows, hidden[count:], self.model.logits)
+        told: list[DevicePromptLogprobs] = []
+        if len(rows.prompt_indices):
+            told = self._sampler.prompt_logprobs(plan.rows, hidden[count:], self.model.logits)
         vectors = None
         if pooled is not None:
             vectors = pooled, self._make_vectors(pooled, hidden[count + len(rows.prompt_indices) :])
