@@ -105,7 +105,7 @@ class Stream:
         output += tokens
         if finish is not None:
             self.finish = finish
-        while self.held and self.held[0].pos <= len(output):
+        while self.held and self.held[0].pos <= len(output) and not self.lacks_prompt_logprobs:
             row = heapq.heappop(self.held)
             more = self.apply(row.pos, row.tokens, row.logprobs, row.finish)
             tokens, logprobs = tokens + more[0], logprobs + more[1]

@@ -97,16 +97,19 @@ class Leases:
         With `targets` it may come while the lease is FILLING, for the owner to carry out when it is READY.
         """
         lease = self._hold(lease_id, holder, now)
-        if lease is not None and lease.state is LeaseState.FILLING and targets:
+        if lease is not None and lease.live and targets:
             lease.targets = targets
+        if lease is not None and lease.state is LeaseState.FILLING and targets:
             return self.settled_message(lease, holder), None
         if lease is None or lease.state in (LeaseState.GONE, LeaseState.FILLING):
             return Gone(holder, lease_id), None
+        # Who offers targets may not have heard of the first rows yet, and asks no other way any more.
+        answer = Ok(holder, lease_id, lease.first_rows if lease.targets else None)
         if lease.state is LeaseState.CONSUMED:
-            return Ok(holder, lease_id, lease.first_rows if lease.targets else None), None
+            return answer, None
         lease.state = LeaseState.CONSUMED
         lease.deadline = now + self._config.remember_s
-        return Ok(holder, lease_id), lease
+        return answer, lease
 
     def cancel(self, lease: Lease) -> None:
         """The owner takes the lease back; its blocks may be reused at once."""

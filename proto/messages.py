@@ -239,8 +239,8 @@ class Submit(Message):
     priority: int = 0
     """Lower is served first, as in vLLM."""
     sibling: int = 0
-    """Second half of the sid of an earlier stream with the same prompt: both go to one worker, where its blocks are
-    shared. 0: none."""
+    """Second half of the sid of an earlier stream with the same prompt: both go to one worker, if they share its blocks
+    there. 0: none."""
 
 
 class Close(Message):

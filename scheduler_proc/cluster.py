@@ -352,9 +352,12 @@ class Cluster:
 
     def _home(self, stream: Stream, willing: list[Worker]) -> Worker | None:
         """The worker where a sibling has the stream's prompt, or will: next to nothing is left to compute there."""
+        assert stream.params is not None
         sibling = self.streams.get(stream.sibling) if stream.sibling else None
-        where = sibling.prefilled_by if sibling else b""
-        return next((worker for worker in willing if worker.identity == where and worker.has_stream_room), None)
+        if sibling is None or stream.params.prompt_logprobs >= 0:  # those are of a whole prompt, which each computes
+            return None
+        able = (worker for worker in willing if worker.shares_prompts and worker.has_stream_room)
+        return next((worker for worker in able if worker.identity == sibling.prefilled_by), None)
 
     def _bind(self, stream: Stream, now: float) -> None:
         """Choose the decode worker, as late as this. Without one the stream stays in HANDOFF: its lease bounds that."""
@@ -369,7 +372,7 @@ class Cluster:
         if willing:
             sibling = self.streams.get(stream.sibling) if stream.sibling else None
             where = sibling.decode.worker if sibling and sibling.decode else b""
-            home = next((worker for worker in willing if worker.identity == where), None)
+            home = next((worker for worker in willing if worker.identity == where and worker.shares_prompts), None)
             self._legs.start_decode(stream, owner, home or self._policy.decode(willing, stream), now)
         elif stream.refused_by:
             self._retry(stream, "; ".join(stream.refused_by.values()), now)

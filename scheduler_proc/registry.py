@@ -139,6 +139,11 @@ class Worker:
         return needed <= self.hello.max_model_len and self.blocks_for(needed) <= self.hello.num_blocks
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether streams that begin alike have one copy of it here; not where blocks are swapped: each has its own."""
+        return not self.hello.peer.shared_pool
+
+    @property
     def has_stream_room(self) -> bool:
         """Whether one more stream would not wait here for others to end."""
         return self.role != Role.UNIFIED or self.num_streams < self.hello.max_num_seqs

@@ -176,15 +176,19 @@ class Request:
         """Names its first `length` tokens and what they depend on: the hash of the full units, and the rest."""
         if self.named is None or self.named[0] != length:
             units = length // HASH_UNIT
-            self.block_hashes(HASH_UNIT, units)
+            self._hash(units)
             self.named = length, (self.chain[units], tuple(self.tokens[units * HASH_UNIT : length]))
         return self.named[1]
 
     def block_hashes(self, block_size: int, num_blocks: int) -> list[bytes]:
         """Hash of each of the first `num_blocks` blocks, which must be full: that of its last unit."""
         units = block_size // HASH_UNIT
-        hashed = len(self.chain) - 1
-        if hashed < num_blocks * units:
-            tail = self.tokens[hashed * HASH_UNIT : num_blocks * block_size]
-            self.chain += extend_chain(self.chain[-1], np.asarray(tail, dtype=np.int32))
+        self._hash(num_blocks * units)
         return [self.chain[(i + 1) * units] for i in range(num_blocks)]
+
+    def _hash(self, units: int) -> None:
+        """Have the chain reach so many full units."""
+        hashed = len(self.chain) - 1
+        if hashed < units:
+            tail = self.tokens[hashed * HASH_UNIT : units * HASH_UNIT]
+            self.chain += extend_chain(self.chain[-1], np.asarray(tail, dtype=np.int32))

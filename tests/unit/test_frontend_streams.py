@@ -484,6 +484,15 @@ def test_an_error_reaches_a_client_that_waits_for_prompt_logprobs(frontend: Fron
     assert [end.message for end in frontend.ends(sid)] == ["broken"]
 
 
+def test_rows_that_wait_for_prompt_logprobs_are_no_obstacle_to_an_error(frontend: Frontend) -> None:
+    """A row without tokens counts at once; those that are held go on waiting, and nobody goes round in circles."""
+    sid = frontend.submit(prompt_logprobs=0)
+    frontend.row(sid, 0, [10, 11])
+    finish = TokenBatch(*PREFILL, 1, (sid[1],), (1,), (0,), (0,), (), finish={0: Finish("error", 0, "broken")})
+    frontend.do(frontend.streams.on_token_batch(finish, 0.0))
+    assert [end.message for end in frontend.ends(sid)] == ["broken"]
+
+
 AttemptRow = tuple[int, list[int], int]
 """Position, tokens, and the stream's final length on the last row."""
 

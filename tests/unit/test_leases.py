@@ -89,3 +89,10 @@ def test_only_unopened_ready_leases_are_told_again_to_a_new_scheduler() -> None:
     opened, unopened = ready(leases), ready(leases)
     leases.open(opened.id, ME, 1.0)
     assert leases.ready_unopened() == [unopened]
+
+
+def test_who_offers_targets_hears_the_first_rows_with_every_answer() -> None:
+    leases = Leases(CONFIG)
+    lease = ready(leases)
+    assert leases.confirm(lease.id, ME, 1.0, (7, 8)) == (Ok(ME, lease.id, ROWS), lease)
+    assert leases.confirm(lease.id, ME, 2.0) == (Ok(ME, lease.id, ROWS), None)

@@ -8,6 +8,7 @@ from baton.proto.logprobs import entry_bytes
 from baton.proto.messages import CancelStream, Confirm, Holder, PrefillDone
 from baton.worker import effects
 from baton.worker.plan import StepPlan, StepResult
+from baton.worker.request import Request
 
 PROMPT = list(range(40))
 FULL, TAIL = 2, 1
@@ -163,3 +164,17 @@ def test_prompt_logprobs_are_computed_whatever_is_cached_and_once_only_over_a_pr
 def told_of(targets: list[int]) -> bytes:
     """Something that tells which tokens it is of."""
     return b"".join(target.to_bytes(entry_bytes(0), "little") for target in targets)
+
+
+def test_to_look_for_an_owner_costs_no_more_for_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done for everybody who waits, at each step and each report."""
+    bench = Bench()
+    for n in (1, 2):
+        bench.prefill(n, PROMPT)
+    bench.launch()
+
+    def listed(*_: object) -> list[bytes]:
+        raise AssertionError("the hashes of a whole prompt are listed")
+
+    monkeypatch.setattr(Request, "block_hashes", listed)
+    assert bench.batcher.load(with_holdings=False).queued_tokens == 2

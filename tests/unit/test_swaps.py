@@ -143,6 +143,27 @@ def test_first_rows_that_were_lost_come_with_the_answer_to_the_next_confirm() ->
     pair.check()
 
 
+def test_first_rows_that_were_lost_come_also_with_the_answer_to_a_late_confirm() -> None:
+    """The reader had no room before the prompt was done."""
+    pair = Pair()
+    pair.owner.batcher._early_bind_tokens = 32
+    pair.owner.prefill(1, PROMPT, hand_over=True)
+    pair.owner.launch()
+    (progress,) = to_scheduler(pair.owner.take(), Progress)
+    assert isinstance(progress, Progress)
+    early = PrefillDone(sid(1), 1, progress.lease, 0, (), None)  # type: ignore[arg-type]
+    others = pair.reader.batcher.pool.allocate(BLOCKS)
+    assert others is not None
+    pair.carry(pair.reader.decode(pair.owner, early, early=True))
+    pair.lost = [Settled]
+    pair.carry(pair.owner.finish())
+    pair.reader.batcher.pool.release(others)
+    pair.reader.batcher.tick(pair.reader.now)
+    pair.carry(pair.reader.take())
+    assert tokens(pair.reader.run(), 1) == [1040, 1041, 1042, 1043]
+    pair.check()
+
+
 @pytest.mark.parametrize("lost", [[Ok], [Confirm], [Ok, Confirm]])
 def test_what_is_lost_between_the_workers_is_sent_again_or_not_needed(pair: Pair, lost: list[type[Message]]) -> None:
     pair.lost = lost

@@ -77,6 +77,7 @@ class Bench:
         settings: Settings = Settings(),
         distant: bool = False,
         kv_endpoint: str = "unix:/kv",
+        shared_pool: str = "",
     ) -> bytes:
         """A worker says hello; its role is the first part of its name."""
         me = identity(name, incarnation)
@@ -87,7 +88,7 @@ class Bench:
             role=role or name.split("-")[0],
             pid=12,
             protocol=protocol,
-            peer=Peer(name, incarnation, endpoint, kv_endpoint),
+            peer=Peer(name, incarnation, endpoint, kv_endpoint, shared_pool),
             layout=KVLayout(fingerprint, ()),
             num_blocks=num_blocks,
             block_size=16,
@@ -112,10 +113,11 @@ class Bench:
         timeout_s: float = 0.0,
         sibling: int = 0,
         pooling: str = "",
+        prompt_logprobs: int = -1,
     ) -> Sid:
         """The frontend submits a stream."""
         sid = (FRONTEND, n)
-        params = SamplingParams(max_tokens=0 if pooling else 16, pooling=pooling)
+        params = SamplingParams(max_tokens=0 if pooling else 16, pooling=pooling, prompt_logprobs=prompt_logprobs)
         submit = Submit(sid, attempt, tokens, params, timeout_s, priority, sibling)
         self.tell(identity("frontend-0", FRONTEND), submit, np.zeros(tokens, np.int32).tobytes(), b"")
         return sid

@@ -213,3 +213,25 @@ def test_a_sample_whose_sibling_is_over_goes_wherever_there_is_room(bench: Bench
     bench.tell(frontend, close(sid))
     bench.submit(2, sibling=1)
     assert bench.recipients(StartPrefill) == ["prefill-0"] * 2
+
+
+def test_samples_that_share_nothing_are_spread_and_counted_in_full(bench: Bench) -> None:
+    """Where blocks are swapped each has its own."""
+    bench.frontend()
+    prefills = [bench.worker(f"prefill-{n}", shared_pool="pool") for n in (0, 1)]
+    for name in ("decode-0", "decode-1"):
+        bench.worker(name, shared_pool="pool")
+    sids = [bench.submit(1, tokens=1200), bench.submit(2, tokens=1200, sibling=1)]
+    assert bench.recipients(StartPrefill) == ["prefill-0", "prefill-1"]
+    for prefill, sid in zip(prefills, sids, strict=True):
+        bench.tell(prefill, PrefillDone(sid, 1, 1, 1200, tuple(range(75)), ROWS))
+    assert sorted(bench.recipients(StartDecode)) == ["decode-0", "decode-1"]
+
+
+def test_samples_that_each_compute_the_whole_prompt_are_spread(bench: Bench) -> None:
+    bench.frontend()
+    for name in ("prefill-0", "prefill-1", "decode-0"):
+        bench.worker(name)
+    bench.submit(1, tokens=1200, prompt_logprobs=0)
+    bench.submit(2, tokens=1200, sibling=1, prompt_logprobs=0)
+    assert bench.recipients(StartPrefill) == ["prefill-0", "prefill-1"]
