@@ -1,6 +1,7 @@
 """The sign of life that every worker and frontend sends to the scheduler."""
 
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from baton.proto.channels import Dealer, identity
@@ -34,4 +35,5 @@ class Heartbeat:
         dealer: Dealer[Message] = Dealer(self._network, self._scheduler, me, Message)
         while not self._stop.wait(BEAT_INTERVAL_S):
             dealer.send(self._make_beat())
+            deque(dealer.drain(), maxlen=0)  # nothing comes, but refused connections are reported there
         dealer.close(0)

@@ -113,7 +113,7 @@ class Refusals:
 
     def __init__(self, socket: zmq.Socket) -> None:
         self._socket = socket
-        self._monitor = socket.get_monitor_socket(FAILURES)
+        self._monitor = _watch(socket)
         self._told: dict[str, float] = {}
 
     def tell(self) -> None:
@@ -133,6 +133,16 @@ class Refusals:
         """Watch no longer."""
         self._socket.disable_monitor()
         self._monitor.close(0)
+
+
+def _watch(socket: zmq.Socket) -> zmq.Socket:
+    """As get_monitor_socket, without its bound: ZeroMQ's thread waits where it is full, and all sockets with it."""
+    monitor = socket.context.socket(zmq.PAIR)
+    monitor.setsockopt(zmq.RCVHWM, 0)
+    address = f"inproc://refusals-{int(socket.getsockopt(zmq.FD))}"
+    socket.monitor(address, FAILURES)
+    monitor.connect(address)
+    return monitor
 
 
 def _why(event: int, value: int) -> str:

@@ -1,6 +1,7 @@
 """Sockets beyond one host: who is let in, who is not, what is said about it, and which endpoint a peer takes."""
 
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -137,6 +138,22 @@ def test_the_holder_of_the_key_is_told_nothing_against_it(network: Network, key:
         assert refusal(there, router.address, ANSWER_MS / 1000) == ""
     finally:
         there.close()
+        router.close()
+
+
+def test_refusals_that_nobody_has_read_hold_up_no_message(network: Network) -> None:
+    """ZeroMQ reports them from the thread that moves all bytes; a monitor has room for 2,000 by itself."""
+    router: Router = Router(network, network.anywhere(), CloseAck)
+    greeting_without_key = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(52, b"\0")
+    try:
+        for _ in range(2100):
+            with socket.create_connection((LOOPBACK, int(router.address.rpartition(":")[2]))) as stranger:
+                stranger.settimeout(ANSWER_MS / 1000)
+                stranger.sendall(greeting_without_key)
+                while stranger.recv(64):
+                    pass
+        assert exchange(router, network, router.address)
+    finally:
         router.close()
 
 
