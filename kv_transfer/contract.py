@@ -88,7 +88,7 @@ class Pool:
     gpu: int = -1
     """Index of the GPU that `address` is on; -1 for host memory."""
     handle: bytes = b""
-    """By which another process maps `address`, on a GPU."""
+    """By which another process maps `address`, on a GPU, where it is itself a mapping and can't be exported."""
 
     def addresses(self, blocks: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where these blocks begin, int64 [n]."""

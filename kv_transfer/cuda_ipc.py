@@ -15,7 +15,7 @@ import torch
 
 from baton.kernels.cuda.copy import PEER_PROGRAMS, PROGRAMS
 from baton.kv_transfer.contract import Link, Pool, Pull, TransferError, Transport
-from baton.kv_transfer.cuda_memory import CudaError, MappedMemory
+from baton.kv_transfer.cuda_memory import CudaError, MappedMemory, export
 from baton.kv_transfer.gpu_mover import GpuMover, warm_up
 
 BATCH_BYTES = 512 * 2**20
@@ -38,12 +38,12 @@ class CudaIpcTransport(Transport):
     name = "cuda_ipc"
 
     def __init__(self, pool: Pool) -> None:
-        """`pool` has a handle."""
+        """`pool` lies in ExportedMemory, or has a handle."""
         self._pool = pool
         warm_up(pool)
 
     def offer(self) -> CudaIpcOffer:
-        return CudaIpcOffer(_uuid(self._pool.gpu), self._pool.handle)
+        return CudaIpcOffer(_uuid(self._pool.gpu), self._pool.handle or export(self._pool.address))
 
     def obstacle(self, offer: msgspec.Raw) -> str:
         mine, theirs = _uuid(self._pool.gpu), msgspec.msgpack.decode(offer, type=CudaIpcOffer).gpu

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from baton.kv_transfer.contract import Pool
-from baton.kv_transfer.cuda_memory import OUT_OF_MEMORY, CudaError, ExportedMemory, MappedMemory, export
+from baton.kv_transfer.cuda_memory import OUT_OF_MEMORY, CudaError, ExportedMemory, MappedMemory
 from baton.proto.config import WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.layout import KVLayout
@@ -39,7 +39,7 @@ class GpuPool:
         self.block_bytes = group.block_bytes
         size = num_blocks * group.block_bytes
         self._memory = MappedMemory(handle) if handle else self._allocate(size, device)
-        self._handle = handle or export(self._memory.address)
+        self._handle = handle
         tensor = device_tensor(self._memory.address, size, device)
         self.tensor = tensor.view(DTYPES[group.dtype]).view(num_blocks, *group.shape)
         self._gpu = device.index
