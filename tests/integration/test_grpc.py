@@ -223,7 +223,7 @@ def test_a_wrong_embed_request_is_told_what_is_wrong(
 
 def test_a_deadline_ends_an_embed_call_at_the_workers_too(cluster: Cluster) -> None:
     m = cluster.made.inference
-    inputs = [m.EmbedInput(token_ids=m.TokenIds(ids=[index % 50 + 3] * 2000)) for index in range(500)]
+    inputs = [m.EmbedInput(token_ids=m.TokenIds(ids=[index % 50 + 3] * 1000)) for index in range(500)]
     error = status_of(lambda: cluster.inference.Embed(m.EmbedRequest(inputs=inputs), timeout=0.5))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     cluster.wait_idle()
