@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -82,7 +83,7 @@ def conformance(args: argparse.Namespace) -> Figures:
     for number, selection in enumerate(args.scale.conformance):
         report = args.out / f"conformance-{number}.xml"
         words = f"-q --timeout 60 --junitxml {report} {selection.format(parallel=parallel)}"
-        subprocess.run(f"{sys.executable} -m pytest {words}", shell=True, check=False, cwd=SCRIPTS.parent)
+        subprocess.run([sys.executable, "-m", "pytest", *shlex.split(words)], check=False, cwd=SCRIPTS.parent)
         for case in ET.parse(report).iter("testcase"):
             name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
             if [each for each in case if each.tag in ("failure", "error", "skipped")]:
