@@ -53,17 +53,20 @@ def client(served: Deployment) -> Iterator[openai.OpenAI]:
         yield client
 
 
+def asked(fields: dict[str, Any]) -> dict[str, Any]:
+    """A request, greedy unless it says otherwise: what a model with little sense samples may be anything."""
+    return {"model": "demo", "input": QUESTION, "max_output_tokens": 40, "temperature": 0, **fields}
+
+
 def create(client: openai.OpenAI, **fields: Any) -> Response:
     """A whole response, checked against the client's types."""
-    fields = {"model": "demo", "input": QUESTION, "max_output_tokens": 40, **fields}
-    response = client.responses.create(**fields)
+    response = client.responses.create(**asked(fields))
     return Response.model_validate(response.to_dict())
 
 
 def streamed(client: openai.OpenAI, **fields: Any) -> list[Any]:
     """The events of a streamed response, each checked against the client's types."""
-    fields = {"model": "demo", "input": QUESTION, "max_output_tokens": 40, **fields}
-    return checked(client.responses.create(**fields, stream=True))
+    return checked(client.responses.create(**asked(fields), stream=True))
 
 
 def checked(stream: Any) -> list[Any]:
@@ -91,7 +94,7 @@ def without_ids(response: Response) -> dict[str, Any]:
 
 
 def test_a_response_says_what_a_chat_completion_says(client: openai.OpenAI) -> None:
-    response = create(client, instructions="Be brief.", temperature=0, metadata={"a": "b"}, user="me")
+    response = create(client, instructions="Be brief.", metadata={"a": "b"}, user="me")
     messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
     chat = client.chat.completions.create(model="demo", messages=messages, max_tokens=40, temperature=0)
     assert response.output_text == chat.choices[0].message.content
@@ -203,7 +206,6 @@ def test_a_tool_that_must_be_called_is_enforced(client: openai.OpenAI, choice: A
         "tool_choice": choice,
         "parallel_tool_calls": False,
         "max_output_tokens": 300,
-        "temperature": 0,
     }
     for response in (create(client, **fields), streamed(client, **fields)[-1].response):
         assert response.status == "completed"
@@ -240,14 +242,12 @@ def test_text_is_parsed_into_a_type(client: openai.OpenAI) -> None:
 
 
 def test_tools_are_called_and_their_outputs_given_back(client: openai.OpenAI) -> None:
-    first = create(
-        client, tools=TOOLS, tool_choice={"type": "function", "name": "weather"}, max_output_tokens=200, temperature=0
-    )
+    first = create(client, tools=TOOLS, tool_choice={"type": "function", "name": "weather"}, max_output_tokens=200)
     (call,) = [item for item in first.output if item.type == "function_call"]
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
-    by_id = create(client, input=[output], previous_response_id=first.id, tools=TOOLS, temperature=0)
+    by_id = create(client, input=[output], previous_response_id=first.id, tools=TOOLS)
     said: list[Any] = [{"role": "user", "content": QUESTION}, *(item.to_dict() for item in first.output), output]
-    by_hand = create(client, input=said, tools=TOOLS, temperature=0)
+    by_hand = create(client, input=said, tools=TOOLS)
     assert by_id.output_text == by_hand.output_text
     assert by_id.usage is not None
     assert by_hand.usage is not None
@@ -255,10 +255,8 @@ def test_tools_are_called_and_their_outputs_given_back(client: openai.OpenAI) ->
 
 
 def test_a_conversation_goes_on_and_its_beginning_is_cached(client: openai.OpenAI) -> None:
-    first = create(client, input=QUESTION * 6, instructions="Be brief.", temperature=0)
-    second = create(
-        client, input="And in Bonn?", previous_response_id=first.id, instructions="Be brief.", temperature=0
-    )
+    first = create(client, input=QUESTION * 6, instructions="Be brief.")
+    second = create(client, input="And in Bonn?", previous_response_id=first.id, instructions="Be brief.")
     messages: list[Any] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": QUESTION * 6},

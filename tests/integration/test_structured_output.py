@@ -86,6 +86,7 @@ def test_every_kind_of_form_through_the_openai_client(demo: Deployment) -> None:
             response_format={"type": "json_schema", "json_schema": {"name": "colours", "schema": COLOURS}},
             logprobs=True,
             stream=True,
+            seed=1,
         )
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
         assert len(json.loads(text)) == 25

@@ -52,6 +52,7 @@ def client(deployment: Deployment) -> openai.OpenAI:
 
 
 def chat(c: openai.OpenAI, **fields: Any) -> Any:
+    fields = {"seed": 1, **fields}
     return c.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=300, temperature=1.0, **fields)
 
 
