@@ -91,14 +91,14 @@ class Admin:
         return await self._ask(look)
 
     async def drain(self, request: Any, _context: Context) -> Any:
-        drained = await self._ask(self._worker(lambda o, now: o.drain(request.name, request.move_streams, now)))
+        told = await self._told(lambda o, now: o.drain(request.name, request.move_streams, now))
         if not request.wait:
-            return drained
+            return told
         state = self._messages.worker_states["DRAINED"]
         return await self._ask(self._worker(lambda o, _: o.worker(request.name)), lambda it: it.state == state)
 
     async def resume(self, request: Any, _context: Context) -> Any:
-        return await self._ask(self._worker(lambda operator, _: operator.resume(request.name)))
+        return await self._told(lambda operator, _: operator.resume(request.name))
 
     async def remove(self, request: Any, _context: Context) -> Any:
         leaving = await self._ask(lambda operator, _: operator.remove(request.name, request.force))
@@ -107,7 +107,7 @@ class Admin:
 
     async def set_role(self, request: Any, _context: Context) -> Any:
         role = self._messages.role_names.get(request.role, "")
-        return await self._ask(self._worker(lambda operator, _: operator.set_role(request.name, role)))
+        return await self._told(lambda operator, _: operator.set_role(request.name, role))
 
     async def list_requests(self, request: Any, _context: Context) -> Any:
         def look(operator: Operator, now: float) -> Any:
@@ -126,7 +126,7 @@ class Admin:
 
     async def flush_prefix_caches(self, request: Any, _context: Context) -> Any:
         workers = await self._ask(lambda operator, _: operator.flush(request.worker))
-        await self._ask(lambda operator, _: operator.flushed(workers), bool)
+        await self._ask(lambda operator, _: operator.obeyed(workers), bool)
         return self._messages.new("FlushPrefixCachesResponse", workers=[worker.name for worker in workers])
 
     async def set_log_level(self, request: Any, _context: Context) -> Any:
@@ -147,6 +147,12 @@ class Admin:
                 except OverflowError:
                     raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "events were read too slowly") from None
                 await context.write(self._messages.event(event))
+
+    async def _told(self, tell: Callable[[Operator, float], Worker]) -> Any:
+        """A worker as it is once it has obeyed an order, or as it was when it left instead."""
+        worker = await self._ask(tell)
+        await self._ask(lambda operator, _: operator.obeyed([worker]), bool)
+        return await self._ask(self._worker(lambda _operator, _now: worker))
 
     def _worker(self, ask: Callable[[Operator, float], Worker]) -> Callable[[Operator, float], Any]:
         """As a message, made where the worker does not change meanwhile."""

@@ -139,14 +139,17 @@ class Operator:
         self._outbox.happened(EventKind.REQUEST_CANCELLED, request, "by an operator")
 
     def flush(self, name: str) -> list[Worker]:
-        """Have prefix caches emptied; the workers that were told so, until `flushed`."""
+        """Have prefix caches emptied; the workers that were told so."""
         workers = [self.worker(name)] if name else list(self.registry.workers.values())
         for worker in workers:
             self._orders.change(worker, cache_flushes=worker.settings.cache_flushes + 1)
         return workers
 
-    def flushed(self, workers: Iterable[Worker]) -> bool:
-        """Whether those that are still there have said that they have carried out their settings."""
+    def obeyed(self, workers: Iterable[Worker]) -> bool:
+        """Whether those that are still there have said that they are as they were told to be.
+
+        From then on they tell a restarted scheduler so; an order that has not reached its worker ends with this one.
+        """
         return all(worker.obeys for worker in workers if worker.identity in self.registry.workers)
 
     def set_log_level(self, level: str, process: str) -> list[str]:

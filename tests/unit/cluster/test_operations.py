@@ -116,6 +116,15 @@ def test_a_worker_is_drained_once_it_has_nothing_left(split, idle: Load) -> None
     assert worker.drained
 
 
+def test_a_drain_is_obeyed_once_the_worker_says_that_it_drains(split, idle: Load) -> None:
+    worker = split.cluster.operator.drain("decode-0", False, split.now)
+    before = msgspec.structs.replace(idle, settings=Settings(role="decode"))
+    split.tell(worker.identity, before)  # sent before it was told
+    assert not split.cluster.operator.obeyed([worker])
+    split.tell(worker.identity, msgspec.structs.replace(idle, settings=worker.settings))
+    assert split.cluster.operator.obeyed([worker])
+
+
 def test_draining_by_moving_retries_the_streams_at_once(split) -> None:
     busy = hand_over(split, 1)
     split.cluster.operator.drain(busy, True, split.now)
@@ -285,17 +294,17 @@ def test_an_unknown_request_can_not_be_cancelled(split) -> None:
 def test_caches_are_emptied_when_every_worker_says_so(split, idle: Load) -> None:
     operator = split.cluster.operator
     workers = operator.flush("")
-    assert not operator.flushed(workers)
+    assert not operator.obeyed(workers)
     for worker in workers:
         split.tell(worker.identity, msgspec.structs.replace(idle, settings=worker.settings))
-    assert operator.flushed(workers)
+    assert operator.obeyed(workers)
     assert {worker.settings.cache_flushes for worker in workers} == {1}
 
 
 def test_a_worker_that_dies_is_not_waited_for(split) -> None:
     workers = split.cluster.operator.flush("decode-0")
     split.tell(identity("decode-0", 1), Goodbye("decode-0", 1))
-    assert split.cluster.operator.flushed(workers)
+    assert split.cluster.operator.obeyed(workers)
 
 
 def test_log_levels_reach_workers_frontends_and_the_scheduler(split) -> None:
