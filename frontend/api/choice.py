@@ -120,6 +120,7 @@ class Choice:
 
     def take(self, output: Output, reader: Stopper) -> Delta:
         """What `output` adds; ends the stream at a stop string. Raises ApiError when the stream failed."""
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         if self._parser is None:
             return self._detokenise(output, reader, output.finished)
         whole = Delta()
@@ -157,7 +158,6 @@ class Choice:
     def _detokenise(self, output: Output, reader: Stopper, end: Finished | None) -> Delta:
         """What `output` adds, before its text is read. `end`: the stream's, where it is known already."""
         tokens, finished = output.tokens, output.finished
-        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         if self._wishes.prompt_only:
             return self._nothing(finished)
         by_token = bool(tokens) and tokens[-1] in self._stop_ids

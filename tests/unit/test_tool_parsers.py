@@ -151,6 +151,7 @@ def test_required_calls() -> None:
     assert calls(found) == [("a", ARGS), ("b", {})]
     assert text(found) == ""
     assert calls(parse(NamedParser("c"), WRITTEN)) == [("c", ARGS)]
+    assert parse(NamedParser("c"), "") == [], "the output ended within its reasoning"
 
 
 @pytest.mark.parametrize(
