@@ -24,6 +24,8 @@ MAX_STOP_CHARS = 4096
 """Of one stop string: text is held back while it may still become one."""
 MAX_STOP_IDS = 1024
 MAX_BIASED_IDS = 8192
+MAX_BIAS = 100.0
+"""Larger biases mean no more: this one decides already."""
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
 MAX_LOGPROB_TOKEN_IDS = 128
@@ -202,7 +204,7 @@ def read_wishes(request: GenerationRequest, info: ModelInfo, max_logprobs: int) 
     return Wishes(
         sampling=msgspec.structs.replace(sampling, prompt_logprobs=most),
         max_tokens=max_tokens,
-        seed=request.seed,
+        seed=None if request.seed == -1 else request.seed,
         n=n,
         stop=stop,
         include_stop=request.include_stop_str_in_output,
@@ -291,7 +293,7 @@ def _samples(request: GenerationRequest) -> int:
 
 def _logprobs(request: GenerationRequest, limit: int) -> int | None:
     if isinstance(request, ChatCompletionRequest):
-        if request.top_logprobs is not None and not request.logprobs:
+        if request.top_logprobs and not request.logprobs:
             raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
         name, count = "top_logprobs", (request.top_logprobs or 0) if request.logprobs else None
     else:
@@ -406,7 +408,7 @@ def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
         if not key.isascii() or not key.isdigit() or len(key) > MAX_ID_DIGITS:
             raise bad_request(f"logit_bias has the key {key!r}; keys must be token ids.", "logit_bias")
         _check_token(int(key), vocab_size, "logit_bias")
-        result[int(key)] = _within("logit_bias", value, -100, 100)
+        result[int(key)] = max(-MAX_BIAS, min(MAX_BIAS, _within("logit_bias", value, -math.inf, math.inf)))
     return result
 
 

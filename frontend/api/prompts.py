@@ -209,6 +209,8 @@ class Prompts:
         variables = request.chat_template_kwargs or {}
         if isinstance(request, ChatCompletionRequest) and request.documents:
             variables = {"documents": request.documents, **variables}
+        if isinstance(request, ChatCompletionRequest) and (effort := request.reasoning_effort) is not None:
+            variables = {"reasoning_effort": effort, "enable_thinking": effort != "none", **variables}
         if request.tools:
             variables = {"tools": raw["tools"], **variables}
         try:
@@ -250,7 +252,13 @@ def _messages(request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, A
         for part in message.content if isinstance(message.content, list) else ():
             if part.type not in ("text", "input_text") or part.text is None:
                 raise unsupported_part(index, part.type)
-    return [_with_parsed_arguments(message) for message in raw["messages"]]
+    return [_with_parsed_arguments(_with_reasoning(message)) for message in raw["messages"]]
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Clients send reasoning back under either of its names; templates read one of them."""
+    reasoning = message.get("reasoning") or message.get("reasoning_content")
+    return {**message, "reasoning": reasoning, "reasoning_content": reasoning} if reasoning else message
 
 
 def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
