@@ -46,7 +46,7 @@ class Delta(msgspec.Struct, gc=False):
     """One per token when asked for, else empty."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    """The stop string or the client's stop token id that ended the text."""
+    """The stop string or token id that ended the text; None for the tokenizer's end token."""
     reasoning: str = ""
     calls: list[CallPart] = []
     pieces: list[Piece | Tokens] = []
@@ -168,7 +168,7 @@ class Choice:
         if stop_reason is not None:
             tokens = tokens[: self._detokenizer.num_tokens - before]
             finished = reader.stop(self.index) or end
-        elif by_token and tokens[-1] in self._wishes.client_stop_ids:
+        elif by_token and tokens[-1] in self._wishes.told_stop_ids:
             stop_reason = tokens[-1]
         self.num_tokens += len(tokens)
         delta = Delta(text, tokens, output.logprobs[: len(tokens)], stop_reason=stop_reason)

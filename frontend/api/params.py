@@ -68,8 +68,8 @@ class Wishes:
     n: int
     stop: tuple[str, ...]
     include_stop: bool
-    client_stop_ids: frozenset[int]
-    """Those stop token ids that the client named itself."""
+    told_stop_ids: frozenset[int]
+    """Those that are the answer's stop_reason: the client's own, and the model's apart from its tokenizer's."""
     skip_special_tokens: bool
     spaces_between_special_tokens: bool
     return_token_ids: bool
@@ -208,7 +208,7 @@ def read_wishes(request: GenerationRequest, info: ModelInfo, max_logprobs: int) 
         n=n,
         stop=stop,
         include_stop=request.include_stop_str_in_output,
-        client_stop_ids=stop_ids,
+        told_stop_ids=stop_ids | _told_eos(request, info),
         skip_special_tokens=request.skip_special_tokens,
         spaces_between_special_tokens=request.spaces_between_special_tokens,
         return_token_ids=bool(request.return_token_ids),
@@ -399,6 +399,11 @@ def _check_stop(stop: tuple[str, ...], stop_ids: frozenset[int], info: ModelInfo
         raise bad_request("stop must not contain an empty string.", "stop")
     for id in stop_ids:
         _check_token(id, info.vocab_size, "stop_token_ids")
+
+
+def _told_eos(request: GenerationRequest, info: ModelInfo) -> frozenset[int]:
+    """End tokens beside the tokenizer's, as of a Llama that awaits a tool's answer: clients tell them apart."""
+    return frozenset() if request.ignore_eos or info.eos_id is None else frozenset(info.eos_ids) - {info.eos_id}
 
 
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:

@@ -175,6 +175,13 @@ def test_a_seed_is_drawn_for_each_prompt_where_none_is_given() -> None:
     assert seed(fixed) == 2**64 - 2
 
 
+def test_only_the_tokenizers_end_token_is_no_stop_reason() -> None:
+    info = msgspec.structs.replace(INFO, eos_ids=(EOS, EOS + 1), eos_id=EOS)
+    told = read_wishes(completion(stop_token_ids=[5]), info, 5)
+    assert (told.told_stop_ids, told.sampling.stop_token_ids) == ({5, EOS + 1}, (5, EOS, EOS + 1))
+    assert read_wishes(completion(stop_token_ids=[5], ignore_eos=True), info, 5).told_stop_ids == {5}
+
+
 def test_eos_ends_unless_it_is_ignored() -> None:
     assert wishes(stop_token_ids=[5]).sampling.stop_token_ids == (5, EOS)
     assert wishes(stop_token_ids=[5], ignore_eos=True).sampling.stop_token_ids == (5,)
