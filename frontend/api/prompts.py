@@ -26,6 +26,9 @@ SHORT_IDS = 4096
 MAX_SALT = 1024
 """Characters of a cache_salt: the roots that salts make are remembered."""
 
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""Names that OpenAI's APIs have for a part of a message that is text."""
+
 _FINAL = "\ue000baton\ue001"
 """Stands at the end of the final message while it is rendered, to find where the template goes on behind it."""
 
@@ -250,7 +253,7 @@ def _messages(request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, A
         raise bad_request("messages must not be empty.", "messages")
     for index, message in enumerate(request.messages):
         for part in message.content if isinstance(message.content, list) else ():
-            if part.type not in ("text", "input_text") or part.text is None:
+            if part.type not in _TEXT_PARTS or part.text is None:
                 raise unsupported_part(index, part.type)
     return [_with_parsed_arguments(_with_reasoning(message)) for message in raw["messages"]]
 

@@ -249,7 +249,7 @@ def test_a_conversation_is_rendered_and_the_final_message_may_be_continued() -> 
     def rendered(**fields: Any) -> str:
         return TOKENIZER.decode(PROMPTS.of_chat(*chat(**fields)).ids.tolist())
 
-    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "output_text", "text": "b"}]}]
     assert rendered() == "[user]hi>"
     assert rendered(messages=parts) == "[user]a\nb>"
     prefilled = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Sure,"}]

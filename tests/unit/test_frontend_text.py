@@ -169,8 +169,12 @@ def test_content_parts_become_text_for_templates_that_expect_it() -> None:
 
 
 def test_text_becomes_parts_for_templates_that_loop_over_them() -> None:
-    source = "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}"
-    assert ChatTemplate(source, {}).render([{"role": "user", "content": "one"}]) == "[one]"
+    source = (
+        "{% for m in messages %}{% for part in m.content %}[{{ part.type }}:{{ part.text }}]{% endfor %}{% endfor %}"
+    )
+    template = ChatTemplate(source, {})
+    assert template.render([{"role": "user", "content": "one"}]) == "[text:one]"
+    assert template.render([{"role": "user", "content": [{"type": "input_text", "text": "one"}]}]) == "[text:one]"
 
 
 @pytest.mark.parametrize(
