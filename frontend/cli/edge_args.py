@@ -77,7 +77,10 @@ def check(args: argparse.Namespace) -> None:
         if args.ssl_ca_certs:
             context.load_verify_locations(args.ssl_ca_certs)
     except (OSError, ValueError) as error:
-        raise UserError(f"--ssl-certfile, --ssl-keyfile or --ssl-ca-certs can't be used: {error}") from error
+        raise UserError(
+            f"--ssl-certfile, --ssl-keyfile or --ssl-ca-certs can't be used: {error}; expected are files in PEM, with "
+            "the private key in --ssl-keyfile or beside the certificate"
+        ) from error
 
 
 def _no_password() -> str:
