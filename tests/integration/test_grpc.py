@@ -436,6 +436,7 @@ def test_an_operator_cancels_a_request_of_http(cluster: Cluster) -> None:
         events.cancel()
     assert answer.result().status_code == 503
     assert answer.result().json()["error"]["code"] == "cancelled"
+    assert answer.result().headers["x-should-retry"] == "false"
 
 
 def ctl(cluster: Cluster, *words: str, code: int = 0) -> str:
