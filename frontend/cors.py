@@ -8,10 +8,11 @@ from starlette.responses import Response
 
 from baton.frontend.api.errors import bad_request
 from baton.frontend.http_io import Receive, Scope, Send
+from baton.frontend.http_protocol import REQUEST_ID_HEADERS
 from baton.frontend.routing import IGNORED_FIELDS, error_response
 from baton.proto.config import CorsConfig
 
-EXPOSED = ("x-request-id", "retry-after", IGNORED_FIELDS.decode())
+EXPOSED = ("retry-after", *(name.decode() for name in (*REQUEST_ID_HEADERS, IGNORED_FIELDS)))
 """Headers of answers that a page may read."""
 MAX_REQUESTED_BYTES = 4096
 """Of the list of headers that a page wants to send, which the answer repeats."""

@@ -12,13 +12,14 @@ from starlette.responses import Response
 
 from baton.frontend.api.errors import ApiError, unavailable
 from baton.frontend.http_io import BrokenAnswerError, Receive, Scope, Send, disconnected
+from baton.frontend.http_protocol import REQUEST_ID_HEADERS
 from baton.frontend.routing import IGNORED_FIELDS
 
 _READ_BYTES = 64 * 2**10
 _OF_ONE_HOP = frozenset(
     {b"connection", b"content-length", b"expect", b"host", b"keep-alive", b"te", b"transfer-encoding", b"upgrade"}
 )
-_OURS = frozenset({b"date", b"x-request-id", IGNORED_FIELDS})
+_OURS = frozenset({b"date", *REQUEST_ID_HEADERS, IGNORED_FIELDS})
 """Headers that this frontend gives answers itself; for web pages too, so that the other one hears of no origin."""
 _NOT_HANDED_ON = frozenset({b"origin", b"x-request-id"})
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from starlette.responses import Response
 
+from baton.frontend.api.responses import encode
 from baton.frontend.eager import run_eagerly
 
 log = logging.getLogger(__name__)
@@ -135,11 +136,21 @@ async def answer_or_disconnect(work: Awaitable[bytes], receive: Receive) -> Resp
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
-            return Response(task.result(), media_type="application/json")
+            return json_answer(task.result())
     finally:
         watcher.cancel()
         await _cancel(task)
     return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def json_answer(body: object) -> Response:
+    """An answer that is there already; bytes are JSON as they are."""
+    return Response(body if isinstance(body, bytes) else encode(body), media_type="application/json")
+
+
+def wants_ledger(scope: Scope) -> bool:
+    """Whether the client asks where and when its request was served."""
+    return header(scope, b"x-baton-ledger") == b"1"
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:

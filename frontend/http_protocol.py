@@ -6,7 +6,7 @@ A request that never reaches the application (a line that is no HTTP, headers to
 answered here, and its connection closed. The application finds in `scope["state"]`:
 
 - `request_id`: the client's X-Request-Id as far as it is harmless, else a new one;
-- `headers`: a list of (name, value) that go out with the answer, whoever writes it; the request id is one of them.
+- `headers`: a list of (name, value) that go out with the answer, whoever writes it; the request id is among them.
 """
 
 import asyncio
@@ -21,6 +21,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from baton.frontend.api.errors import ApiError, bad_request
 from baton.proto.config import FrontendConfig
 
+REQUEST_ID_HEADERS = (b"x-request-id", b"request-id")
+"""Of an answer. Anthropic's clients look for the second."""
 MAX_HEADERS = 256
 MAX_REQUEST_ID = 128
 _errors_only = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is before:
             return
         request_id = _request_id(self.headers)
-        headers = [*self.cycle.default_headers, (b"x-request-id", request_id)]
+        headers = [*self.cycle.default_headers, *((name, request_id) for name in REQUEST_ID_HEADERS)]
         self.scope["state"] |= {"request_id": request_id.decode(), "headers": headers}
         self.cycle.default_headers = headers
 

@@ -44,7 +44,7 @@ from baton.frontend.api.responses_api.objects import (
 from baton.frontend.api.responses_api.requests import ResponsesRequest
 from baton.frontend.cors import allow_origins
 from baton.frontend.engine_client import EngineClient
-from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_disconnect, header
+from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_disconnect, json_answer, wants_ledger
 from baton.frontend.model_info import ModelInfo
 from baton.frontend.openapi import Operation, describe, describe_plain, document
 from baton.frontend.reading import RequestReader
@@ -89,24 +89,24 @@ class Api:
         check_model(wanted.model, self._info)
         ids = await self._prompts.tokenize(wanted, raw)
         pieces = [self._prompts.tokenizer.piece(id) or "" for id in ids] if wanted.return_token_strs else None
-        answer = _json(responses.TokenizeResponse(len(ids), self._info.max_model_len, ids, pieces))
+        answer = json_answer(responses.TokenizeResponse(len(ids), self._info.max_model_len, ids, pieces))
         await answer(scope, receive, send)
 
     async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Text of token ids."""
         wanted, _raw = await self._reader.read(DetokenizeRequest, scope, receive)
         check_model(wanted.model, self._info)
-        answer = _json(responses.DetokenizeResponse(await self._prompts.detokenize(wanted.tokens)))
+        answer = json_answer(responses.DetokenizeResponse(await self._prompts.detokenize(wanted.tokens)))
         await answer(scope, receive, send)
 
     async def models(self) -> Response:
         """The names under which the model is served."""
-        return _json(responses.ModelList(data=[self._card(name) for name in self._info.names]))
+        return json_answer(responses.ModelList(data=[self._card(name) for name in self._info.names]))
 
     async def model(self, name: str) -> Response:
         """One of them."""
         check_model(name, self._info)
-        return _json(self._card(name))
+        return json_answer(self._card(name))
 
     async def health(self) -> Response:
         """200 while the process lives."""
@@ -122,7 +122,7 @@ class Api:
 
     async def version(self) -> Response:
         """The server's version."""
-        return _json({"version": version("baton-serve")})
+        return json_answer({"version": version("baton-serve")})
 
     async def metrics(self) -> Response:
         """The whole cluster's metrics in Prometheus' text format."""
@@ -139,7 +139,7 @@ class Api:
         wanted, raw = await self._reader.read(kind, scope, receive)
         if wanted.request_id is None:
             wanted.request_id = scope["state"]["request_id"]  # what the answer is called
-        with_ledger = header(scope, b"x-baton-ledger") == b"1"
+        with_ledger = wants_ledger(scope)
         job = await self._generator.prepare(wanted, raw, with_ledger=with_ledger, received_s=received_s)
         if wanted.stream:
             with self._generator.events(job) as events:
@@ -227,7 +227,3 @@ def _methods_at(request: Request) -> list[str]:
 
 async def _on_exception(request: Request, _error: Exception) -> Response:
     return error_response(internal_error(), request.url.path)
-
-
-def _json(body: object) -> Response:
-    return Response(responses.encode(body), media_type="application/json")

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
-"""Need no key."""
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""The probes, which need no key."""
 MESSAGES = "/v1/messages"
 """Paths with this have Anthropic's errors."""
 IGNORED_FIELDS = b"x-baton-ignored-fields"

@@ -7,7 +7,7 @@ from baton.frontend.api.embedding_requests import EmbeddingRequest, RerankReques
 from baton.frontend.api.embedding_responses import EmbeddingList, RerankList, ScoreList
 from baton.frontend.api.embeddings import Embedder
 from baton.frontend.api.requests import R
-from baton.frontend.http_io import Receive, Scope, Send, answer_or_disconnect, header
+from baton.frontend.http_io import Receive, Scope, Send, answer_or_disconnect, wants_ledger
 from baton.frontend.openapi import Operation
 from baton.frontend.reading import RequestReader
 
@@ -48,7 +48,7 @@ class EmbeddingsApi:
     ) -> None:
         received_s = time.monotonic()
         wanted, _raw = await self._reader.read(kind, scope, receive)
-        with_ledger = header(scope, b"x-baton-ledger") == b"1"
+        with_ledger = wants_ledger(scope)
         work = answers(wanted, with_ledger=with_ledger, received_s=received_s)
         answer = await answer_or_disconnect(work, receive)
         await answer(scope, receive, send)

@@ -119,7 +119,8 @@ def outcome_error(finished: Finished) -> ApiError | None:
         case Outcome.ABORTED:
             return unavailable(finished.message or "the request was aborted")
         case Outcome.CANCELLED:
-            return ApiError(503, finished.message, code="cancelled")
+            # What an operator has ended is not to come back by itself: OpenAI's and Anthropic's clients heed this.
+            return ApiError(503, finished.message, code="cancelled", headers={"x-should-retry": "false"})
         case Outcome.TIMEOUT:
             return ApiError(504, finished.message, code="timeout")
     return ApiError(500, finished.message or "the request failed")

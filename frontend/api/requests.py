@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, inspect
@@ -12,6 +12,10 @@ from baton.frontend.structured.constraint import ResponseFormat, Schema, Structu
 from baton.frontend.tools.request import Tool, ToolChoice
 
 Ids = list[int]
+
+
+Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Fields that would change the answer and are refused: values that ask for nothing, and why others are not served."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -25,6 +29,9 @@ class StreamOptions(msgspec.Struct, frozen=True):
 
 class GenerationFields(msgspec.Struct, kw_only=True):
     """What all generating endpoints take. None is the model's or the server's default."""
+
+    refused: ClassVar[Refusals] = {}
+    """What one API alone refuses."""
 
     model: str | None = None
     stream: bool = False
@@ -137,11 +144,13 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 GenerationRequest = CompletionRequest | ChatCompletionRequest
 R = TypeVar("R", bound=msgspec.Struct)
 
-_IGNORED = frozenset({"store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"})
+_IGNORED = frozenset(
+    {
+        *("store", "metadata", "service_tier", "safety_identifier"),
+        *("prompt_cache_key", "prompt_cache_retention", "cache_control"),  # prompts are cached unasked
+    }
+)
 """Fields that ask for nothing of the answer."""
-
-Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
-"""Fields that would change the answer and are refused: values that ask for nothing, and why others are not served."""
 
 _UNSUPPORTED: Refusals = {
     "audio": ((None,), "the model writes text"),
@@ -164,6 +173,20 @@ _UNSUPPORTED: Refusals = {
     "web_search_options": ((None,), "the server searches nothing"),
 }
 
+NO_PLACE: Refusals = {
+    name: (harmless, "this API's answers have no place for it; /v1/chat/completions does")
+    for name, harmless in {
+        "best_of": (None, 1),
+        "echo": (None, False),
+        "n": (None, 1),
+        "prompt_logprobs": (None,),
+        "response_format": (None,),
+        "return_token_ids": (None, False),
+        "use_beam_search": (None, False),
+    }.items()
+}
+"""Fields of chat requests for which other APIs that answer a conversation have no place."""
+
 
 def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
     """The request, its JSON object as it came, and the names of fields that nobody knows. Raises ApiError."""
@@ -181,7 +204,7 @@ def parse(body: bytes, kind: type[R]) -> tuple[R, dict[str, Any], list[str]]:
 
 def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
     """The request in an object of plain values, and the names of fields that nobody knows. Raises ApiError."""
-    refuse(raw, _refused_of(kind))
+    _refuse(raw, _refused_of(kind))
     try:
         request = msgspec.convert(_settled(raw, kind), kind)
     except msgspec.ValidationError as error:
@@ -205,7 +228,7 @@ def _settled(raw: dict[str, Any], kind: type) -> dict[str, Any]:
 @cache
 def _known_names(kind: type) -> frozenset[str]:
     """Fields that a client may send."""
-    return frozenset({*_field_names(kind), *_UNSUPPORTED, *_IGNORED})
+    return frozenset({*_field_names(kind), *_refused_of(kind), *_IGNORED})
 
 
 @cache
@@ -235,11 +258,12 @@ def _is_count(field: inspect.Type) -> bool:
 
 @cache
 def _refused_of(kind: type) -> Refusals:
-    """What of _UNSUPPORTED is no field of this request."""
-    return {name: why for name, why in _UNSUPPORTED.items() if name not in _field_names(kind)}
+    """What of _UNSUPPORTED is no field of this request, and what its API refuses beside that."""
+    everywhere = {name: why for name, why in _UNSUPPORTED.items() if name not in _field_names(kind)}
+    return everywhere | getattr(kind, "refused", {})
 
 
-def refuse(raw: dict[str, Any], fields: Refusals) -> None:
+def _refuse(raw: dict[str, Any], fields: Refusals) -> None:
     """Raises ApiError for a field that asks for what is not served."""
     for name, (harmless, why) in fields.items():
         if name in raw and raw[name] not in harmless:

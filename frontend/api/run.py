@@ -10,24 +10,9 @@ from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.errors import ApiError
 from baton.frontend.api.generation import Generator, Job
 from baton.frontend.api.params import context_room
-from baton.frontend.api.requests import Refusals
 from baton.frontend.api.sse import named_event
 from baton.frontend.engine_client import OutputReader
 from baton.frontend.model_info import ModelInfo
-
-NO_PLACE: Refusals = {
-    name: (harmless, "this API's answers have no place for it; /v1/chat/completions does")
-    for name, harmless in {
-        "best_of": (None, 1),
-        "echo": (None, False),
-        "n": (None, 1),
-        "prompt_logprobs": (None,),
-        "response_format": (None,),
-        "return_token_ids": (None, False),
-        "use_beam_search": (None, False),
-    }.items()
-}
-"""Fields of chat requests for which there is no place in these answers."""
 
 
 class Answer(Protocol):

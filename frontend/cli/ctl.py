@@ -201,7 +201,8 @@ def _cell(message: Any, column: str) -> str:
 def _explained(error: Any, address: str) -> str:
     code, details = error.code().name, error.details()
     if code == "UNAVAILABLE":
-        return f"no Admin service at {address} ({details}): `baton serve --admin-port` opens one"
+        hint = "`baton serve --admin-port` opens one; one with TLS needs --tls-ca"
+        return f"no Admin service at {address} ({details}): {hint}"
     if code == "DEADLINE_EXCEEDED":
         return f"{address} did not answer in time; --timeout gives it longer"
     return str(details)

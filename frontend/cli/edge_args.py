@@ -71,13 +71,20 @@ def check(args: argparse.Namespace) -> None:
         return
     if args.ssl_cert_reqs and not args.ssl_ca_certs:
         raise UserError(f"--ssl-cert-reqs {args.ssl_cert_reqs} needs --ssl-ca-certs to check certificates against")
+    flags = "--ssl-certfile, --ssl-keyfile or --ssl-ca-certs"
+    try_tls(flags, args.ssl_certfile, args.ssl_keyfile, args.ssl_ca_certs)
+
+
+def try_tls(flags: str, cert: str, key: str, ca: str = "") -> None:
+    """Raises UserError, which names the flags, when a server could not use these files. `cert` may have the key."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile or None, password=_no_password)
-        if args.ssl_ca_certs:
-            context.load_verify_locations(args.ssl_ca_certs)
+        context.load_cert_chain(cert, key or None, password=_no_password)
+        if ca:
+            context.load_verify_locations(ca)
     except (OSError, ValueError) as error:
-        raise UserError(f"--ssl-certfile, --ssl-keyfile or --ssl-ca-certs can't be used: {error}") from error
+        wanted = "expected are files in PEM: a certificate, and the private key that belongs to it"
+        raise UserError(f"{flags} can't be used: {error}; {wanted}") from error
 
 
 def _no_password() -> str:

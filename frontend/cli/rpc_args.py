@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from baton.frontend.cli.edge_args import try_tls
 from baton.proto.config import RpcConfig
 from baton.proto.errors import UserError
 
@@ -62,7 +63,10 @@ def _tls_files(args: argparse.Namespace) -> tuple[str, str]:
     for path in filter(None, (cert, key)):
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file")
-    return (str(Path(cert).absolute()), str(Path(key).absolute())) if cert else ("", "")
+    if not cert:
+        return "", ""
+    try_tls("--grpc-tls-cert or --grpc-tls-key", cert, key)
+    return str(Path(cert).absolute()), str(Path(key).absolute())
 
 
 def _is_loopback(host: str, name: str) -> bool:

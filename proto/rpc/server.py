@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -111,10 +112,10 @@ def _credentials(config: RpcConfig) -> grpc.ServerCredentials:
 def _handlers(service: ServiceDescriptor, implementation: object) -> grpc.GenericRpcHandler:
     methods = {}
     for method in service.methods:
-        call = _guarded(getattr(implementation, _snake(method.name)))
-        make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
         request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
-        methods[method.name] = make(call, request.FromString, response.SerializeToString)
+        call = _guarded(getattr(implementation, _snake(method.name)), request)
+        make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+        methods[method.name] = make(call, None, response.SerializeToString)
     return grpc.method_handlers_generic_handler(service.full_name, methods)
 
 
@@ -122,10 +123,12 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-def _guarded(method: Method) -> Method:
-    async def call(request: Any, context: Context) -> Any:
+def _guarded(method: Method, kind: type[Message]) -> Method:
+    """`method` for a request of this kind as it came, in bytes."""
+
+    async def call(data: bytes, context: Context) -> Any:
         try:
-            return await method(request, context)
+            return await method(_read(data, kind), context)
         except CallError as error:
             failure = error
         except Exception:
@@ -134,6 +137,13 @@ def _guarded(method: Method) -> Method:
         return await context.abort(failure.code, str(failure), failure.trailing)
 
     return call
+
+
+def _read(data: bytes, kind: type[Message]) -> Message:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:  # INTERNAL is the guide's code for it
+        raise CallError(grpc.StatusCode.INTERNAL, f"the request is no {kind.DESCRIPTOR.full_name}: {error}") from error
 
 
 class _RequireKey(grpc.aio.ServerInterceptor):

@@ -257,6 +257,16 @@ def test_a_wrong_request_is_told_what_is_wrong(cluster: Cluster, fields: dict[st
     assert words in error.details()
 
 
+def test_bytes_that_are_no_message_are_refused(cluster: Cluster) -> None:
+    for make, rpc in (
+        (cluster.inference_channel.unary_unary, "Inference/Tokenize"),
+        (cluster.admin_channel.unary_unary, "Admin/Drain"),
+    ):
+        error = status_of(lambda make=make, rpc=rpc: make(f"/baton.v1.{rpc}")(b"\xff\xff", timeout=DEADLINE_S))
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert f"no baton.v1.{rpc.partition('/')[2]}Request" in error.details()
+
+
 def test_a_message_beyond_the_limit_is_refused(cluster: Cluster) -> None:
     error = status_of(lambda: list(cluster.generate("x" * 17 * 2**20)))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -426,6 +436,7 @@ def test_an_operator_cancels_a_request_of_http(cluster: Cluster) -> None:
         events.cancel()
     assert answer.result().status_code == 503
     assert answer.result().json()["error"]["code"] == "cancelled"
+    assert answer.result().headers["x-should-retry"] == "false"
 
 
 def ctl(cluster: Cluster, *words: str, code: int = 0) -> str:

@@ -242,8 +242,9 @@ def test_the_ledger_is_told_for_the_asking(served: Deployment) -> None:
 
 
 def test_errors_are_the_clients_own(served: Deployment, client: anthropic.Anthropic) -> None:
-    with pytest.raises(anthropic.NotFoundError, match="not_found_error"):
+    with pytest.raises(anthropic.NotFoundError, match="not_found_error") as refused:
         create(client, model="other")
+    assert refused.value.request_id == refused.value.response.headers["x-request-id"]
     with (
         anthropic.Anthropic(base_url=served.url, api_key="wrong", max_retries=0) as stranger,
         pytest.raises(anthropic.AuthenticationError, match="authentication_error"),

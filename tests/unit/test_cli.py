@@ -89,6 +89,14 @@ def test_grpc_flags_that_can_not_be_are_one_line(words: tuple[str, ...], line: s
     assert line in str(caught.value)
 
 
+def test_what_is_no_certificate_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "file.pem"
+    file.write_text("nothing")
+    words = (*GRPC, "--grpc-tls-cert", str(file), "--grpc-tls-key", str(file))
+    with pytest.raises(UserError, match=r"--grpc-tls-cert or --grpc-tls-key can't be used: .*; expected are files in"):
+        rpc_args.configs(parse("demo", *words), serve.claim_port)
+
+
 def test_grpc_is_off_unless_a_port_is_given_and_shares_the_keys() -> None:
     assert rpc_args.configs(parse("demo"), serve.claim_port) == (RpcConfig(), RpcConfig())
     inference, admin = rpc_args.configs(parse("demo", *GRPC, "--frontends", "2"), serve.claim_port)

@@ -59,6 +59,13 @@ def test_log_probabilities_have_no_place_in_a_message() -> None:
         chat_of(logprob_token_ids=[1])
 
 
+@pytest.mark.parametrize("field", ["container", "mcp_servers", "output_format", "n", "echo"])
+def test_what_would_be_ignored_in_silence_is_refused(field: str) -> None:
+    with pytest.raises(ApiError, match=f"`{field}` is not supported"):
+        chat_of(**{field: 7})
+    chat_of(**{field: None})
+
+
 def test_blocks_become_chat_messages() -> None:
     use = {"type": "tool_use", "id": "c", "name": "time", "input": {"zone": "CET"}}
     turns = [

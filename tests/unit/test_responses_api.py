@@ -37,7 +37,7 @@ def request(**fields: Any) -> tuple[ResponsesRequest, dict[str, Any]]:
 def chat_of(**fields: Any) -> dict[str, Any]:
     """The chat request's body, which must be one."""
     wanted, raw = request(**fields)
-    translate.check(wanted, raw)
+    translate.check(wanted)
     chat = translate.to_chat(wanted, raw, read_input(wanted.input))
     assert read(chat, ChatCompletionRequest)[1] == []
     return chat
@@ -150,9 +150,12 @@ def test_an_item_that_says_nothing_to_the_model_is_refused(item: dict[str, Any],
     "field", ["n", "best_of", "echo", "return_token_ids", "response_format", "conversation", "prompt"]
 )
 def test_what_would_be_ignored_in_silence_is_refused(field: str) -> None:
-    wanted, raw = request()
     with pytest.raises(ApiError, match=field):
-        translate.check(wanted, raw | {field: 7})
+        request(**{field: 7})
+
+
+def test_a_refused_field_that_asks_for_nothing_is_known() -> None:
+    request(conversation=None, n=1)
 
 
 def test_an_error_about_the_chat_request_is_told_in_this_apis_names() -> None:

@@ -3,8 +3,6 @@
 import time
 from typing import Any
 
-from starlette.responses import Response
-
 from baton.frontend.api.errors import ApiError
 from baton.frontend.api.generation import Generator, Job
 from baton.frontend.api.messages.answer import MessageAnswer
@@ -16,7 +14,7 @@ from baton.frontend.api.prompts import Prompts
 from baton.frontend.api.requests import ChatCompletionRequest, read
 from baton.frontend.api.responses import encode
 from baton.frontend.api.run import running, within_context
-from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_disconnect, header
+from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_disconnect, json_answer, wants_ledger
 from baton.frontend.model_info import ModelInfo
 from baton.frontend.reading import RequestReader
 from baton.proto.config import FrontendConfig
@@ -38,7 +36,7 @@ class MessagesApi:
         """Answer a conversation, in Anthropic's way."""
         received_s = time.monotonic()
         wanted, raw = await self._reader.read(MessagesRequest, scope, receive)
-        with_ledger = header(scope, b"x-baton-ledger") == b"1"
+        with_ledger = wants_ledger(scope)
         chat, request = self._chat(wanted, raw)
         try:
             asked = await self._generator.prepare(request, chat, with_ledger=with_ledger, received_s=received_s)
@@ -60,7 +58,7 @@ class MessagesApi:
         wanted, raw = await self._reader.read(CountTokensRequest, scope, receive)
         chat, request = self._chat(wanted, raw)
         prompt = await self._prompts.chat(request, chat)
-        answer = Response(encode(TokenCount(len(prompt.ids))), media_type="application/json")
+        answer = json_answer(TokenCount(len(prompt.ids)))
         await answer(scope, receive, send)
 
     def _chat(

@@ -1,12 +1,20 @@
 """What clients send to /v1/messages. Names and types are Anthropic's; sampling parameters beyond them are vLLM's."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from baton.frontend.api.requests import GenerationFields
+from baton.frontend.api.requests import NO_PLACE, GenerationFields, Refusals
 from baton.frontend.structured.constraint import Schema
+
+_REFUSED: Refusals = {
+    **NO_PLACE,
+    "container": ((None,), "the server runs no code"),
+    "logprob_token_ids": ((None, []), "messages have no place for log-probabilities; /v1/chat/completions has"),
+    "output_format": ((None,), "it has moved: send output_config.format"),
+    "mcp_servers": ((None, []), "the server calls no tools; name them in tools and answer their calls"),
+}
 
 
 class ContentBlock(msgspec.Struct, kw_only=True):
@@ -72,6 +80,7 @@ class OutputConfig(msgspec.Struct, kw_only=True):
 class _Conversation(GenerationFields, kw_only=True):
     """What stands before the answer."""
 
+    refused: ClassVar[Refusals] = _REFUSED
     messages: list[InputMessage]
     system: str | list[ContentBlock] | None = None
     tools: list[MessageTool] | None = None

@@ -16,14 +16,7 @@ from baton.frontend.api.messages.requests import (
     MessageToolChoice,
     Thinking,
 )
-from baton.frontend.api.requests import ChatCompletionRequest, Refusals, refuse
-from baton.frontend.api.run import NO_PLACE
-
-_REFUSED: Refusals = {
-    "container": ((None,), "the server runs no code"),
-    "logprob_token_ids": ((None, []), "messages have no place for log-probabilities; /v1/chat/completions has"),
-    "mcp_servers": ((None, []), "the server calls no tools; name them in tools and answer their calls"),
-}
+from baton.frontend.api.requests import ChatCompletionRequest
 
 _OWN = frozenset({"messages", "stream", "stream_options", "n", "tools", "tool_choice", "max_tokens", "response_format"})
 _SHARED = frozenset(MessagesRequest.__struct_fields__) & frozenset(ChatCompletionRequest.__struct_fields__) - _OWN
@@ -36,7 +29,6 @@ Messages = list[dict[str, Any]]
 
 def to_chat(request: MessagesRequest | CountTokensRequest, raw: dict[str, Any]) -> dict[str, Any]:
     """The body of a chat request. Raises ApiError naming the field."""
-    refuse(raw, {**NO_PLACE, **_REFUSED})
     chat = {name: value for name, value in raw.items() if name in _SHARED}
     chat["messages"] = _messages(request)
     chat |= _continued(request.messages[-1])

@@ -56,7 +56,7 @@ class Drafts:
         self, wanted: ResponsesRequest, raw: dict[str, Any], tenant: str, with_ledger: bool, received_s: float
     ) -> Draft:
         """Check, render and tokenise. Raises ApiError."""
-        translate.check(wanted, raw)
+        translate.check(wanted)
         if wanted.background:
             self._store.check_background()
         items = self.items(wanted, tenant)

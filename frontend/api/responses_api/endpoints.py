@@ -29,7 +29,7 @@ from baton.frontend.api.run import Run, running
 from baton.frontend.api.sse import named_event
 from baton.frontend.eager import run_eagerly
 from baton.frontend.forward import Forward, peer_socket
-from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_disconnect, header
+from baton.frontend.http_io import EventStream, Receive, Scope, Send, answer_or_disconnect, json_answer, wants_ledger
 from baton.frontend.model_info import ModelInfo
 from baton.frontend.openapi import describe, query
 from baton.frontend.reading import RequestReader
@@ -75,7 +75,7 @@ class ResponsesApi:
         if (peer := self._elsewhere(wanted.previous_response_id)) is not None:
             answer = Forward(peer, encode(raw))
         else:
-            with_ledger = header(scope, b"x-baton-ledger") == b"1"
+            with_ledger = wants_ledger(scope)
             draft = await self._drafts.make(wanted, raw, key_name.get(), with_ledger, received_s)
             if wanted.background:
                 answer = self._begin_background(draft, wanted.stream)
@@ -97,7 +97,7 @@ class ResponsesApi:
             items = self._drafts.items(wanted, key_name.get())
             chat, request = await self._drafts.chat(wanted, raw, items)
             prompt = await self._prompts.chat(request, chat)
-            answer = _json(objects.InputTokens(input_tokens=len(prompt.ids)))
+            answer = json_answer(objects.InputTokens(input_tokens=len(prompt.ids)))
         await answer(scope, receive, send)
 
     async def retrieve(self, request: Request, response_id: str) -> Response:
@@ -113,7 +113,7 @@ class ResponsesApi:
             if found.log is None:
                 raise bad_request("only a response made with background and stream can be streamed again.", "stream")
             return _Followed(found.log, after, self._config.stalled_client_s)
-        return _json(found.response if isinstance(found, Kept) else found.answer.snapshot())
+        return json_answer(found.response if isinstance(found, Kept) else found.answer.snapshot())
 
     async def cancel(self, request: Request, response_id: str) -> Response:
         """End a response that runs; of one that has ended, what became of it."""
@@ -121,9 +121,9 @@ class ResponsesApi:
             return Forward(peer)
         found = self._store.get(response_id, key_name.get())
         if isinstance(found, Kept):
-            return _json(found.response)
+            return json_answer(found.response)
         _cancel(found.run, found.answer)
-        return _json(found.answer.snapshot())
+        return json_answer(found.answer.snapshot())
 
     async def delete(self, request: Request, response_id: str) -> Response:
         """Forget a response; one that runs is cancelled."""
@@ -132,7 +132,7 @@ class ResponsesApi:
         live = self._store.delete(response_id, key_name.get())
         if live is not None:
             _cancel(live.run, live.answer)
-        return _json(objects.DeletedResponse(id=response_id))
+        return json_answer(objects.DeletedResponse(id=response_id))
 
     async def input_items(self, request: Request, response_id: str) -> Response:
         """What a response answers, a page at a time: the input, and what was said before it."""
@@ -152,7 +152,7 @@ class ResponsesApi:
             items = items[ids.index(after) + 1 :]
         page = items[:limit]
         first, last = (page[0].id, page[-1].id) if page else (None, None)
-        return _json(objects.ItemList(data=page, first_id=first, last_id=last, has_more=len(items) > limit))
+        return json_answer(objects.ItemList(data=page, first_id=first, last_id=last, has_more=len(items) > limit))
 
     def _elsewhere(self, response_id: str | None) -> Path | None:
         """The socket of the frontend that has this response; None when it would be here."""
@@ -178,7 +178,7 @@ class ResponsesApi:
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return _json(waiting) if log is None else _Followed(log, -1, self._config.stalled_client_s)
+        return json_answer(waiting) if log is None else _Followed(log, -1, self._config.stalled_client_s)
 
     async def _in_background(self, draft: Draft, log: EventLog | None) -> None:
         with self._running(draft, log) as run:
@@ -235,7 +235,3 @@ def _whole_number(request: Request, name: str, default: int, low: int, high: int
     if not (text.isascii() and text.isdigit() and len(text) < 17 and low <= int(text) <= high):
         raise bad_request(f"{name} must be a number from {low} to {high}.", name)
     return int(text)
-
-
-def _json(body: object) -> Response:
-    return Response(body if isinstance(body, bytes) else encode(body), media_type="application/json")

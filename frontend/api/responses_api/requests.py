@@ -1,12 +1,21 @@
 """What clients send to /v1/responses. Names and types are OpenAI's; sampling parameters beyond it are vLLM's."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from baton.frontend.api.requests import GenerationFields
+from baton.frontend.api.requests import NO_PLACE, GenerationFields, Refusals
 from baton.frontend.structured.constraint import Schema
+
+_REFUSED: Refusals = {
+    **NO_PLACE,
+    "background_options": ((None, {}), "background answers have no options"),
+    "context_management": ((None, []), "what does not fit is an error; send less"),
+    "conversation": ((None,), "use previous_response_id"),
+    "moderation": ((None,), "the server moderates nothing"),
+    "prompt": ((None,), "the server stores no prompts; send instructions and input"),
+}
 
 
 class InputPart(msgspec.Struct, kw_only=True):
@@ -79,6 +88,7 @@ class ToolChoiceObject(msgspec.Struct, kw_only=True):
 class ResponsesRequest(GenerationFields, kw_only=True):
     """POST /v1/responses"""
 
+    refused: ClassVar[Refusals] = _REFUSED
     input: str | list[InputItem]
     instructions: str | None = None
     previous_response_id: str | None = None

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import UNSET
 
 from baton.frontend.api.errors import ApiError, bad_request, renamed
-from baton.frontend.api.requests import ChatCompletionRequest, Refusals, refuse
+from baton.frontend.api.requests import ChatCompletionRequest
 from baton.frontend.api.responses_api.items import to_messages
 from baton.frontend.api.responses_api.requests import (
     FunctionTool,
@@ -16,7 +16,6 @@ from baton.frontend.api.responses_api.requests import (
     TextFormat,
     ToolChoiceObject,
 )
-from baton.frontend.api.run import NO_PLACE
 
 LOGPROBS = "message.output_text.logprobs"
 INCLUDABLE = frozenset(
@@ -33,14 +32,6 @@ INCLUDABLE = frozenset(
 )
 """Of these the log probabilities alone add something: reasoning is given in plain text, built-in tools never run."""
 
-_REFUSED: Refusals = {
-    "background_options": ((None, {}), "background answers have no options"),
-    "context_management": ((None, []), "what does not fit is an error; send less"),
-    "conversation": ((None,), "use previous_response_id"),
-    "moderation": ((None,), "the server moderates nothing"),
-    "prompt": ((None,), "the server stores no prompts; send instructions and input"),
-}
-
 _OWN = frozenset({"stream", "stream_options", "n", "tools", "tool_choice", "response_format", "top_logprobs"})
 _SHARED = frozenset(ResponsesRequest.__struct_fields__) & frozenset(ChatCompletionRequest.__struct_fields__) - _OWN
 """Fields that mean the same to both: the model and how to sample."""
@@ -53,9 +44,8 @@ _NAMES = {
 }
 
 
-def check(request: ResponsesRequest, raw: dict[str, Any]) -> None:
+def check(request: ResponsesRequest) -> None:
     """Refuse what has no chat request. Raises ApiError naming the field."""
-    refuse(raw, {**NO_PLACE, **_REFUSED})
     for value in request.include or ():
         if value not in INCLUDABLE:
             raise bad_request(f"include has {value[:64]!r}; possible are {', '.join(sorted(INCLUDABLE))}.", "include")
