@@ -731,6 +731,8 @@ class Swap(Message):
     """The owner's blocks, which the holder gets."""
     take: tuple[int, ...]
     """The holder's, which the owner gets."""
+    oldest: int = 0
+    """The owner remembers no lease before this one and will ask for none of them."""
 
 
 class Withdraw(Message):

@@ -322,7 +322,8 @@ class Batcher:
         request = self._leased.pop(lease.id)
         if targets:
             assert lease.holder is not None
-            self._swaps.give((self.me.incarnation, lease.id), request.blocks, lease.holder, targets)
+            key = self.me.incarnation, lease.id
+            self._swaps.give(key, request.blocks, lease.holder, targets, self.leases.oldest)
             request.blocks = []
         self._over(request, ended=True)
 
