@@ -586,6 +586,8 @@ class TokenBatch(Message):
     """Row -> alternatives per token, for the row with a stream's first token: PromptLogprobs.top."""
     vectors: tuple[int, ...] = ()
     """Rows that end with a pooled vector instead of tokens, in the order of the vectors in the frame."""
+    frontend: int = 0
+    """First half of each row's sid: the incarnation that it is for. Another one may have got its TCP port since."""
 
 
 class CancelStream(Message):

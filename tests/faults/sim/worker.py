@@ -271,7 +271,9 @@ class Worker(Process):
             self._send_tokens(endpoint, _token_batch(self.me, self._seq[endpoint], group), tuple(frames))
         for endpoint, sent_at in self._token_sent_at.items():
             if self.world.now - sent_at >= BEAT_INTERVAL_S:
-                self._send_tokens(endpoint, TokenBatch(self.name, self.incarnation, self._seq[endpoint]))
+                frontend = int(endpoint.rpartition(":")[2])
+                beat = TokenBatch(self.name, self.incarnation, self._seq[endpoint], frontend=frontend)
+                self._send_tokens(endpoint, beat)
 
     def _send_tokens(self, endpoint: str, batch: TokenBatch, frames: tuple[bytes, ...] = ()) -> None:
         self._token_sent_at[endpoint] = self.world.now
@@ -377,4 +379,5 @@ def _token_batch(me: Peer, seq: int, rows: list[Emit]) -> TokenBatch:
         ledgers={i: row.ledger for i, row in enumerate(rows) if row.ledger is not None},
         prompt_logprobs={i: row.prompt_logprobs.top for i, row in enumerate(rows) if row.prompt_logprobs},
         vectors=tuple(i for i, row in enumerate(rows) if row.vector),
+        frontend=rows[0].sid[0],
     )
