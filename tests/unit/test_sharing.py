@@ -45,6 +45,10 @@ def test_on_cpu_workers_share_only_when_asked_to() -> None:
     assert share(worker("u", U, **local), worker("v", U, **local))[1] == ()  # type: ignore[arg-type]
 
 
+def test_nobody_shares_where_all_workers_join_later() -> None:
+    assert share() == ([], ())
+
+
 def test_mps_without_its_daemon_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     args = argparse.Namespace(mps=True, device="cuda", gpus=(0,))
     monkeypatch.setenv("PATH", str(tmp_path))
