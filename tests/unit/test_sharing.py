@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from baton.frontend.cli import sharing
-from baton.proto.config import CacheConfig, KeeperConfig, ModelConfig, WorkerConfig
+from baton.frontend.processes import specs
+from baton.proto.config import CacheConfig, KeeperConfig, ModelConfig, SchedulerConfig, ServeConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 
@@ -28,6 +29,12 @@ def test_workers_on_one_gpu_have_a_keeper_and_a_part_by_role() -> None:
     assert assigned == [("ipc://keeper-0", 2), ("", 1), ("ipc://keeper-0", 2)]
     assert keeper.parts == {"p": 0.25, "e": 0.75}
     assert (keeper.device, keeper.gpu) == ("cuda", 2)
+
+
+def test_who_has_a_keepers_memory_ends_with_it() -> None:
+    workers, keepers = sharing.share((worker("p", P, 2), worker("d", D, 5), worker("e", D, 2)), "ipc://{}".format)
+    started = specs(ServeConfig(SchedulerConfig("ipc://scheduler"), (), workers, "/run", keepers=keepers))
+    assert {each.name: each.ends_with for each in started if each.ends_with} == {"p": "keeper-0", "e": "keeper-0"}
 
 
 @pytest.mark.parametrize("cache", [CacheConfig(num_blocks=100), CacheConfig(kv_cache_memory_bytes=2**30)])
