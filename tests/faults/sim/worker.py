@@ -15,6 +15,7 @@ from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import identity
 from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig
 from baton.proto.layout import Group, KVLayout
+from baton.proto.lifecycle import Duty
 from baton.proto.messages import (
     Beat,
     CancelStream,
@@ -34,7 +35,7 @@ from baton.proto.messages import (
     WorkerHello,
 )
 from baton.worker.batcher import Batcher
-from baton.worker.effects import Emit, ToHolder, ToKeeper, ToOwner, ToScheduler
+from baton.worker.effects import Compile, Compiled, Emit, ToHolder, ToKeeper, ToOwner, ToScheduler
 from baton.worker.plan import StepPlan
 
 from .keeper import KeeperProcess, Link
@@ -46,6 +47,8 @@ BEAT_INTERVAL_S = 0.5
 LOAD_INTERVAL_S = 0.05
 HOLDINGS_INTERVAL_S = 0.5
 HELLO_INTERVAL_S = 1.0
+COMPILE_S = 0.05
+"""Mean, of a grammar."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,8 @@ class Worker(Process):
                     self._link.send(effect.message)
                 case Pull():
                     self._pull(effect)
+                case Compile():
+                    self._compile(effect.grammar)
         for endpoint, group in rows.items():
             self._seq[endpoint] = self._seq.get(endpoint, 0) + 1
             frames = [row.prompt_logprobs.data for row in group if row.prompt_logprobs]
@@ -305,6 +310,16 @@ class Worker(Process):
         self._result_at = max(self._result_at, ended + self.world.rng.expovariate(1 / (0.3 * self.spec.step_s)))
         self.later(self._result_at - self.world.now, deliver)
 
+    def _compile(self, grammar: str) -> None:
+        """A thread of the process does it, whichever incarnation hears of it."""
+
+        def done() -> None:
+            if self.batcher is not None:
+                self.batcher.handle(Compiled(grammar), (), self.world.now)
+                self.turn()
+
+        self.later(self.world.rng.expovariate(1 / COMPILE_S), done)
+
     def _pull(self, pull: Pull) -> None:
         """Half of the blocks are read early, the others late: a real copy is not one instant either."""
         rng, life, incarnation = self.world.rng, self.life, self.incarnation
@@ -343,7 +358,13 @@ class Worker(Process):
             case WhoAreYou():
                 self._hello(batcher)
             case Configure():
-                self._settings = message.settings
+                before, self._settings = self._settings, message.settings
+                if before.cache_flushes != message.settings.cache_flushes:
+                    batcher.pool.clear_cache()
+                if message.settings.duty == Duty.LEAVING:
+                    self.say_goodbye()
+                    self.kill()
+                    return
                 self._holdings_at = float("-inf")
             case Fenced():
                 if message.incarnation == self.incarnation:
