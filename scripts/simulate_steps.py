@@ -23,6 +23,8 @@ from baton.worker.step_costs import StepCosts
 
 H100_MS = {16: 6.2, 32: 6.3, 48: 6.5, 64: 6.6, 96: 7.1, 128: 7.3, 160: 7.6, 192: 7.9, 224: 8.3, 256: 8.4, 320: 9.8}
 H100_MS |= {384: 10.6, 512: 12.6, 640: 15.0, 768: 18.6, 1024: 22.4, 1536: 35.0, 2048: 41.6, 3072: 67.9}
+HOST_S = 0.0015
+"""From planning a step to the device's beginning it."""
 GRAPHS_TO, PER_KEY_S, PER_PAIR_S = 1024, 56e-9, 0.62e-9
 NUM_BLOCKS = 27_000
 
@@ -34,7 +36,7 @@ def h100_costs() -> StepCosts:
 class Clock:
     """One batcher and a device that takes as long as the table says; two steps in flight."""
 
-    def __init__(self, target_itl_ms: float, input_len: int, output_len: int) -> None:
+    def __init__(self, target_itl_ms: float, input_len: int, output_len: int, slower: float, spread: float) -> None:
         self.batcher = Batcher(
             Peer("unified-0", 1, "", ""),
             range(NUM_BLOCKS),
@@ -45,7 +47,8 @@ class Clock:
             early_bind_tokens=2**31,
             costs=h100_costs(),
         )
-        self._device = h100_costs()
+        self._device, self._slower, self._spread = h100_costs(), slower, spread
+        self._rng = np.random.default_rng(0)
         self._input_len, self._output_len = input_len, output_len
         self._in_flight: deque[tuple[StepPlan, float, float]] = deque()
         self._free_at = 0.0
@@ -58,12 +61,12 @@ class Clock:
             self._launch(now)
             next_arrival = waiting[0][1] if waiting else np.inf
             next_end = self._in_flight[0][2] if self._in_flight else np.inf
-            now = min(next_arrival, next_end)
-            if now == np.inf:
+            if next_arrival == next_end == np.inf:
                 return came, max(times[-1] for times in came.values())
-            if next_arrival <= next_end:
+            now = min(next_arrival, next_end, max(now, self.batcher.next_deadline()))
+            if next_arrival == now:
                 self._arrive(waiting.popleft()[0], now)
-            else:
+            elif next_end == now:
                 self._finish(came, now)
 
     def _arrive(self, number: int, now: float) -> None:
@@ -81,10 +84,13 @@ class Clock:
         self.batcher.handle(command, (tokens.tobytes(), pack_hashes(hash_chain(tokens))), now)
 
     def _launch(self, now: float) -> None:
+        if self.batcher.next_deadline() <= now:
+            self.batcher.tick(now)
         while (plan := self.batcher.schedule(now)) is not None:
             keys = sum(row.start + 1 for row in plan.rows if row.num_tokens == 1)
             pairs = sum(row.start * row.num_tokens for row in plan.rows if row.num_tokens > 1)
-            self._free_at = max(now, self._free_at) + self._device.seconds(plan.num_tokens, keys, pairs)
+            seconds = self._device.seconds(plan.num_tokens, keys, pairs) * self._slower
+            self._free_at = max(now + HOST_S, self._free_at) + seconds * self._rng.normal(1, self._spread)
             self._in_flight.append((plan, now, self._free_at))
 
     def _finish(self, came: dict[int, list[float]], now: float) -> None:
@@ -104,13 +110,16 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--target-itl-ms", type=float, default=15.0)
+    parser.add_argument("--slower", type=float, default=1.0, help="what steps take beside what the worker expects")
+    parser.add_argument("--spread", type=float, default=0.0, help="standard deviation of that")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(f"{'req/s':>7} {'done/s':>7} {'TTFT mean / P99':>18} {'TPOT mean / P99':>17} {'ITL P99, ms':>12}")
     for rate in args.rates:
         count = 1000 if rate == np.inf else int(rate * args.seconds)
         arrivals = np.random.default_rng(args.seed).exponential(1 / rate, count).cumsum()
-        came, end = Clock(args.target_itl_ms, args.input_len, args.output_len).run(arrivals.tolist())
+        clock = Clock(args.target_itl_ms, args.input_len, args.output_len, args.slower, args.spread)
+        came, end = clock.run(arrivals.tolist())
         times = [np.array(came[number]) for number in range(count)]
         ttft = 1e3 * (np.array([each[0] for each in times]) - arrivals)
         tpot = 1e3 * np.array([(each[-1] - each[0]) / max(1, len(each) - 1) for each in times])

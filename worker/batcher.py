@@ -338,11 +338,12 @@ class Batcher:
         self._tombstones.sweep(now)
 
     def next_deadline(self) -> float:
-        """When `tick` has something to do; infinity when never."""
-        return min(self.leases.next_deadline(), self._pulls.next_deadline(), self._tombstones.next_deadline())
+        """When `tick` has something to do, or `schedule` that it has put off; infinity when never."""
+        parts = (self.leases, self._pulls, self._tombstones)
+        return min(self._steps.held_until, *(part.next_deadline() for part in parts))
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None when `depth` are in flight or nothing can run."""
+        """The next step, or None when `depth` are in flight, nothing can run, or it is too early."""
         plan = self._steps.schedule(now)
         if plan is not None:
             for item in [item for item in self._steps.planned_last if item.request.hands_over and item.samples]:

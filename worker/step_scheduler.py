@@ -9,11 +9,13 @@ Several that begin alike compute it once: the others stay waiting until it has s
 
 A step takes running streams first, so that none waits for a newcomer's prompt, then fills its token budget with chunks
 of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). With `prompts_first`
-it is the other way round. At most `depth` steps are in flight; their results come back in order. A stream whose next
-token depends on its last one by more than the model (a grammar, bad words) is planned again only once that one is
-known, so at depth 2 it enters every other step.
+it is the other way round. At most `depth` steps are in flight; their results come back in order. While streams run, the
+next one is planned when the device is about to need it (lead.py). A stream whose next token depends on its last one by
+more than the model (a grammar, bad words) is planned again only once that one is known, so at depth 2 it enters every
+other step.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from baton.kv_transfer.leases import Leases
 from baton.proto.config import BatchConfig
 from baton.proto.lifecycle import Stage
 from baton.worker.block_pool import BlockPool
+from baton.worker.lead import Lead
 from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
 from baton.worker.request import Request, State
 from baton.worker.shared_prompts import SharedPrompts
@@ -52,6 +55,13 @@ class InFlight:
     planned: list[Planned]
     expected_s: float
     """What it should take; 0 when that is not known."""
+    follows: bool
+    """It was planned while another was in flight."""
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a row is more than one token: what such steps take is what the costs are learned from."""
+        return self.plan.num_tokens > len(self.planned)
 
 
 class StepScheduler:
@@ -85,6 +95,9 @@ class StepScheduler:
         self.running: list[Request] = []  # sorted by rank
         self._free_slots = list(range(batch.max_num_seqs - 1, -1, -1))
         self._in_flight: deque[InFlight] = deque()
+        self._lead = Lead()
+        self.held_until = math.inf
+        """When the next step may be planned, while it is too early for it; infinity otherwise."""
         self._last_sampled_s = 0.0
         self._new_slots: list[SlotInit] = []
         self._copies: list[tuple[int, int]] = []
@@ -95,8 +108,12 @@ class StepScheduler:
         """Prompt tokens a second, as the last step with a prompt computed them."""
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None when `depth` are in flight or nothing can run."""
+        """The next step, or None when `depth` are in flight, nothing can run, or it is too early."""
+        self.held_until = math.inf
         if len(self._in_flight) >= self._depth:
+            return None
+        if now < self._lead.plan_at and self._can_wait():
+            self.held_until = self._lead.plan_at
             return None
         self._new_slots, self._copies = [], []
         rows: list[Row] = []
@@ -122,8 +139,16 @@ class StepScheduler:
                 item.request.stepped = True
                 item.request.ledger.stages[Stage.STEPPED] = now
         plan = StepPlan(self._step, rows, self._new_slots, self._copies)
-        self._in_flight.append(InFlight(plan, planned, self._expected_s(planned)))
+        step = InFlight(plan, planned, self._expected_s(planned), follows=bool(self._in_flight))
+        self._in_flight.append(step)
+        self._lead.planned(now, step.expected_s)
         return plan
+
+    def _can_wait(self) -> bool:
+        """Whether the device has work while streams run: then a prompt that comes later may still be in the step."""
+        if not self._in_flight or self._costs is None or self._prompts_first:
+            return False
+        return any(self._goes_on(request) for request in self.running)
 
     def _add_rows(self, requests: list[Request], budget: int, rows: list[Row], planned: list[Planned]) -> int:
         """Plan running requests' next tokens; what is left of the budget."""
@@ -153,7 +178,7 @@ class StepScheduler:
         prompt = next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
         if prompt is None:
             return self._max_tokens
-        decoding = [r for r in self.running if _decodes(r) and not self._foreseen_end(r)] + list(self.kv_here)
+        decoding = [r for r in self.running if self._goes_on(r)] + list(self.kv_here)
         if not decoding:
             return self._max_tokens if self._prompts_first else self._filling(self._costs)
         keys = sum(request.total for request in decoding)
@@ -171,13 +196,16 @@ class StepScheduler:
         return min(tokens, costs.best_tokens, self._max_tokens)
 
     def _expected_s(self, planned: list[Planned]) -> float:
-        """Of a step with prompt chunks: those are what the costs are learned from."""
-        tokens = sum(item.end - item.start for item in planned)
-        if self._costs is None or tokens == len(planned):
+        if self._costs is None:
             return 0.0
-        keys = sum(item.end for item in planned if item.end - item.start == 1)
-        chunks = [item for item in planned if item.end - item.start > 1]
-        pairs = sum((item.end - item.start) * item.start for item in chunks)
+        tokens = keys = pairs = 0
+        for item in planned:
+            count = item.end - item.start
+            tokens += count
+            if count == 1:
+                keys += item.end
+            else:
+                pairs += count * item.start
         return self._costs.seconds(tokens, keys, pairs)
 
     def _add_row(self, request: Request, budget: int, rows: list[Row], planned: list[Planned]) -> int:
@@ -212,6 +240,10 @@ class StepScheduler:
         request.scheduled = end
         request.placeholders += samples
         return count
+
+    def _goes_on(self, request: Request) -> bool:
+        """Whether it is a stream that waits for its next token."""
+        return _decodes(request) and not self._foreseen_end(request)
 
     def _foreseen_end(self, request: Request) -> bool:
         """Whether the steps already planned bring the stream, or this leg of it, to its end."""
@@ -401,8 +433,10 @@ class StepScheduler:
         tokens = sum(item.end - item.start for item in step.planned if not item.decodes)
         if tokens and elapsed > 0:
             self.tokens_per_s = tokens / elapsed
-        if self._costs is not None and step.expected_s and elapsed > 0:
+        if self._costs is not None and step.has_prompts and elapsed > 0:
             self._costs.learn(step.expected_s, elapsed)
+        still_s = sum(other.expected_s for other in self._in_flight)
+        self._lead.ended(result.started_s, result.sampled_s, step.follows, still_s)
 
     def fence(self, request: Request) -> int:
         """The last step in flight that may still write the request's blocks; 0 when none is."""

@@ -125,10 +125,10 @@ class Bench:
             self.in_flight.append(plan)
         return plan
 
-    def finish(self) -> list[effects.Effect]:
+    def finish(self, after_s: float = 0.01) -> list[effects.Effect]:
         """The oldest step's result arrives."""
         plan = self.in_flight.popleft()
-        self.now += 0.01
+        self.now += after_s
         tokens = [[self.token_of(row.start + row.num_tokens)] if row.samples else [] for row in plan.rows]
         self.pooled |= dict.fromkeys([init.slot for init in plan.new_slots], 0)
         for row in plan.rows:
@@ -138,7 +138,7 @@ class Bench:
             for index, row in enumerate(plan.rows)
             if row.mean_of
         }
-        result = StepResult(plan.step, tokens, {}, self.now - 0.01, self.now, vectors=vectors)
+        result = StepResult(plan.step, tokens, {}, self.now - after_s, self.now, vectors=vectors)
         self.batcher.complete(result, self.now)
         return self.take()
 
