@@ -98,12 +98,13 @@ class Scenario:
         batch = BatchConfig(
             max_num_batched_tokens=rng.choice((16, 48, 256)),
             max_num_seqs=rng.choice((2, 4, 16)),
+            target_itl_ms=10.0,
             prompts_first=rng.random() < 0.2,
             depth=depth,
         )
         early_bind_tokens = rng.choice((32, 1000))
         copy_s = rng.choice((0.0005, 0.01, 0.1, 1.0))
-        noisy = rng.random() < 0.3
+        noisy, knows_costs = rng.random() < 0.3, rng.random() < 0.3
         return [
             WorkerSpec(
                 name=f"{ROLES[letter]}-{index}",
@@ -117,6 +118,7 @@ class Scenario:
                 step_s=rng.choice((0.002, 0.01, 0.03)),
                 copy_s=copy_s,
                 noisy=noisy,
+                knows_costs=knows_costs,
             )
             for index, letter in enumerate(letters)
         ]

@@ -37,6 +37,7 @@ from baton.proto.messages import (
 from baton.worker.batcher import Batcher
 from baton.worker.effects import Compile, Compiled, Emit, ToHolder, ToKeeper, ToOwner, ToScheduler
 from baton.worker.plan import StepPlan
+from baton.worker.step_costs import StepCosts
 
 from .keeper import KeeperProcess, Link
 from .model import Memory, Runner
@@ -69,6 +70,13 @@ class WorkerSpec:
     """Mean duration of a pull."""
     noisy: bool
     """Whether samples depend on who draws them."""
+    knows_costs: bool = False
+    """Whether steps are planned by what they should take, about as long as they do."""
+
+    def costs(self) -> StepCosts | None:
+        """For one incarnation."""
+        table = [(16, 0.8 * self.step_s), (256, 1.6 * self.step_s)]
+        return StepCosts(table, per_key=0.0, per_pair=0.0, padded_to=256) if self.knows_costs else None
 
     @property
     def layout(self) -> KVLayout:
@@ -143,7 +151,14 @@ class Worker(Process):
         )
         self._memories[self.me.kv_endpoint] = self.memory
         self.batcher = Batcher(
-            self.me, blocks, spec.max_model_len, spec.cache, spec.batch, spec.lease, spec.early_bind_tokens
+            self.me,
+            blocks,
+            spec.max_model_len,
+            spec.cache,
+            spec.batch,
+            spec.lease,
+            spec.early_bind_tokens,
+            spec.costs(),
         )
         self._runner = Runner(self.memory, noise=self.incarnation if spec.noisy else 0)
         self._device_free_at = self._result_at = self.world.now
