@@ -21,7 +21,7 @@ from .worker import Worker, WorkerSpec
 from .world import Process, World
 
 BLOCK_SIZE = 16
-QUIET_WITHIN_S = 12.0
+QUIET_WITHIN_S = 24.0
 QUIET_WITHIN_COPIES = 40
 """Once faults have stopped, everything ends and is freed within this time and so many durations of a pull."""
 ROLES = {"p": "prefill", "d": "decode", "u": "unified"}
