@@ -70,9 +70,10 @@ class ChatTemplate:
         content = message.get("content")
         if content is None:
             message["content"] = ""
-        elif isinstance(content, str) and self._wants_parts:
-            message["content"] = [{"type": "text", "text": content}]
-        elif isinstance(content, list) and not self._wants_parts:
+        elif self._wants_parts:
+            texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+            message["content"] = [{"type": "text", "text": text} for text in texts]
+        elif isinstance(content, list):
             message["content"] = "\n".join(part["text"] for part in content)
         return message
 

@@ -102,8 +102,8 @@ class Detokenizer:
         include_stop: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        """A stop string ends the text before itself, or after it with include_stop. The text of the first `min_tokens`
-        tokens is not searched."""
+        """A stop string ends the text before itself, or after it with include_stop; it must end behind the first
+        `min_tokens` tokens."""
         self._decoder: Decoder
         if tokenizer.byte_level:
             self._decoder = ByteLevelDecoder(tokenizer, skip_special_tokens)
@@ -130,7 +130,7 @@ class Detokenizer:
                 break
             self.num_tokens += 1
             text = self._decoder.feed(token)
-            parts.append(text if self.num_tokens <= self._min_tokens else self._stop.feed(text))
+            parts.append(self._stop.feed(text, search=self.num_tokens > self._min_tokens))
         return "".join(parts)
 
     def flush(self) -> str:
@@ -145,7 +145,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Looks for the first stop string in a text that comes in pieces."""
+    """Looks for the stop string that is complete first in a text that comes in pieces."""
 
     def __init__(self, stop: Sequence[str], include: bool) -> None:
         self._stop = tuple(stop)
@@ -153,12 +153,16 @@ class StopStrings:
         self._held = ""
         self.found: str | None = None
 
-    def feed(self, text: str) -> str:
-        """What can't be part of a stop string any more; up to the stop string when one is complete."""
-        text = self._held + text
-        matches = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+    def feed(self, text: str, search: bool = True) -> str:
+        """What can't be part of a stop string any more; up to the stop string when one is complete.
+
+        Without `search` none is complete, but one may have begun that a later text completes.
+        """
+        old, text = len(self._held), self._held + text
+        found = ((text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stop) if search else ()
+        matches = [(at, stop) for at, stop in found if at >= 0]
         if matches:
-            at, self.found = min(matches, key=lambda match: match[0])
+            at, self.found = min(matches, key=lambda match: match[0] + len(match[1]))
             self._held = ""
             return text[: at + len(self.found)] if self._include else text[:at]
         keep = self._partial(text)

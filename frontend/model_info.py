@@ -31,6 +31,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """Rows of the embedding: ids below it exist, also where the tokenizer has no text for them."""
     eos_ids: tuple[int, ...]
     defaults: SamplingDefaults
+    eos_id: int | None = None
+    """The tokenizer's own among `eos_ids`, whose end of an output is not worth a word. None: so is that of all."""
     generates: bool = True
     """False: the checkpoint has no language model head and makes embeddings alone."""
 
@@ -45,8 +47,9 @@ def load_model_info(config: ModelConfig, tokenizer: Tokenizer) -> ModelInfo:
         raise UserError(f"{directory / 'config.json'} has no max_position_embeddings: give --max-model-len")
     eos = _ids(generation.get("eos_token_id")) or _ids(model.get("eos_token_id"))
     eos_text = tokenizer.special_tokens.get("eos_token")
-    if eos_text is not None and (id := tokenizer.id_of(eos_text)) is not None:
-        eos = {*eos, id}
+    eos_id = None if eos_text is None else tokenizer.id_of(eos_text)
+    if eos_id is not None:
+        eos = {*eos, eos_id}
     try:
         defaults = _sampling_defaults(generation)
     except msgspec.ValidationError as error:
@@ -57,6 +60,7 @@ def load_model_info(config: ModelConfig, tokenizer: Tokenizer) -> ModelInfo:
         vocab_size=int(model.get("vocab_size") or tokenizer.vocab_size),
         eos_ids=tuple(sorted(eos)),
         defaults=defaults,
+        eos_id=eos_id,
         generates=not is_headless(model),
     )
 

@@ -61,7 +61,11 @@ from baton.proto.messages import (
 )
 
 _BUSY = (RejectCode.QUEUE_FULL, RejectCode.NO_WORKERS)
-_OUTCOMES: dict[str, Outcome] = {FinishReason.STOP: Outcome.STOP, FinishReason.LENGTH: Outcome.LENGTH}
+_OUTCOMES: dict[str, Outcome] = {
+    FinishReason.STOP: Outcome.STOP,
+    FinishReason.LENGTH: Outcome.LENGTH,
+    FinishReason.ERROR: Outcome.IMPOSSIBLE,
+}
 
 
 class Limits(msgspec.Struct, frozen=True):

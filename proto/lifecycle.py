@@ -81,6 +81,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ERROR = "error"
+    """What the request demands of its output leaves no token to go on with."""
 
 
 class Outcome(StrEnum):
@@ -90,6 +91,8 @@ class Outcome(StrEnum):
     LENGTH = "length"
     ABORTED = "aborted"
     FAILED = "failed"
+    IMPOSSIBLE = "impossible"
+    """What the request demands of its output left no token to go on with."""
     REJECTED = "rejected"
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"

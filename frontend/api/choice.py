@@ -46,7 +46,7 @@ class Delta(msgspec.Struct, gc=False):
     """One per token when asked for, else empty."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    """The stop string or the client's stop token id that ended the text."""
+    """The stop string or token id that ended the text; None for the tokenizer's end token."""
     reasoning: str = ""
     calls: list[CallPart] = []
     pieces: list[Piece | Tokens] = []
@@ -120,6 +120,7 @@ class Choice:
 
     def take(self, output: Output, reader: Stopper) -> Delta:
         """What `output` adds; ends the stream at a stop string. Raises ApiError when the stream failed."""
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         if self._parser is None:
             return self._detokenise(output, reader, output.finished)
         whole = Delta()
@@ -157,7 +158,6 @@ class Choice:
     def _detokenise(self, output: Output, reader: Stopper, end: Finished | None) -> Delta:
         """What `output` adds, before its text is read. `end`: the stream's, where it is known already."""
         tokens, finished = output.tokens, output.finished
-        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         if self._wishes.prompt_only:
             return self._nothing(finished)
         by_token = bool(tokens) and tokens[-1] in self._stop_ids
@@ -168,7 +168,7 @@ class Choice:
         if stop_reason is not None:
             tokens = tokens[: self._detokenizer.num_tokens - before]
             finished = reader.stop(self.index) or end
-        elif by_token and tokens[-1] in self._wishes.client_stop_ids:
+        elif by_token and tokens[-1] in self._wishes.told_stop_ids:
             stop_reason = tokens[-1]
         self.num_tokens += len(tokens)
         delta = Delta(text, tokens, output.logprobs[: len(tokens)], stop_reason=stop_reason)

@@ -114,6 +114,8 @@ def outcome_error(finished: Finished) -> ApiError | None:
             if status == 400:
                 return bad_request(finished.message, code=finished.reject_code)
             return unavailable(finished.message, finished.retry_after_s, status)
+        case Outcome.IMPOSSIBLE:
+            return bad_request(finished.message, code=finished.outcome)
         case Outcome.ABORTED:
             return unavailable(finished.message or "the request was aborted")
         case Outcome.CANCELLED:

@@ -97,8 +97,7 @@ class CompletionFormat:
         if echo and choice.prompt_logprobs is not None:
             told: list[TokenLogprobs | None] = [None, *choice.prompt_logprobs.entries(self._wishes.logprobs)]
             scored = [*zip(choice.prompt.ids.tolist(), told, strict=True), *scored]
-        with_top = bool(self._wishes.logprobs or self._wishes.sampling.logprob_token_ids)
-        result = self._logprob_writer.completion(scored, self._offsets.get(choice.index, 0), with_top)
+        result = self._logprob_writer.completion(scored, self._offsets.get(choice.index, 0))
         if result.tokens:
             self._offsets[choice.index] = result.text_offset[-1] + len(result.tokens[-1])
         return result
@@ -187,7 +186,7 @@ def _request_id(wishes: Wishes) -> str:
 
 
 def _message(delta: Delta, prefix: str) -> ChatMessage:
-    reasoning = delta.reasoning or UNSET
+    reasoning = delta.reasoning or None
     return ChatMessage(
         content=prefix + delta.text or (None if delta.reasoning or delta.calls else ""),
         reasoning=reasoning,

@@ -15,7 +15,7 @@ from baton.frontend.api.formats import ChatFormat, CompletionFormat, Format, Led
 from baton.frontend.api.params import MAX_STREAMS, Wishes, read_wishes
 from baton.frontend.api.prompts import Prompt, Prompts
 from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest, StreamOptions
-from baton.frontend.api.responses import PromptTokensDetails, Usage, encode
+from baton.frontend.api.responses import CompletionTokensDetails, PromptTokensDetails, Usage, encode
 from baton.frontend.api.sse import DONE, ChunkWriter, event
 from baton.frontend.engine_client import EngineClient, Output, OutputReader
 from baton.frontend.model_info import ModelInfo
@@ -73,7 +73,7 @@ class Generator:
         """Check, render and tokenise. Raises ApiError."""
         if self.draining:
             raise unavailable("the server is shutting down; send the request to another one")
-        if request.stream_options is not None and not request.stream:
+        if request.stream_options not in (None, StreamOptions()) and not request.stream:
             raise bad_request("stream_options needs stream to be true.", "stream_options")
         wishes = read_wishes(request, self._info, self._max_logprobs)
         plan = None
@@ -266,10 +266,13 @@ def usage_of(job: Job, choices: list[Choice]) -> Usage:
     """Each prompt counts once, however many samples it has."""
     prompt_tokens = sum(len(prompt.ids) for prompt in job.prompts)
     completion_tokens = sum(choice.num_tokens for choice in choices)
+    usage = Usage(prompt_tokens, prompt_tokens + completion_tokens, completion_tokens)
     cached = sum(choice.cached_tokens for choice in choices[:: job.wishes.n])
-    return Usage(
-        prompt_tokens, prompt_tokens + completion_tokens, completion_tokens, PromptTokensDetails(cached_tokens=cached)
-    )
+    usage.prompt_tokens_details = PromptTokensDetails(cached)
+    if job.plan is not None and job.plan.new_reasoning_parser is not None:
+        reasoning = sum(choice.reasoning_tokens for choice in choices)
+        usage.completion_tokens_details = CompletionTokensDetails(reasoning)
+    return usage
 
 
 def _ledger(job: Job, choices: list[Choice]) -> LedgerField:

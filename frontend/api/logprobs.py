@@ -29,7 +29,7 @@ class LogprobWriter:
         self._tokenizer = tokenizer
         self._as_ids = as_ids
 
-    def completion(self, scored: Iterable[Scored], offset: int, with_top: bool) -> CompletionLogprobs:
+    def completion(self, scored: Iterable[Scored], offset: int) -> CompletionLogprobs:
         """The four columns of /v1/completions; `offset` is where the first token's text begins."""
         result = CompletionLogprobs([], [], [], [])
         for id, entry in scored:
@@ -37,7 +37,7 @@ class LogprobWriter:
             result.text_offset.append(offset)
             result.tokens.append(token)
             result.token_logprobs.append(None if entry is None else _finite(entry.logprob))
-            result.top_logprobs.append(None if entry is None or not with_top else self._top(id, entry))
+            result.top_logprobs.append(None if entry is None else self._top(id, entry))
             offset += len(token)
         return result
 

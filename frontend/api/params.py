@@ -24,6 +24,8 @@ MAX_STOP_CHARS = 4096
 """Of one stop string: text is held back while it may still become one."""
 MAX_STOP_IDS = 1024
 MAX_BIASED_IDS = 8192
+MAX_BIAS = 100.0
+"""Larger biases mean no more: this one decides already."""
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
 MAX_LOGPROB_TOKEN_IDS = 128
@@ -66,8 +68,8 @@ class Wishes:
     n: int
     stop: tuple[str, ...]
     include_stop: bool
-    client_stop_ids: frozenset[int]
-    """Those stop token ids that the client named itself."""
+    told_stop_ids: frozenset[int]
+    """Those that are the answer's stop_reason: the client's own, and the model's apart from its tokenizer's."""
     skip_special_tokens: bool
     spaces_between_special_tokens: bool
     return_token_ids: bool
@@ -202,11 +204,11 @@ def read_wishes(request: GenerationRequest, info: ModelInfo, max_logprobs: int) 
     return Wishes(
         sampling=msgspec.structs.replace(sampling, prompt_logprobs=most),
         max_tokens=max_tokens,
-        seed=request.seed,
+        seed=None if request.seed == -1 else request.seed,
         n=n,
         stop=stop,
         include_stop=request.include_stop_str_in_output,
-        client_stop_ids=stop_ids,
+        told_stop_ids=stop_ids | _told_eos(request, info),
         skip_special_tokens=request.skip_special_tokens,
         spaces_between_special_tokens=request.spaces_between_special_tokens,
         return_token_ids=bool(request.return_token_ids),
@@ -291,7 +293,7 @@ def _samples(request: GenerationRequest) -> int:
 
 def _logprobs(request: GenerationRequest, limit: int) -> int | None:
     if isinstance(request, ChatCompletionRequest):
-        if request.top_logprobs is not None and not request.logprobs:
+        if request.top_logprobs and not request.logprobs:
             raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
         name, count = "top_logprobs", (request.top_logprobs or 0) if request.logprobs else None
     else:
@@ -399,6 +401,11 @@ def _check_stop(stop: tuple[str, ...], stop_ids: frozenset[int], info: ModelInfo
         _check_token(id, info.vocab_size, "stop_token_ids")
 
 
+def _told_eos(request: GenerationRequest, info: ModelInfo) -> frozenset[int]:
+    """End tokens beside the tokenizer's, as of a Llama that awaits a tool's answer: clients tell them apart."""
+    return frozenset() if request.ignore_eos or info.eos_id is None else frozenset(info.eos_ids) - {info.eos_id}
+
+
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
     _at_most("logit_bias", len(bias), MAX_BIASED_IDS, "token ids")
     result = {}
@@ -406,7 +413,7 @@ def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
         if not key.isascii() or not key.isdigit() or len(key) > MAX_ID_DIGITS:
             raise bad_request(f"logit_bias has the key {key!r}; keys must be token ids.", "logit_bias")
         _check_token(int(key), vocab_size, "logit_bias")
-        result[int(key)] = _within("logit_bias", value, -100, 100)
+        result[int(key)] = max(-MAX_BIAS, min(MAX_BIAS, _within("logit_bias", value, -math.inf, math.inf)))
     return result
 
 

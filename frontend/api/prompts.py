@@ -26,6 +26,9 @@ SHORT_IDS = 4096
 MAX_SALT = 1024
 """Characters of a cache_salt: the roots that salts make are remembered."""
 
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""Names that OpenAI's APIs have for a part of a message that is text."""
+
 _FINAL = "\ue000baton\ue001"
 """Stands at the end of the final message while it is rendered, to find where the template goes on behind it."""
 
@@ -209,6 +212,8 @@ class Prompts:
         variables = request.chat_template_kwargs or {}
         if isinstance(request, ChatCompletionRequest) and request.documents:
             variables = {"documents": request.documents, **variables}
+        if isinstance(request, ChatCompletionRequest) and (effort := request.reasoning_effort) is not None:
+            variables = {"reasoning_effort": effort, "enable_thinking": effort != "none", **variables}
         if request.tools:
             variables = {"tools": raw["tools"], **variables}
         try:
@@ -248,9 +253,15 @@ def _messages(request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, A
         raise bad_request("messages must not be empty.", "messages")
     for index, message in enumerate(request.messages):
         for part in message.content if isinstance(message.content, list) else ():
-            if part.type not in ("text", "input_text") or part.text is None:
+            if part.type not in _TEXT_PARTS or part.text is None:
                 raise unsupported_part(index, part.type)
-    return [_with_parsed_arguments(message) for message in raw["messages"]]
+    return [_with_parsed_arguments(_with_reasoning(message)) for message in raw["messages"]]
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Clients send reasoning back under either of its names; templates read one of them."""
+    reasoning = message.get("reasoning") or message.get("reasoning_content")
+    return {**message, "reasoning": reasoning, "reasoning_content": reasoning} if reasoning else message
 
 
 def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:

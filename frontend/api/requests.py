@@ -5,7 +5,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 from baton.frontend.api.errors import bad_request
 from baton.frontend.structured.constraint import ResponseFormat, Schema, StructuredOutputs
@@ -106,6 +106,7 @@ class ChatCompletionRequest(GenerationFields, kw_only=True):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     documents: Annotated[list[dict[str, Any]] | None, Meta(description="for the chat template")] = None
+    reasoning_effort: Annotated[str | None, Meta(description="for the chat template; none: no thinking")] = None
     tools: list[Tool] | None = None
     tool_choice: Annotated[ToolChoice | None, Meta(description="none, auto, required or a tool's name")] = None
     parallel_tool_calls: bool = True
@@ -156,7 +157,10 @@ _UNSUPPORTED: Refusals = {
     "modalities": ((None, ["text"]), "the model writes text"),
     "prediction": ((None,), "the server has no speculation with a client's text"),
     "prompt_embeds": ((None,), "give text or token ids"),
+    "repetition_detection": ((None,), "use repetition_penalty or frequency_penalty"),
     "suffix": ((None, ""), "the model continues a prompt and fills no gap"),
+    "thinking_token_budget": ((None, -1), "max_completion_tokens bounds reasoning and answer together"),
+    "watermarking": ((None, False), "outputs have no watermark"),
     "web_search_options": ((None,), "the server searches nothing"),
 }
 
@@ -179,7 +183,7 @@ def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
     """The request in an object of plain values, and the names of fields that nobody knows. Raises ApiError."""
     refuse(raw, _refused_of(kind))
     try:
-        request = msgspec.convert(_without_idle_nulls(raw, kind), kind)
+        request = msgspec.convert(_settled(raw, kind), kind)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$")
         param = where.strip("`").lstrip(".") or None
@@ -188,10 +192,14 @@ def read(raw: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
     return request, [name for name in raw if name not in known]
 
 
-def _without_idle_nulls(raw: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Clients send null for switches and counts that they do not set."""
-    unset = switches(kind)
-    return {name: value for name, value in raw.items() if value is not None or name not in unset}
+def _settled(raw: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Clients send null for switches and counts that they do not set, and those with one kind of number 16.0 for 16."""
+    unset, counts = switches(kind), _counts(kind)
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() and name in counts else value
+        for name, value in raw.items()
+        if value is not None or name not in unset
+    }
 
 
 @cache
@@ -209,7 +217,20 @@ def _field_names(kind: type) -> frozenset[str]:
 def switches(kind: type) -> frozenset[str]:
     """Fields whose default is False, True or a number; null means the same."""
     fields = msgspec.structs.fields(kind)
-    return frozenset(field.name for field in fields if isinstance(field.default, bool | float) or field.default == 0)
+    return frozenset(field.name for field in fields if isinstance(field.default, bool | int | float))
+
+
+@cache
+def _counts(kind: type) -> frozenset[str]:
+    """Fields that take whole numbers alone."""
+    return frozenset(field.name for field in msgspec.structs.fields(kind) if _is_count(inspect.type_info(field.type)))
+
+
+def _is_count(field: inspect.Type) -> bool:
+    if isinstance(field, inspect.Metadata):
+        return _is_count(field.type)
+    kinds = {type(each) for each in (field.types if isinstance(field, inspect.UnionType) else (field,))}
+    return inspect.IntType in kinds and inspect.FloatType not in kinds
 
 
 @cache

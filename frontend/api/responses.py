@@ -18,6 +18,12 @@ class PromptTokensDetails(Response):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Response):
+    """What output tokens were for."""
+
+    reasoning_tokens: int
+
+
 class Usage(Response):
     """Tokens of a request."""
 
@@ -25,6 +31,8 @@ class Usage(Response):
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
+    """With a reasoning parser."""
 
 
 class PromptLogprob(Response):
@@ -105,8 +113,8 @@ class ChatMessage(Response, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None
     """null when there is nothing but calls or reasoning."""
-    reasoning: str | UnsetType = UNSET
-    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | None
+    reasoning_content: str | None
     """The same, under its older name."""
     tool_calls: list[ToolCall] | UnsetType = UNSET
 

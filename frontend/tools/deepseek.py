@@ -14,7 +14,7 @@ _CALL, _CALL_END, _SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call�
 class DeepSeekV31Parser(ToolParser):
     """`<｜tool▁call▁begin｜>name<｜tool▁sep｜>{…}<｜tool▁call▁end｜>`"""
 
-    names: ClassVar[tuple[str, ...]] = ("deepseek_v31", "deepseek_v32")
+    names: ClassVar[tuple[str, ...]] = ("deepseek_v31",)
     markers = (_CALLS, _CALLS_END, _CALL, _CALL_END, _SEPARATOR)
 
     def parse(self, scan: Scanner) -> Finds[None]:

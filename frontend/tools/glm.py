@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from baton.frontend.tools.events import Arguments, CallBegins
+from baton.frontend.tools.json_calls import bare_value
 from baton.frontend.tools.parser import ToolParser, content
 from baton.frontend.tools.scanner import Finds, Scanner
 
@@ -34,7 +35,9 @@ class GlmParser(ToolParser):
             key = (yield from scan.text_until(_KEY_END)).strip()
             yield from scan.text_until(_VALUE)
             value = yield from scan.text_until(_VALUE_END)
-            text = json.dumps(key, ensure_ascii=False) + ": " + _as_json(value, properties.get(key))
+            schema = properties.get(key)
+            is_string = isinstance(schema, dict) and schema.get("type") == "string"
+            text = json.dumps(key, ensure_ascii=False) + ": " + bare_value(value, is_string)
             yield Arguments(written + text)
             written = ", "
         yield Arguments("}" if written != "{" else "{}")
@@ -55,14 +58,3 @@ def _next(scan: Scanner) -> Finds[str]:
         scan.take(1)
     scan.take(len(marker))
     return marker
-
-
-def _as_json(value: str, schema: Any) -> str:
-    if not (isinstance(schema, dict) and schema.get("type") == "string"):
-        try:
-            json.loads(value)
-        except ValueError:
-            pass
-        else:
-            return value.strip()
-    return json.dumps(value, ensure_ascii=False)

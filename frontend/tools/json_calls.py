@@ -68,6 +68,18 @@ def arguments(scan: Scanner) -> Finds[None]:
         yield None if piece is None else Arguments(piece)
 
 
+def bare_value(value: str, is_string: bool) -> str:
+    """As JSON, a value that a model writes without quotes: one that is no JSON is a string in any case."""
+    if not is_string:
+        try:
+            json.loads(value)
+        except ValueError:
+            pass
+        else:
+            return value.strip()
+    return json.dumps(value, ensure_ascii=False)
+
+
 def call_object(scan: Scanner) -> Finds[None]:
     """Consume an object with a name and arguments, in any order. Raises MalformedError, EndOfTextError.
 

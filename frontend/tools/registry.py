@@ -19,7 +19,7 @@ TOOL_PARSERS = {
     "mistral": "mistral",
     "deepseek_v3": "deepseek",
     "deepseek_v31": "deepseek",
-    "deepseek_v32": "deepseek",
+    "deepseek_v32": "dsml",
     "glm45": "glm",
     "glm47": "glm",
 }

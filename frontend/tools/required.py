@@ -21,6 +21,7 @@ class NamedParser(ToolParser):
         self._name = name
 
     def parse(self, scan: Scanner) -> Finds[None]:
+        yield from scan.need(1)  # an output that ended within its reasoning calls nothing
         yield CallBegins(self._name)
         for piece in scan.until():
             yield None if piece is None else Arguments(piece)

@@ -132,6 +132,7 @@ def test_usage_comes_last_or_with_every_chunk(served: Deployment) -> None:
     assert counts == sorted(counts)
     assert counts[-1] == 8
     assert all("usage" not in chunk for chunk in events(served, "/v1/completions", body()))
+    assert served.client.post("/v1/completions", json=body(stream_options={})).status_code == 200
 
 
 def test_cached_prompt_tokens_are_told(served: Deployment) -> None:
@@ -216,6 +217,7 @@ def test_errors_of_http_come_in_the_same_envelope(served: Deployment, method: st
         ({"prompt": None}, 400, "prompt"),
         ({"suffix": "x"}, 400, "not supported"),
         ({"stream_options": {"include_usage": True}}, 400, "stream"),
+        ({"allowed_token_ids": [5], "structured_outputs": {"choice": ["a"]}}, 400, "no token to go on with"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

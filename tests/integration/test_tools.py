@@ -145,13 +145,15 @@ def test_auto_finds_calls_and_reasoning_in_what_the_model_writes(auto: openai.Op
     """The demo model is no caller of tools: a grammar has it write what a Qwen would."""
     written = r'Let me see\. <tool_call>\{"name": "time", "arguments": \{\}\}</tool_call>'
     grammar = {"structured_outputs": {"regex": written}}
-    message = chat(auto, tools=TOOLS, seed=1, extra_body=grammar).choices[0].message
+    answer = chat(auto, tools=TOOLS, seed=1, extra_body=grammar)
+    message = answer.choices[0].message
     calls, text, thought, reason = streamed(chat(auto, tools=TOOLS, seed=1, extra_body=grammar, stream=True))
     assert [(name, arguments) for _, name, arguments in calls.values()] == [("time", "{}")]
     assert reason == "tool_calls"
     assert text == message.content == "Let me see. "
     assert [call.function.name for call in message.tool_calls] == ["time"]
     assert thought == (getattr(message, "reasoning", None) or "")
+    assert (answer.usage.completion_tokens_details.reasoning_tokens > 0) == bool(thought)
 
 
 def test_history_with_calls_reaches_the_template(auto: openai.OpenAI) -> None:

@@ -82,13 +82,18 @@ def ids(text: str) -> list[int]:
         ({"stop_token_ids": [300]}, "stop_token_ids"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"300": 1}}, "logit_bias"),
-        ({"logit_bias": {"3": 101}}, "logit_bias"),
         ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
         ({"priority": 2**70}, "priority"),
         ({"model": "other"}, "model"),
         ({"echo": 2}, "echo"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget"),
+        ({"repetition_detection": {"max_pattern_size": 4, "min_count": 3}}, "repetition_detection"),
+        ({"watermarking": True}, "watermarking"),
+        ({"max_tokens": 4.5}, "max_tokens"),
+        ({"max_tokens": "4"}, "max_tokens"),
+        ({"echo": 1.0}, "echo"),
         ({"prompt_logprobs": 6}, "prompt_logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
@@ -165,9 +170,16 @@ def test_a_seed_is_drawn_for_each_prompt_where_none_is_given() -> None:
     def seed(given: Wishes) -> int:
         return given.for_prompt(1, INFO, "prompt").seed
 
-    free, fixed = wishes(), wishes(seed=-1)
-    assert seed(free) != seed(free)
-    assert seed(fixed) == 2**64 - 1
+    free, also_free, fixed = wishes(), wishes(seed=-1), wishes(seed=-2)
+    assert len({seed(free), seed(free), seed(also_free), seed(also_free)}) == 4
+    assert seed(fixed) == 2**64 - 2
+
+
+def test_only_the_tokenizers_end_token_is_no_stop_reason() -> None:
+    info = msgspec.structs.replace(INFO, eos_ids=(EOS, EOS + 1), eos_id=EOS)
+    told = read_wishes(completion(stop_token_ids=[5]), info, 5)
+    assert (told.told_stop_ids, told.sampling.stop_token_ids) == ({5, EOS + 1}, (5, EOS, EOS + 1))
+    assert read_wishes(completion(stop_token_ids=[5], ignore_eos=True), info, 5).told_stop_ids == {5}
 
 
 def test_eos_ends_unless_it_is_ignored() -> None:
@@ -175,8 +187,26 @@ def test_eos_ends_unless_it_is_ignored() -> None:
     assert wishes(stop_token_ids=[5], ignore_eos=True).sampling.stop_token_ids == (5,)
 
 
+def test_biases_beyond_the_largest_are_the_largest() -> None:
+    assert wishes(logit_bias={"3": 101, "4": -1e30, "5": 2}).sampling.logit_bias == {3: 100, 4: -100, 5: 2}
+
+
+def test_whole_numbers_may_be_written_with_a_point() -> None:
+    given = wishes(max_tokens=4.0, n=2.0, top_k=5.0, seed=7.0, temperature=1.0)
+    assert (given.max_tokens, given.n, given.sampling.top_k, given.seed) == (4, 2, 5, 7)
+    assert all(type(value) is int for value in (given.max_tokens, given.n, given.sampling.top_k, given.seed))
+
+
+def test_no_alternatives_need_no_logprobs() -> None:
+    assert read_wishes(chat(top_logprobs=0, logprobs=False)[0], INFO, 5).logprobs is None
+    with pytest.raises(ApiError, match="top_logprobs needs logprobs"):
+        read_wishes(chat(top_logprobs=1)[0], INFO, 5)
+
+
 def test_max_tokens_defaults_to_16_for_completions_and_to_the_context_for_chat() -> None:
     assert wishes().for_prompt(10, INFO, "prompt").max_tokens == 16
+    assert wishes(max_tokens=None).for_prompt(10, INFO, "prompt").max_tokens == 16
+    assert read_wishes(chat(max_tokens=None)[0], INFO, 5).for_prompt(10, INFO, "messages").max_tokens == 90
     assert read_wishes(chat()[0], INFO, 5).for_prompt(10, INFO, "messages").max_tokens == 90
     assert read_wishes(chat(max_completion_tokens=7, max_tokens=9)[0], INFO, 5).max_tokens == 7
 
@@ -219,7 +249,7 @@ def test_a_conversation_is_rendered_and_the_final_message_may_be_continued() -> 
     def rendered(**fields: Any) -> str:
         return TOKENIZER.decode(PROMPTS.of_chat(*chat(**fields)).ids.tolist())
 
-    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "output_text", "text": "b"}]}]
     assert rendered() == "[user]hi>"
     assert rendered(messages=parts) == "[user]a\nb>"
     prefilled = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Sure,"}]
@@ -313,6 +343,7 @@ def test_held_text_comes_out_at_the_end() -> None:
         (Outcome.REJECTED, RejectCode.TOO_LONG, 400),
         (Outcome.TIMEOUT, "", 504),
         (Outcome.FAILED, "", 500),
+        (Outcome.IMPOSSIBLE, "", 400),
         (Outcome.ABORTED, "", 503),
     ],
 )

@@ -384,7 +384,7 @@ def test_a_worker_error_reaches_the_client(frontend: Frontend) -> None:
     frontend.row(sid, 0, [10])
     frontend.row(sid, 1, [], final=1, reason="error")
     (end,) = frontend.ends(sid)
-    assert (end.outcome, end.message) == (Outcome.FAILED, "broken")
+    assert (end.outcome, end.message) == (Outcome.IMPOSSIBLE, "broken")
 
 
 def test_a_restarted_scheduler_gets_claims_and_fresh_attempts_of_what_was_unanswered(frontend: Frontend) -> None:

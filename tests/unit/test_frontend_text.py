@@ -86,7 +86,7 @@ def test_special_tokens_are_skipped_or_shown() -> None:
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
 @settings(max_examples=500, deadline=None)
 def test_stop_strings_are_found_wherever_the_text_is_cut(text: str, stop: list[str], data: st.DataObject) -> None:
-    """Against a search in the whole text, which ends with the piece that completes the first stop string."""
+    """Against a search in the whole text, which ends with the piece that completes a stop string first."""
     include = data.draw(st.booleans())
     search, out, seen, pos = StopStrings(stop, include), "", "", 0
     while pos < len(text) and search.found is None:
@@ -99,7 +99,7 @@ def test_stop_strings_are_found_wherever_the_text_is_cut(text: str, stop: list[s
         assert search.found is None
         assert out + search.flush() == text
         return
-    at, first = min(found, key=lambda match: match[0])
+    at, first = min(found, key=lambda match: match[0] + len(match[1]))
     assert search.found == first
     assert out == seen[: at + len(first) if include else at]
 
@@ -124,6 +124,16 @@ def test_tokens_after_a_stop_string_do_not_count() -> None:
 def test_the_first_min_tokens_are_not_searched_for_stop_strings() -> None:
     ids = [BYTE_LEVEL.encode(char)[0] for char in "aXaX"]
     assert Detokenizer(BYTE_LEVEL, stop=["X"], min_tokens=2).feed(ids) == "aXa"
+
+
+@pytest.mark.parametrize(("stop", "min_tokens", "text"), [("bcd", 2, "a"), ("bcd", 4, "abcdbc"), ("bc", 3, "abcd")])
+def test_a_stop_string_may_begin_within_min_tokens_and_must_end_behind_them(
+    stop: str, min_tokens: int, text: str
+) -> None:
+    detokenizer = Detokenizer(BYTE_LEVEL, stop=[stop], min_tokens=min_tokens)
+    out = "".join(detokenizer.feed([BYTE_LEVEL.encode(char)[0]]) for char in "abcdbc")
+    assert out + detokenizer.flush() == text
+    assert detokenizer.stopped == (stop if text != "abcdbc" else None)
 
 
 def test_bos_is_added_when_the_configuration_asks_for_it() -> None:
@@ -159,8 +169,12 @@ def test_content_parts_become_text_for_templates_that_expect_it() -> None:
 
 
 def test_text_becomes_parts_for_templates_that_loop_over_them() -> None:
-    source = "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}"
-    assert ChatTemplate(source, {}).render([{"role": "user", "content": "one"}]) == "[one]"
+    source = (
+        "{% for m in messages %}{% for part in m.content %}[{{ part.type }}:{{ part.text }}]{% endfor %}{% endfor %}"
+    )
+    template = ChatTemplate(source, {})
+    assert template.render([{"role": "user", "content": "one"}]) == "[text:one]"
+    assert template.render([{"role": "user", "content": [{"type": "input_text", "text": "one"}]}]) == "[text:one]"
 
 
 @pytest.mark.parametrize(

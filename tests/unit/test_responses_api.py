@@ -74,13 +74,9 @@ def test_what_both_apis_have_stays_and_the_rest_gets_its_chat_name() -> None:
         "parallel_tool_calls": False,
         "logprobs": True,
         "top_logprobs": 3,
-        "chat_template_kwargs": {"reasoning_effort": "low", "mood": "good"},
+        "reasoning_effort": "low",
+        "chat_template_kwargs": {"mood": "good"},
     }
-
-
-def test_no_effort_is_no_thinking() -> None:
-    variables = chat_of(reasoning={"effort": "none"})["chat_template_kwargs"]
-    assert variables == {"reasoning_effort": "none", "enable_thinking": False}
 
 
 def test_tools_and_formats_get_their_chat_shape() -> None:

@@ -126,6 +126,26 @@ def test_documents_and_arguments_reach_the_template() -> None:
     assert TOKENIZER.decode(PROMPTS.of_chat(request, raw).ids.tolist()) == "(T)[user]hi!"
 
 
+def test_reasoning_effort_reaches_the_template_and_none_is_no_thinking() -> None:
+    template = ChatTemplate("{{ reasoning_effort }}/{{ enable_thinking }}", {})
+
+    def rendered(**fields: Any) -> str:
+        request, raw = chat(**fields)
+        return TOKENIZER.decode(Prompts(TOKENIZER, template, INFO).of_chat(request, raw).ids.tolist())
+
+    assert rendered() == "/"
+    assert rendered(reasoning_effort="low") == "low/True"
+    assert rendered(reasoning_effort="none") == "none/False"
+    assert rendered(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False}) == "low/False"
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_that_comes_back_is_there_for_the_template_under_both_its_names(name: str) -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.reasoning }}{{ m.reasoning_content }}{% endfor %}", {})
+    request, raw = chat(messages=[{"role": "assistant", "content": "yes", name: "hm"}])
+    assert TOKENIZER.decode(Prompts(TOKENIZER, template, INFO).of_chat(request, raw).ids.tolist()) == "hmhm"
+
+
 def test_a_salt_changes_every_hash_of_the_prompt() -> None:
     def hashes(**fields: Any) -> bytes:
         return PROMPTS.of_completion(completion(prompt="x" * 40, **fields))[0].hashes
@@ -223,6 +243,13 @@ def test_long_lists_are_not_for_many_streams() -> None:
     given.check_volume(8)
     with pytest.raises(ApiError, match="100 output streams"):
         given.check_volume(50)
+
+
+def test_logprobs_without_alternatives_are_those_of_the_tokens() -> None:
+    told = PromptLogprobs(0, packed((-0.5, 2, [])))
+    request = completion(prompt=ids("ab"), echo=True, logprobs=0, max_tokens=1)
+    (choice,) = answer(request, ids("c"), prompt_logprobs=told)["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"b": -0.5}, {"c": -1.0}]
 
 
 def test_tokens_may_be_written_as_ids() -> None:

@@ -106,6 +106,21 @@ def test_glm_values_follow_the_tools_schema() -> None:
     assert calls(parse(find_tool_parser("glm47")(TOOLS), "<tool_call>weather</tool_call>")) == [("weather", {})]
 
 
+def test_dsml_arguments_say_whether_they_are_strings() -> None:
+    tag = "｜DSML｜"
+    call = (
+        f'<{tag}invoke name="weather">\n<{tag}parameter name="city" string="true">5 "<b>"\n</{tag}parameter>\n'
+        f'<{tag}parameter name="days" string="false">[3, 4]</{tag}parameter>\n'
+        f'<{tag}parameter name="odd" string="false">no json</{tag}parameter>\n</{tag}invoke>\n'
+    )
+    none = f'<{tag}invoke name="time">\n</{tag}invoke>\n'
+    written = f"Hm.<{tag}function_calls>\n{call}{none}</{tag}function_calls>"
+    expected = [("weather", {"city": '5 "<b>"\n', "days": [3, 4], "odd": "no json"}), ("time", {})]
+    for pieces in ([written], list(written)):
+        found = parse(find_tool_parser("deepseek_v32")(), *pieces)
+        assert (calls(found), text(found)) == (expected, "Hm.")
+
+
 def test_mistral_calls_by_name() -> None:
     parser = find_tool_parser("mistral")(TOOLS)
     found = parse(parser, f"[TOOL_CALLS]weather[ARGS]{WRITTEN}[TOOL_CALLS]weather{WRITTEN}")
@@ -151,6 +166,7 @@ def test_required_calls() -> None:
     assert calls(found) == [("a", ARGS), ("b", {})]
     assert text(found) == ""
     assert calls(parse(NamedParser("c"), WRITTEN)) == [("c", ARGS)]
+    assert parse(NamedParser("c"), "") == [], "the output ended within its reasoning"
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from baton.frontend.tools.plan import OutputPlan, ToolServing
 from baton.proto.config import FrontendConfig, ModelConfig
 from baton.proto.grammar import grammar_tokenizer, new_matcher
 from baton.proto.lifecycle import Outcome
+from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import Ledger
 
 SPECIAL = ("<eos>", "[TOOL_CALLS]", "[THINK]", "[/THINK]")
@@ -254,8 +255,15 @@ def test_reasoning_can_be_left_out() -> None:
     plan = server.plan(request, (), np.zeros(0, dtype=np.int32))
     assert plan is not None
     found, _ = answer("<think>hm</think>yes", plan)
-    assert "reasoning" not in found["message"]
-    assert found["message"]["content"] == "yes"
+    message = found["message"]
+    assert (message["reasoning"], message["reasoning_content"], message["content"]) == (None, None, "yes")
+
+
+def test_prompt_logprobs_are_told_beside_reasoning() -> None:
+    choice = reasoning_choice(prompt_logprobs=0)
+    told = PromptLogprobs(0, b"")
+    choice.take(Output(tokens=TOKENIZER.encode("ab"), prompt_logprobs=told), _Reader())
+    assert choice.prompt_logprobs is told
 
 
 def reasoning_choice(**fields: Any) -> Choice:

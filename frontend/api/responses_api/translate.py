@@ -12,7 +12,6 @@ from baton.frontend.api.responses_api.items import to_messages
 from baton.frontend.api.responses_api.requests import (
     FunctionTool,
     InputItem,
-    ReasoningConfig,
     ResponsesRequest,
     TextFormat,
     ToolChoiceObject,
@@ -78,7 +77,7 @@ def to_chat(request: ResponsesRequest, raw: dict[str, Any], items: Sequence[Inpu
     if request.text is not None and request.text.format is not None:
         chat["response_format"] = _response_format(request.text.format)
     if request.reasoning is not None and request.reasoning.effort is not None:
-        chat["chat_template_kwargs"] = {**_effort(request.reasoning), **(request.chat_template_kwargs or {})}
+        chat["reasoning_effort"] = request.reasoning.effort
     if LOGPROBS in (request.include or ()):
         chat |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
     return chat
@@ -87,12 +86,6 @@ def to_chat(request: ResponsesRequest, raw: dict[str, Any], items: Sequence[Inpu
 def in_our_names(error: ApiError) -> ApiError:
     """An error about a chat request, told in the names of this API."""
     return renamed(error, _NAMES)
-
-
-def _effort(reasoning: ReasoningConfig) -> dict[str, Any]:
-    if reasoning.effort == "none":
-        return {"reasoning_effort": "none", "enable_thinking": False}
-    return {"reasoning_effort": reasoning.effort}
 
 
 def _tools(tools: list[FunctionTool], choice: str | ToolChoiceObject | None) -> dict[str, Any]:

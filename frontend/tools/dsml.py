@@ -1,0 +1,49 @@
+"""DeepSeek V3.2: calls in its markup language, one tag a call and one an argument."""
+
+import json
+
+from baton.frontend.tools.events import Arguments, CallBegins
+from baton.frontend.tools.json_calls import bare_value
+from baton.frontend.tools.parser import ToolParser, content
+from baton.frontend.tools.scanner import Finds, Scanner
+
+_TOKEN = "｜DSML｜"
+_CALLS, _CALLS_END = f"<{_TOKEN}function_calls>", f"</{_TOKEN}function_calls>"
+_CALL, _CALL_END = f'<{_TOKEN}invoke name="', f"</{_TOKEN}invoke>"
+_ARGUMENT, _KIND, _ARGUMENT_END = f'<{_TOKEN}parameter name="', '" string="', f"</{_TOKEN}parameter>"
+_TAG_END = '">'
+
+
+class DsmlParser(ToolParser):
+    """`<｜DSML｜invoke name="f"><｜DSML｜parameter name="k" string="true">v</｜DSML｜parameter></｜DSML｜invoke>`"""
+
+    names = ("deepseek_v32",)
+    markers = (_TOKEN,)
+
+    def parse(self, scan: Scanner) -> Finds[None]:
+        while (yield from content(scan, _CALLS)):
+            while True:
+                yield from scan.take_space()
+                if (yield from scan.starts_with(_CALL)) is None:
+                    break
+                scan.take(len(_CALL))
+                yield CallBegins((yield from scan.text_until(_TAG_END)))
+                yield from _arguments(scan)
+            if (yield from scan.starts_with(_CALLS_END)):
+                scan.take(len(_CALLS_END))
+
+
+def _arguments(scan: Scanner) -> Finds[None]:
+    written = "{"
+    while True:
+        yield from scan.take_space()
+        if (yield from scan.starts_with(_ARGUMENT)) is None:
+            break
+        scan.take(len(_ARGUMENT))
+        name = yield from scan.text_until(_KIND)
+        is_string = (yield from scan.text_until(_TAG_END)) == "true"
+        value = yield from scan.text_until(_ARGUMENT_END)
+        yield Arguments(f"{written}{json.dumps(name, ensure_ascii=False)}: {bare_value(value, is_string)}")
+        written = ", "
+    yield from scan.text_until(_CALL_END)
+    yield Arguments("}" if written != "{" else "{}")
