@@ -128,6 +128,7 @@ class Launcher:
         self._drain_s = drain_s
         self._children: dict[str, Child] = {}
         self._policies = {spec.name: RestartPolicy() for spec in specs}
+        self._restarts: set[asyncio.Task[None]] = set()
         self._serving = False
         self._draining = False
 
@@ -209,7 +210,20 @@ class Launcher:
             self._ending.set_result(Ending(EXIT_USER_ERROR if hopeless else EXIT_FAILED, child.obituary()))
             return
         log.warning("%s; starting it again %s", child.obituary(), f"in {delay:.0f} s" if delay else "now")
-        self._loop.call_later(delay, self._start, child.spec)
+        restart = self._loop.create_task(self._start_again(child.spec, delay))
+        self._restarts.add(restart)
+        restart.add_done_callback(self._restarts.discard)
+
+    async def _start_again(self, spec: ProcessSpec, delay_s: float) -> None:
+        """Once nobody is left who ends with it: a keeper's successor doesn't know who still has the old one's memory,
+        and would let a worker measure what is free beside that."""
+        bereaved = [each for each in self._children.values() if each.spec.ends_with == spec.name]
+        for each in bereaved:
+            each.kill()
+        for each in bereaved:
+            await each.exited.wait()
+        await asyncio.sleep(delay_s)
+        self._start(spec)
 
     def _on_left(self, child: Child) -> None:
         del self._children[child.name]

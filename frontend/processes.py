@@ -33,6 +33,8 @@ class ProcessSpec:
     """Set on top of the launcher's own."""
     mps_dir: str = ""
     """Of the MPS daemon that has to let go of the process before it may be killed."""
+    ends_with: str = ""
+    """Name of the process that has its memory; both are gone before that one is started again."""
 
     @property
     def name(self) -> str:
@@ -45,8 +47,11 @@ def specs(config: ServeConfig) -> list[ProcessSpec]:
     scheduler = ProcessSpec(
         config.scheduler, _module("baton.scheduler_proc.main"), StopOrder.SCHEDULER, thread_environment(1)
     )
-    keepers, workers = map(keeper_spec, config.keepers), map(worker_spec, config.workers)
-    return [scheduler, *keepers, *workers, *map(frontend_spec, config.frontends)]
+    keepers = {keeper.endpoint: keeper_spec(keeper) for keeper in config.keepers}
+    workers = [
+        worker_spec(worker, ends_with=keepers[worker.keeper].name if worker.keeper else "") for worker in config.workers
+    ]
+    return [scheduler, *keepers.values(), *workers, *map(frontend_spec, config.frontends)]
 
 
 def frontend_spec(config: FrontendConfig) -> ProcessSpec:
@@ -60,12 +65,12 @@ def keeper_spec(config: KeeperConfig) -> ProcessSpec:
     return ProcessSpec(config, _module("baton.keeper.main"), StopOrder.KEEPER, environment)
 
 
-def worker_spec(config: WorkerConfig) -> ProcessSpec:
-    """One worker."""
+def worker_spec(config: WorkerConfig, ends_with: str = "") -> ProcessSpec:
+    """One worker; `ends_with` as in ProcessSpec."""
     environment = thread_environment(config.threads or cpu_count())
     if config.mps_dir:
         environment |= mps.environment(config.mps_dir, config.mps_percentage)
-    return ProcessSpec(config, _module("baton.worker.main"), StopOrder.WORKER, environment, config.mps_dir)
+    return ProcessSpec(config, _module("baton.worker.main"), StopOrder.WORKER, environment, config.mps_dir, ends_with)
 
 
 def _module(name: str) -> tuple[str, ...]:

@@ -192,7 +192,8 @@ class Streams:
         raise TypeError(f"not a message to a frontend: {type(message).__name__}")
 
     def on_token_batch(self, batch: TokenBatch, now: float, frames: Sequence[Frame] = ()) -> list[Instruction]:
-        """One worker step's rows, or its idle beat. Raises ValueError when the columns do not fit together."""
+        """One worker step's rows, or its idle beat; none of those meant for an incarnation that had our port before.
+        Raises ValueError when the columns do not fit together."""
         told = len(batch.prompt_logprobs)
         if sum(batch.count) != len(batch.tokens) or len(frames) != told + bool(batch.vectors):
             raise ValueError(f"batch {batch.seq} of {batch.worker}: its columns and frames do not fit together")
@@ -202,6 +203,9 @@ class Streams:
         }
         vectors = _vectors(batch, frames[told]) if batch.vectors else {}
         worker = (batch.worker, batch.incarnation)
+        if batch.frontend != self._hello.frontend:
+            rows = zip(batch.n, batch.attempt, strict=True)
+            return [SendToWorker(worker, CancelStream((batch.frontend, n), attempt)) for n, attempt in rows]
         self._note_seq(worker, batch, now)
         out: list[Instruction] = []
         start = 0
@@ -211,7 +215,7 @@ class Streams:
             start += count
             stream = self._streams.get(n)
             if stream is None or attempt < stream.attempt:
-                out.append(SendToWorker(worker, CancelStream((self._hello.frontend, n), attempt)))
+                out.append(SendToWorker(worker, CancelStream((batch.frontend, n), attempt)))
                 continue
             if attempt > stream.attempt:
                 continue  # only a frontend raises attempts: not ours

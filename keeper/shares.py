@@ -21,7 +21,7 @@ class Shares:
         self._index = {name: index for index, name in enumerate(names)}
         self._owner = np.repeat(np.arange(len(names)), np.diff(ends))  # [num_blocks]
         self._incarnations: dict[str, int] = {}
-        self._withdrawn: dict[int, set[int]] = {}  # owner's incarnation -> leases that its holder gave up
+        self._withdrawn: dict[int, set[int]] = {}  # owner's incarnation -> its leases that holders gave up
 
     def join(self, worker: str, incarnation: int) -> np.ndarray:
         """The blocks of a worker, int32; its earlier incarnation is over. KeyError when it has no part in the pool."""
@@ -42,7 +42,11 @@ class Shares:
     def swap(self, swap: Swap) -> bool:
         """Let the blocks change owner; False, and no change, when that can't be any more."""
         owner, holder = self.worker(swap.owner_incarnation), self.worker(swap.holder_incarnation)
-        if owner is None or holder is None or swap.lease in self._withdrawn[swap.owner_incarnation]:
+        if owner is None:
+            return False
+        withdrawn = {lease for lease in self._withdrawn[swap.owner_incarnation] if lease >= swap.oldest}
+        self._withdrawn[swap.owner_incarnation] = withdrawn
+        if holder is None or swap.lease in withdrawn:
             return False
         give, take = np.asarray(swap.give), np.asarray(swap.take)
         if not self._owns(owner, give) or not self._owns(holder, take) or len(give) != len(take):

@@ -62,6 +62,11 @@ class Leases:
         """Leases that pin blocks."""
         return sum(lease.live for lease in self._leases.values())
 
+    @property
+    def oldest(self) -> int:
+        """No lease before this one is remembered."""
+        return next(iter(self._leases), self._next_id)
+
     def create(self, sid: Sid, attempt: int) -> Lease:
         """A new FILLING lease."""
         lease = Lease(self._next_id, sid, attempt)

@@ -586,6 +586,8 @@ class TokenBatch(Message):
     """Row -> alternatives per token, for the row with a stream's first token: PromptLogprobs.top."""
     vectors: tuple[int, ...] = ()
     """Rows that end with a pooled vector instead of tokens, in the order of the vectors in the frame."""
+    frontend: int = 0
+    """First half of each row's sid: the incarnation that it is for. Another one may have got its TCP port since."""
 
 
 class CancelStream(Message):
@@ -731,6 +733,8 @@ class Swap(Message):
     """The owner's blocks, which the holder gets."""
     take: tuple[int, ...]
     """The holder's, which the owner gets."""
+    oldest: int = 0
+    """The owner remembers no lease before this one and will ask for none of them."""
 
 
 class Withdraw(Message):

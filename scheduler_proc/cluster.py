@@ -331,7 +331,8 @@ class Cluster:
 
     def _dispatch(self, now: float) -> None:
         """Send queued streams to prefill workers, as far as those have room: what waits here can still be placed."""
-        while (stream := self.queue.peek()) is not None:
+        stuck: set[bool] = set()
+        while (stream := self.queue.peek(stuck)) is not None:
             assert stream.params is not None  # it was submitted to this scheduler
             able = self._able(stream.num_tokens, stream.params)
             willing = [worker for worker in able if worker.identity not in stream.refused_by]
@@ -340,7 +341,9 @@ class Cluster:
                 self._notify(stream, Rejected(stream.sid, stream.attempt, RejectCode.DEADLINE, text), now)
             elif not able and (too_long := self._too_long(stream.num_tokens, stream.params)):
                 self._retry(stream, too_long, now)  # the next Submit is rejected
-            elif able and not willing:
+            elif not able:
+                stuck.add(stream.pooled)  # nobody is there for it, nor for those behind it that want the same
+            elif not willing:
                 self._retry(stream, "; ".join(stream.refused_by.values()), now)
             else:
                 home = self._home(stream, willing)

@@ -60,11 +60,12 @@ class Scheduler:
         while True:
             wait_s = max(self._cluster.next_deadline() - time.monotonic(), 0.0)
             ready = dict(self._poller.poll(math.ceil(wait_s * 1000)))
+            died = [self._peers[fd] for fd in ready if fd in self._peers]  # a successor's pidfd may get the number
             # What a process said before it died comes before its death.
             self._drain()
-            for fd in [fd for fd in ready if fd in self._peers]:
-                self._carry_out(self._cluster.peer_lost(self._peers[fd], "its process has died", time.monotonic()))
-                self._unwatch(self._peers.get(fd, b""))
+            for peer in died:
+                self._carry_out(self._cluster.peer_lost(peer, "its process has died", time.monotonic()))
+                self._unwatch(peer)
             if self._desk.fd in ready:
                 self._desk.clear()
             now = time.monotonic()

@@ -11,7 +11,7 @@ Close ends it from every state. The frontend owns the request: whatever is lost 
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -97,6 +97,11 @@ class Stream:
         return f"{self.sid[0]:x}-{self.sid[1]}"
 
     @property
+    def pooled(self) -> bool:
+        """Whether a vector is all that is wanted, so that the prefill is all of it."""
+        return self.params is not None and bool(self.params.pooling)
+
+    @property
     def legs(self) -> list[Leg]:
         """Where it is."""
         return [leg for leg in (self.prefill, self.decode) if leg is not None]
@@ -117,10 +122,13 @@ def room_for(num_tokens: int, params: SamplingParams) -> int:
 
 
 class AdmissionQueue:
-    """Streams waiting for a prefill worker: lowest priority value first, then first come, first served."""
+    """Streams waiting for a prefill worker: lowest priority value first, then first come, first served.
+
+    Those that want a vector can be told apart: they need no decode worker, and so can go when the others can't.
+    """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Sid]] = []
+        self._heaps: dict[bool, list[tuple[int, int, Sid]]] = {False: [], True: []}  # by Stream.pooled
         self._streams: dict[Sid, tuple[int, Stream]] = {}
         self._order = 0
 
@@ -134,16 +142,21 @@ class AdmissionQueue:
         """Append at the end of its priority."""
         self._order += 1
         self._streams[stream.sid] = (self._order, stream)
-        heapq.heappush(self._heap, (stream.priority, self._order, stream.sid))
+        heapq.heappush(self._heaps[stream.pooled], (stream.priority, self._order, stream.sid))
 
-    def peek(self) -> Stream | None:
-        """Whose turn it is."""
-        while self._heap:
-            _, order, sid = self._heap[0]
+    def peek(self, without: Container[bool] = ()) -> Stream | None:
+        """Whose turn it is, leaving out those whose `pooled` is in `without`."""
+        heads = [head for pooled in self._heaps if pooled not in without and (head := self._head(pooled))]
+        return self._streams[min(heads)[2]][1] if heads else None
+
+    def _head(self, pooled: bool) -> tuple[int, int, Sid] | None:
+        heap = self._heaps[pooled]
+        while heap:
+            _, order, sid = heap[0]
             entry = self._streams.get(sid)
             if entry is not None and entry[0] == order:
-                return entry[1]
-            heapq.heappop(self._heap)
+                return heap[0]
+            heapq.heappop(heap)
         return None
 
     def discard(self, stream: Stream) -> None:

@@ -20,10 +20,13 @@ class Swaps:
         self._outbox = outbox
         self._limbo: dict[tuple[int, int], list[int]] = {}  # (owner incarnation, lease) -> what was ours
 
-    def give(self, key: tuple[int, int], blocks: list[int], holder: Holder, targets: tuple[int, ...]) -> None:
-        """As the owner: the blocks of a lease, held with one reference each, for the holder's targets."""
+    def give(
+        self, key: tuple[int, int], blocks: list[int], holder: Holder, targets: tuple[int, ...], oldest: int
+    ) -> None:
+        """As the owner: the blocks of a lease, held with one reference each, for the holder's targets. No lease before
+        `oldest` will follow."""
         self._limbo[key] = blocks
-        self._outbox.append(ToKeeper(Swap(*key, holder.incarnation, tuple(blocks), targets)))
+        self._outbox.append(ToKeeper(Swap(*key, holder.incarnation, tuple(blocks), targets, oldest)))
 
     def withdraw(self, key: tuple[int, int], targets: list[int]) -> None:
         """As the holder: the leg is over, and its targets may have been given away."""

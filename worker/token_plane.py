@@ -18,8 +18,9 @@ LINK_IDLE_S = 60.0
 
 
 class _Link:
-    def __init__(self, dealer: Dealer[CancelStream]) -> None:
+    def __init__(self, dealer: Dealer[CancelStream], frontend: int) -> None:
         self.dealer = dealer
+        self.frontend = frontend
         self.sent_at = 0.0
         self.rows_at = 0.0
 
@@ -44,13 +45,13 @@ class TokenPlane:
         for row in rows:
             by_frontend[row.reply_to].append(row)
         for endpoint, group in by_frontend.items():
-            link = self._link(endpoint)
+            link = self._link(endpoint, group[0].sid[0])
             self._seq[endpoint] += 1
             link.rows_at = link.sent_at = now
             frames = [row.prompt_logprobs.data for row in group if row.prompt_logprobs]
             if vectors := b"".join(row.vector for row in group):
                 frames.append(vectors)
-            link.dealer.send(self._batch(self._seq[endpoint], group), *frames)
+            link.dealer.send(self._batch(self._seq[endpoint], group, link.frontend), *frames)
 
     def beat(self, now: float) -> None:
         """Send the idle beats that are due, and close links that nobody needs."""
@@ -59,7 +60,8 @@ class TokenPlane:
                 self._close(endpoint)
             elif now - link.sent_at >= BEAT_INTERVAL_S:
                 link.sent_at = now
-                link.dealer.send(TokenBatch(self._worker, self._incarnation, self._seq[endpoint]))
+                seq = self._seq[endpoint]
+                link.dealer.send(TokenBatch(self._worker, self._incarnation, seq, frontend=link.frontend))
 
     def next_beat(self) -> float:
         """When `beat` has something to do; infinity without links."""
@@ -76,12 +78,13 @@ class TokenPlane:
         for endpoint in list(self._links):
             self._close(endpoint)
 
-    def _link(self, endpoint: str) -> _Link:
+    def _link(self, endpoint: str, frontend: int) -> _Link:
         link = self._links.get(endpoint)
         if link is None:
             me = identity(self._worker, self._incarnation)
-            link = self._links[endpoint] = _Link(Dealer(self._network, endpoint, me, ToWorkerFromFrontend))
-            self._poller.register(link.dealer.socket, zmq.POLLIN)
+            dealer: Dealer[CancelStream] = Dealer(self._network, endpoint, me, ToWorkerFromFrontend)
+            link = self._links[endpoint] = _Link(dealer, frontend)
+            self._poller.register(dealer.socket, zmq.POLLIN)
         return link
 
     def _close(self, endpoint: str) -> None:
@@ -89,7 +92,7 @@ class TokenPlane:
         self._poller.unregister(link.dealer.socket)
         link.dealer.close()
 
-    def _batch(self, seq: int, rows: list[Emit]) -> TokenBatch:
+    def _batch(self, seq: int, rows: list[Emit], frontend: int) -> TokenBatch:
         return TokenBatch(
             worker=self._worker,
             incarnation=self._incarnation,
@@ -104,4 +107,5 @@ class TokenPlane:
             ledgers={i: self._clock.outgoing(row.ledger) for i, row in enumerate(rows) if row.ledger},
             prompt_logprobs={i: row.prompt_logprobs.top for i, row in enumerate(rows) if row.prompt_logprobs},
             vectors=tuple(i for i, row in enumerate(rows) if row.vector),
+            frontend=frontend,
         )

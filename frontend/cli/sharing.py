@@ -72,6 +72,8 @@ def share(
 
 def _groups(workers: Sequence[WorkerConfig]) -> list[list[int]]:
     """Indices of workers that share a device's memory."""
+    if not workers:
+        return []  # they all join later
     first = workers[0]
     if first.device == "cuda":
         places = [[i for i, worker in enumerate(workers) if worker.gpu == gpu] for gpu in {w.gpu for w in workers}]

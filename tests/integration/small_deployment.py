@@ -1,4 +1,4 @@
-"""Runs the real launcher over supervised_child.py processes: `small_deployment.py NAME=BEHAVIOUR …`."""
+"""Runs the real launcher over supervised_child.py processes: `small_deployment.py NAME=BEHAVIOUR[:ENDS_WITH] …`."""
 
 import asyncio
 import sys
@@ -11,7 +11,12 @@ from baton.proto.config import SchedulerConfig
 from baton.proto.supervision import name_process
 
 CHILD = str(Path(__file__).with_name("supervised_child.py"))
-ORDER = {"frontend": StopOrder.FRONTEND, "worker": StopOrder.WORKER, "scheduler": StopOrder.SCHEDULER}
+ORDER = {
+    "frontend": StopOrder.FRONTEND,
+    "worker": StopOrder.WORKER,
+    "scheduler": StopOrder.SCHEDULER,
+    "keeper": StopOrder.KEEPER,
+}
 
 
 def main() -> int:
@@ -21,9 +26,10 @@ def main() -> int:
         specs = []
         for argument in sys.argv[1:]:
             name, _, behaviour = argument.partition("=")
+            behaviour, _, ends_with = behaviour.partition(":")
             config = SchedulerConfig(name=name, endpoint=f"{run_dir.path}/{name}.starts")
             command = ("-m", "baton.proto.child", "no_such_module") if behaviour == "missing" else (CHILD,)
-            specs.append(ProcessSpec(config, command, ORDER[name], {"BEHAVIOUR": behaviour}))
+            specs.append(ProcessSpec(config, command, ORDER[name], {"BEHAVIOUR": behaviour}, ends_with=ends_with))
         print(f"run_dir {run_dir.path}", flush=True)
         launcher = Launcher(specs, run_dir.path, lambda _: print("ready", flush=True), drain_s=1.0)
         return asyncio.run(launcher.run())

@@ -133,6 +133,18 @@ def test_a_dead_child_is_started_again() -> None:
         assert running.finish() == 0
 
 
+def test_a_keeper_is_started_again_only_when_all_who_had_its_memory_are_gone() -> None:
+    with deployment("keeper=serve", "worker=stubborn:keeper", "frontend=serve") as running:
+        running.read_until("ready")
+        said = [line.split() for line in running.lines]
+        first = {words[0]: int(words[1]) for words in said if len(words) == 2 and words[1].isdigit()}
+        os.kill(first["keeper"], signal.SIGKILL)
+        running.read_until("keeper ")
+        assert not psutil.pid_exists(first["worker"])
+        assert psutil.pid_exists(first["frontend"])
+        assert any("worker: killed by SIGKILL; starting it again now" in line for line in running.lines)
+
+
 def test_a_failed_start_ends_with_the_childs_own_exception() -> None:
     with deployment("scheduler=serve", "worker=fail") as running:
         assert running.finish() == 1

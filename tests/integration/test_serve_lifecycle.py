@@ -141,6 +141,20 @@ def test_a_worker_started_by_hand_joins_and_leaves(serve: Serve, tiny_model: Pat
     assert http.post(f"{served.url}/v1/completions", json=body(5)).status_code == 200
 
 
+def test_workers_that_joined_over_tcp_and_share_a_host_hand_over_through_shared_memory(
+    serve: Serve, tiny_model: Path, http: httpx.Client
+) -> None:
+    served = start(serve, tiny_model, "--prefill", "0", "--decode", "0", "--listen", "tcp://127.0.0.1:0")
+    scheduler = served.wait_for("--scheduler tcp://").partition("--scheduler ")[2].split()[0]
+    words = ("--load-format", "dummy", "--num-blocks", "600", "--scheduler", scheduler)
+    for role in ("prefill", "decode"):
+        serve("worker", str(tiny_model), *words, "--name", f"{role}-7", "--role", role)
+    headers = {"x-baton-ledger": "1"}
+    ledger = http.post(f"{served.url}/v1/completions", json=body(5), headers=headers).json()["baton_ledger"]
+    workers = ledger["prefill_worker"], ledger["decode_worker"]
+    assert (*workers, ledger["transport"]) == ("prefill-7", "decode-7", "shm")
+
+
 def test_a_worker_that_cannot_load_ends_the_start_with_its_reason(
     serve: Serve, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -36,13 +36,14 @@ from baton.proto.messages import (
 PROMPT = np.arange(100, 140, dtype=np.int32)
 PREFILL, DECODE = ("prefill-0", 1), ("decode-0", 1)
 LIMITS = Limits()
+ME = 7
 
 
 class Frontend:
     """A Streams with everything that it said, and one channel number per worker."""
 
     def __init__(self) -> None:
-        self.streams = Streams(LIMITS, FrontendHello(7, "frontend-0", "ipc:///tokens", 1, 1))
+        self.streams = Streams(LIMITS, FrontendHello(ME, "frontend-0", "ipc:///tokens", 1, 1))
         self.streams.on_message(Welcome(epoch=1), 0.0)
         self.now = 0.0
         self.said: list[Instruction] = []
@@ -94,12 +95,13 @@ class Frontend:
             ledgers={0: ledger} if ledger else {},
             logprobs={0: logprobs} if logprobs else {},
             prompt_logprobs={} if prompt_logprobs is None else {0: 0},
+            frontend=sid[0],
         )
         frames = () if prompt_logprobs is None else (prompt_logprobs,)
         return self.do(self.streams.on_token_batch(batch, self.now, frames))
 
     def beat(self, worker: tuple[str, int], seq: int) -> list[Instruction]:
-        return self.do(self.streams.on_token_batch(TokenBatch(*worker, seq), self.now))
+        return self.do(self.streams.on_token_batch(TokenBatch(*worker, seq, frontend=ME), self.now))
 
     def sleep(self, seconds: float) -> list[Instruction]:
         """Let time pass, waking exactly when the machine asks to be woken."""
@@ -453,6 +455,19 @@ def test_a_batch_whose_columns_disagree_is_refused(frontend: Frontend) -> None:
         frontend.streams.on_token_batch(TokenBatch(*DECODE, 1, (sid[1],), (1,), (0,), (2,), (5,)), 0.0)
 
 
+def test_rows_for_an_earlier_incarnation_at_the_same_port_are_no_streams_of_ours(frontend: Frontend) -> None:
+    """A worker on another host goes on connecting to the port of a frontend that has died."""
+    sid = frontend.submit()
+    assert frontend.row((ME - 1, sid[1]), 0, [66], skip=3) == [
+        SendToWorker(DECODE, CancelStream((ME - 1, sid[1]), 1)),
+    ]
+    # Nor do the numbers of their channel speak of losses in ours.
+    assert sent(frontend.sleep(LIMITS.suspicion_s + 1.0), Submit) == []
+    frontend.seq.clear()
+    frontend.row(sid, 0, [10])
+    assert frontend.text(sid) == [10]
+
+
 def test_no_row_counts_before_the_prompts_logprobs_are_here(frontend: Frontend) -> None:
     """They come with the prefill leg's row alone, and the decode leg's may be faster."""
     sid = frontend.submit(prompt_logprobs=0)
@@ -479,7 +494,7 @@ def test_lost_prompt_logprobs_are_computed_again_and_told_ones_are_not(frontend:
 
 def test_an_error_reaches_a_client_that_waits_for_prompt_logprobs(frontend: Frontend) -> None:
     sid = frontend.submit(prompt_logprobs=0)
-    finish = TokenBatch(*PREFILL, 1, (sid[1],), (1,), (0,), (0,), (), finish={0: Finish("error", 0, "broken")})
+    finish = TokenBatch(*PREFILL, 1, (sid[1],), (1,), (0,), (0,), (), {0: Finish("error", 0, "broken")}, frontend=ME)
     frontend.do(frontend.streams.on_token_batch(finish, 0.0))
     assert [end.message for end in frontend.ends(sid)] == ["broken"]
 
@@ -488,7 +503,7 @@ def test_rows_that_wait_for_prompt_logprobs_are_no_obstacle_to_an_error(frontend
     """A row without tokens counts at once; those that are held go on waiting, and nobody goes round in circles."""
     sid = frontend.submit(prompt_logprobs=0)
     frontend.row(sid, 0, [10, 11])
-    finish = TokenBatch(*PREFILL, 1, (sid[1],), (1,), (0,), (0,), (), finish={0: Finish("error", 0, "broken")})
+    finish = TokenBatch(*PREFILL, 1, (sid[1],), (1,), (0,), (0,), (), {0: Finish("error", 0, "broken")}, frontend=ME)
     frontend.do(frontend.streams.on_token_batch(finish, 0.0))
     assert [end.message for end in frontend.ends(sid)] == ["broken"]
 
@@ -550,7 +565,7 @@ def test_text_is_never_spliced_under_loss_reorder_and_duplication(seed: int) -> 
 def vector_batch(sid: Sid, vector: bytes, *, attempt: int = 1, seq: int = 1) -> TokenBatch:
     finish = {0: Finish("stop", 0)}
     return TokenBatch(
-        *PREFILL, seq, (sid[1],), (attempt,), (0,), (0,), (), finish=finish, vectors=(0,) if vector else ()
+        *PREFILL, seq, (sid[1],), (attempt,), (0,), (0,), (), finish, vectors=(0,) if vector else (), frontend=sid[0]
     )
 
 
@@ -583,6 +598,7 @@ def test_vectors_of_several_streams_share_a_frame(frontend: Frontend) -> None:
         (),
         finish={row: Finish("stop", 0) for row in range(3)},
         vectors=(2, 0, 1),
+        frontend=ME,
     )
     frontend.do(frontend.streams.on_token_batch(batch, 0.0, (memoryview(b"aaaabbbbcccc"),)))
     assert [frontend.ends(sid)[0].vector for sid in sids] == [b"bbbb", b"cccc", b"aaaa"]

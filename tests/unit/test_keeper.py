@@ -113,6 +113,14 @@ def test_a_swap_that_comes_after_the_holder_has_withdrawn_is_refused(shares: Sha
     assert shares.swap(Swap(11, 2, 22, (1,), (9,)))
 
 
+def test_what_was_withdrawn_is_forgotten_once_its_owner_asks_for_it_no_more(shares: Shares) -> None:
+    for lease in range(1, 100):
+        shares.withdraw(Withdraw(11, lease))
+    assert not shares.swap(Swap(11, 98, 22, (1,), (9,), oldest=98))
+    assert not shares.swap(Swap(11, 99, 22, (1,), (9,), oldest=98))
+    assert shares._withdrawn[11] == {98, 99}
+
+
 def test_both_sides_hear_what_they_have_got(keeper: Keeper) -> None:
     for sender in (PREFILL, DECODE):
         start(keeper, sender)

@@ -36,6 +36,16 @@ def test_it_is_consumed_once_and_the_same_confirm_hears_ok_again() -> None:
     assert leases.confirm(lease.id, ME, 61.0) == (Gone(ME, lease.id), None)
 
 
+def test_the_oldest_is_the_first_that_is_still_remembered() -> None:
+    leases = Leases(CONFIG)
+    first, second = ready(leases), ready(leases)
+    assert leases.oldest == first.id
+    leases.cancel(first)
+    assert leases.oldest == second.id
+    leases.cancel(second)
+    assert leases.oldest == leases.create(SID, 1).id
+
+
 def test_an_unbound_lease_expires_and_no_message_revives_it() -> None:
     leases = Leases(CONFIG)
     lease = ready(leases)

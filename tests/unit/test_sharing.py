@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from baton.frontend.cli import sharing
-from baton.proto.config import CacheConfig, KeeperConfig, ModelConfig, WorkerConfig
+from baton.frontend.processes import specs
+from baton.proto.config import CacheConfig, KeeperConfig, ModelConfig, SchedulerConfig, ServeConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 
@@ -30,6 +31,12 @@ def test_workers_on_one_gpu_have_a_keeper_and_a_part_by_role() -> None:
     assert (keeper.device, keeper.gpu) == ("cuda", 2)
 
 
+def test_who_has_a_keepers_memory_ends_with_it() -> None:
+    workers, keepers = sharing.share((worker("p", P, 2), worker("d", D, 5), worker("e", D, 2)), "ipc://{}".format)
+    started = specs(ServeConfig(SchedulerConfig("ipc://scheduler"), (), workers, "/run", keepers=keepers))
+    assert {each.name: each.ends_with for each in started if each.ends_with} == {"p": "keeper-0", "e": "keeper-0"}
+
+
 @pytest.mark.parametrize("cache", [CacheConfig(num_blocks=100), CacheConfig(kv_cache_memory_bytes=2**30)])
 def test_a_size_for_each_worker_makes_equal_parts(cache: CacheConfig) -> None:
     _, (keeper,) = share(worker("p", P, cache=cache), worker("d", D, cache=cache))
@@ -43,6 +50,10 @@ def test_on_cpu_workers_share_only_when_asked_to() -> None:
     assert assigned == [("ipc://keeper-0", 2)] * 2
     assert keeper.device == "cpu"
     assert share(worker("u", U, **local), worker("v", U, **local))[1] == ()  # type: ignore[arg-type]
+
+
+def test_nobody_shares_where_all_workers_join_later() -> None:
+    assert share() == ([], ())
 
 
 def test_mps_without_its_daemon_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

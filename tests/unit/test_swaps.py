@@ -186,6 +186,17 @@ def test_a_leg_cancelled_before_the_owner_has_heard_keeps_its_blocks(pair: Pair)
     pair.check()
 
 
+def test_the_keeper_forgets_withdrawals_that_no_swap_can_follow(pair: Pair) -> None:
+    for n in range(1, 20):
+        confirm_of(pair.reader.decode(pair.owner, pair.prefilled(n)))  # the owner never hears it
+        pair.carry(pair.reader.handle(CancelCommand(1, 99, sid(n), 1)))
+        pair.owner.handle(CancelCommand(1, 99, sid(n), 1))
+    pair.carry(pair.reader.decode(pair.owner, pair.prefilled(20)))
+    assert pair.shares._withdrawn[1] == set()
+    pair.reader.run()
+    pair.check()
+
+
 def test_a_leg_cancelled_while_its_swap_is_on_its_way_gets_the_other_blocks(pair: Pair) -> None:
     confirm = confirm_of(pair.reader.decode(pair.owner, pair.prefilled()))
     swap = pair.owner.handle(confirm)

@@ -65,6 +65,8 @@ class Network:
 
     def __init__(self, world: World) -> None:
         self.conditions = Conditions()
+        self.on_send: Callable[[Message], None] = lambda message: None
+        """Called with whatever is about to be sent."""
         self._world = world
         self._owners: dict[str, tuple[Process, Receive]] = {}
         self._cut: dict[frozenset[str], float] = {}
@@ -98,6 +100,7 @@ class Network:
     ) -> None:
         """Send from the socket `sender` of a process; the same (sender, address) is one ordered connection."""
         rng = self._world.rng
+        self.on_send(message)
         packet = _Packet(source, source.life, address, sender, message, frames, dealer)
         copies = 2 if isinstance(message, REPEATABLE) and rng.random() < self.conditions.repeat else 1
         for _ in range(copies):

@@ -9,9 +9,9 @@ from random import Random
 from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig, PlacementConfig, SchedulerConfig
 from baton.proto.lifecycle import Outcome, Pooling
 from baton.proto.messages import SamplingParams, Sid
-from baton.scheduler_proc.operations import Operator
 
 from .audit import audit_blocks, audit_keeper, audit_shares, leftovers, scheduler_leftovers
+from .faults import FAULTS_UNTIL_S, Faults
 from .frontend import Call, Frontend
 from .keeper import KeeperProcess
 from .model import NOISE, OUTCOMES, STOP_TOKENS, Memory, Reference, reference_vector
@@ -21,14 +21,13 @@ from .worker import Worker, WorkerSpec
 from .world import Process, World
 
 BLOCK_SIZE = 16
-FAULTS_UNTIL_S = 6.0
-QUIET_WITHIN_S = 12.0
+QUIET_WITHIN_S = 24.0
 QUIET_WITHIN_COPIES = 40
 """Once faults have stopped, everything ends and is freed within this time and so many durations of a pull."""
+ROLES = {"p": "prefill", "d": "decode", "u": "unified"}
 TOPOLOGIES = ("pd", "pd", "ppdd", "pdd", "ppd", "u", "uu", "pdu")
 POOLED = 0.2
 """Share of requests that want a vector instead of tokens."""
-ROLES = {"p": "prefill", "d": "decode", "u": "unified"}
 
 
 @dataclass
@@ -69,17 +68,18 @@ class Scenario:
         self.frontends = [Frontend(self.world, self.network, f"frontend-{i}") for i in range(self.rng.choice((1, 2)))]
         self.processes: list[Process] = [self.scheduler, *self.workers, *self.frontends]
         self._prefixes = [_draw_tokens(self.rng, 48) for _ in range(2)]
+        self.faults = Faults(self.world, self.network, self.scheduler, self.workers, self.processes)
 
     def run(self) -> Report:
         """Raises AssertionError on anything that must not be."""
         for process in self.rng.sample(self.processes, len(self.processes)):
             self.world.at(self.rng.uniform(0.0, 0.3), process.start)
         self._plan_requests()
-        self._plan_faults()
+        self.faults.plan()
         while self.world.now < FAULTS_UNTIL_S:
             self.world.run(self.world.now + 0.25)
             self._audit()
-        self._end_faults()
+        self.faults.end()
         patience_s = QUIET_WITHIN_S + QUIET_WITHIN_COPIES * max(worker.spec.copy_s for worker in self.workers)
         deadline = self.world.now + patience_s
         while left := self._leftovers():
@@ -98,12 +98,13 @@ class Scenario:
         batch = BatchConfig(
             max_num_batched_tokens=rng.choice((16, 48, 256)),
             max_num_seqs=rng.choice((2, 4, 16)),
+            target_itl_ms=10.0,
             prompts_first=rng.random() < 0.2,
             depth=depth,
         )
         early_bind_tokens = rng.choice((32, 1000))
         copy_s = rng.choice((0.0005, 0.01, 0.1, 1.0))
-        noisy = rng.random() < 0.3
+        noisy, knows_costs = rng.random() < 0.3, rng.random() < 0.3
         return [
             WorkerSpec(
                 name=f"{ROLES[letter]}-{index}",
@@ -117,6 +118,7 @@ class Scenario:
                 step_s=rng.choice((0.002, 0.01, 0.03)),
                 copy_s=copy_s,
                 noisy=noisy,
+                knows_costs=knows_costs,
             )
             for index, letter in enumerate(letters)
         ]
@@ -138,6 +140,7 @@ class Scenario:
             max_tokens=rng.choice((1, 2, 8, 24, 40)),
             stop_token_ids=STOP_TOKENS if rng.random() < 0.5 else (),
             prompt_logprobs=0 if rng.random() < 0.15 else -1,
+            grammar=rng.choice(("anything", "anything at all")) if rng.random() < 0.15 else "",
         )
         return Call(prompt, params, Reference(prompt, params.max_tokens, BLOCK_SIZE), timeout_s)
 
@@ -161,112 +164,6 @@ class Scenario:
             first = first or sid
             if sid is not None and will_abort:
                 frontend.later(self.rng.expovariate(1 / 0.2), partial(frontend.abort, sid))
-
-    def _plan_faults(self) -> None:
-        rng, conditions = self.rng, self.network.conditions
-        conditions.delay_s = rng.choice((0.0003, 0.002, 0.02))
-        conditions.repeat = rng.choice((0.0, 0.05))
-        conditions.dealers_keep = rng.random() < 0.5
-        faults = (self._cut, self._crash, self._leave, self._pause, self._slow, self._drain, self._change_role)
-        kinds = [kind for kind in (*faults, self._cancel) if rng.random() < 0.5]
-        most = rng.choice((4, 4, 20))
-        for kind in kinds:
-            for _ in range(rng.randint(1, most)):
-                self.world.at(rng.uniform(0.3, FAULTS_UNTIL_S), kind)
-
-    def _cut(self) -> None:
-        one, other = self.rng.sample(self.processes, 2)
-        self._trace(f"CUT {one.name} {other.name}")
-        self.network.cut(one.name, other.name, self.rng.expovariate(1 / 0.7))
-
-    def _crash(self) -> None:
-        process = self.rng.choice(self.processes)
-        if not process.alive:
-            return
-        self._trace(f"CRASH {process.name}")
-        process.kill()
-        if self.rng.random() < 0.5:
-            self.world.at(self.world.now + 0.002, lambda: self.scheduler.process_died(process.name))
-        restart_s = self.rng.choice((0.01, 0.8))
-        self.world.at(self.world.now + self.rng.expovariate(1 / restart_s), lambda: self._restart(process))
-
-    def _leave(self) -> None:
-        """A worker stops in order, as by SIGTERM, and comes back."""
-        worker = self.rng.choice(self.workers)
-        if worker.batcher is None or worker.paused:
-            return
-        self._trace(f"LEAVE {worker.name}")
-        worker.say_goodbye()
-        worker.kill()
-        self.world.at(self.world.now + self.rng.expovariate(1 / 0.8), lambda: self._restart(worker))
-
-    def _drain(self) -> None:
-        """An operator takes a worker out for a while."""
-        name, move = self.rng.choice(self.workers).name, self.rng.random() < 0.5
-        if self.scheduler.operate(lambda operator, now: operator.drain(name, move, now)):
-            self._trace(f"DRAIN {name}{' by moving' if move else ''}")
-            self.world.at(self.world.now + self.rng.expovariate(1 / 0.8), lambda: self._resume(name))
-
-    def _resume(self, name: str) -> None:
-        if self.scheduler.operate(lambda operator, _: operator.resume(name)):
-            self._trace(f"RESUME {name}")
-
-    def _change_role(self) -> None:
-        """An operator gives an idle worker another role for a while."""
-        worker = self.rng.choice(self.workers)
-        if self.scheduler.operate(lambda operator, _: operator.set_role(worker.name, "unified")):
-            self._trace(f"ROLE {worker.name} unified")
-
-    def _cancel(self) -> None:
-        """An operator ends a request."""
-
-        def cancel(operator: Operator, now: float) -> None:
-            if streams := operator.requests(""):
-                stream = self.rng.choice(streams)
-                self._trace(f"CANCEL {stream.id}")
-                operator.cancel(stream.id, now)
-
-        self.scheduler.operate(cancel)
-
-    def _restart(self, process: Process) -> None:
-        if not process.alive:
-            self._trace(f"START {process.name}")
-            process.start()
-
-    def _pause(self) -> None:
-        process = self.rng.choice(self.processes)
-        if not process.alive or process.paused:
-            return
-        self._trace(f"PAUSE {process.name}")
-        life = process.life
-        process.pause()
-        self.world.at(
-            self.world.now + self.rng.choice((0.3, 1.0, 4.0)),
-            lambda: process.resume() if process.life == life else None,
-        )
-
-    def _slow(self) -> None:
-        usual = self.network.conditions.delay_s
-        self._trace("SLOW")
-        self.network.conditions.delay_s = 0.1
-        self.world.at(self.world.now + 0.5, lambda: setattr(self.network.conditions, "delay_s", min(usual, 0.02)))
-
-    def _end_faults(self) -> None:
-        self._trace("faults have ended")
-        self.network.heal()
-        for process in self.processes:
-            process.resume()
-            self._restart(process)
-        for worker in self.workers:
-            self._end_draining(worker.name)
-
-    def _end_draining(self, name: str) -> None:
-        """The operator looks until the worker is there and active."""
-        self._resume(name)
-        cluster = self.scheduler.cluster
-        worker = cluster.registry.worker_named(name) if cluster is not None else None
-        if worker is None or not worker.active:
-            self.world.at(self.world.now + 0.2, lambda: self._end_draining(name))
 
     def _audit(self) -> None:
         batchers = [worker.batcher for worker in self.workers if worker.batcher is not None]
@@ -294,10 +191,6 @@ class Scenario:
                 report.vectors += call.outcome is Outcome.STOP and bool(call.vector)
                 assert call.outcome is not Outcome.FAILED, f"failed: {call.message}"
         return report
-
-    def _trace(self, text: str) -> None:
-        if self.world.trace is not None:
-            self.world.trace(f"{self.world.now:9.4f} *** {text}")
 
 
 def _draw_tokens(rng: Random, count: int) -> list[int]:

@@ -15,6 +15,7 @@ from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import identity
 from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig
 from baton.proto.layout import Group, KVLayout
+from baton.proto.lifecycle import Duty
 from baton.proto.messages import (
     Beat,
     CancelStream,
@@ -34,8 +35,9 @@ from baton.proto.messages import (
     WorkerHello,
 )
 from baton.worker.batcher import Batcher
-from baton.worker.effects import Emit, ToHolder, ToKeeper, ToOwner, ToScheduler
+from baton.worker.effects import Compile, Compiled, Emit, ToHolder, ToKeeper, ToOwner, ToScheduler
 from baton.worker.plan import StepPlan
+from baton.worker.step_costs import StepCosts
 
 from .keeper import KeeperProcess, Link
 from .model import Memory, Runner
@@ -46,6 +48,8 @@ BEAT_INTERVAL_S = 0.5
 LOAD_INTERVAL_S = 0.05
 HOLDINGS_INTERVAL_S = 0.5
 HELLO_INTERVAL_S = 1.0
+COMPILE_S = 0.05
+"""Mean, of a grammar."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,13 @@ class WorkerSpec:
     """Mean duration of a pull."""
     noisy: bool
     """Whether samples depend on who draws them."""
+    knows_costs: bool = False
+    """Whether steps are planned by what they should take, about as long as they do."""
+
+    def costs(self) -> StepCosts | None:
+        """For one incarnation."""
+        table = [(16, 0.8 * self.step_s), (256, 1.6 * self.step_s)]
+        return StepCosts(table, per_key=0.0, per_pair=0.0, padded_to=256) if self.knows_costs else None
 
     @property
     def layout(self) -> KVLayout:
@@ -140,7 +151,14 @@ class Worker(Process):
         )
         self._memories[self.me.kv_endpoint] = self.memory
         self.batcher = Batcher(
-            self.me, blocks, spec.max_model_len, spec.cache, spec.batch, spec.lease, spec.early_bind_tokens
+            self.me,
+            blocks,
+            spec.max_model_len,
+            spec.cache,
+            spec.batch,
+            spec.lease,
+            spec.early_bind_tokens,
+            spec.costs(),
         )
         self._runner = Runner(self.memory, noise=self.incarnation if spec.noisy else 0)
         self._device_free_at = self._result_at = self.world.now
@@ -263,6 +281,8 @@ class Worker(Process):
                     self._link.send(effect.message)
                 case Pull():
                     self._pull(effect)
+                case Compile():
+                    self._compile(effect.grammar)
         for endpoint, group in rows.items():
             self._seq[endpoint] = self._seq.get(endpoint, 0) + 1
             frames = [row.prompt_logprobs.data for row in group if row.prompt_logprobs]
@@ -271,7 +291,9 @@ class Worker(Process):
             self._send_tokens(endpoint, _token_batch(self.me, self._seq[endpoint], group), tuple(frames))
         for endpoint, sent_at in self._token_sent_at.items():
             if self.world.now - sent_at >= BEAT_INTERVAL_S:
-                self._send_tokens(endpoint, TokenBatch(self.name, self.incarnation, self._seq[endpoint]))
+                frontend = int(endpoint.rpartition(":")[2])
+                beat = TokenBatch(self.name, self.incarnation, self._seq[endpoint], frontend=frontend)
+                self._send_tokens(endpoint, beat)
 
     def _send_tokens(self, endpoint: str, batch: TokenBatch, frames: tuple[bytes, ...] = ()) -> None:
         self._token_sent_at[endpoint] = self.world.now
@@ -302,6 +324,16 @@ class Worker(Process):
         # The host hears of a result a little later, and in order.
         self._result_at = max(self._result_at, ended + self.world.rng.expovariate(1 / (0.3 * self.spec.step_s)))
         self.later(self._result_at - self.world.now, deliver)
+
+    def _compile(self, grammar: str) -> None:
+        """A thread of the process does it, whichever incarnation hears of it."""
+
+        def done() -> None:
+            if self.batcher is not None:
+                self.batcher.handle(Compiled(grammar), (), self.world.now)
+                self.turn()
+
+        self.later(self.world.rng.expovariate(1 / COMPILE_S), done)
 
     def _pull(self, pull: Pull) -> None:
         """Half of the blocks are read early, the others late: a real copy is not one instant either."""
@@ -341,7 +373,13 @@ class Worker(Process):
             case WhoAreYou():
                 self._hello(batcher)
             case Configure():
-                self._settings = message.settings
+                before, self._settings = self._settings, message.settings
+                if before.cache_flushes != message.settings.cache_flushes:
+                    batcher.pool.clear_cache()
+                if message.settings.duty == Duty.LEAVING:
+                    self.say_goodbye()
+                    self.kill()
+                    return
                 self._holdings_at = float("-inf")
             case Fenced():
                 if message.incarnation == self.incarnation:
@@ -377,4 +415,5 @@ def _token_batch(me: Peer, seq: int, rows: list[Emit]) -> TokenBatch:
         ledgers={i: row.ledger for i, row in enumerate(rows) if row.ledger is not None},
         prompt_logprobs={i: row.prompt_logprobs.top for i, row in enumerate(rows) if row.prompt_logprobs},
         vectors=tuple(i for i, row in enumerate(rows) if row.vector),
+        frontend=rows[0].sid[0],
     )

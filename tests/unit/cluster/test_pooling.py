@@ -34,6 +34,28 @@ def test_no_decode_worker_is_needed(make_bench: Callable[..., Bench]) -> None:
     assert [start.sid[1] for start in bench.sent(StartPrefill)] == [2]
 
 
+def test_one_does_not_wait_behind_those_that_wait_for_a_decode_worker(bench: Bench) -> None:
+    bench.frontend()
+    bench.worker("prefill-0")
+    for n in (1, 2):
+        bench.submit(n)
+    bench.submit(3, pooling="LAST")
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [3]
+    bench.worker("decode-0")
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [1, 2]
+
+
+def test_one_waits_its_turn_behind_those_that_wait_for_room(bench: Bench) -> None:
+    bench.frontend()
+    bench.worker("prefill-0", max_num_batched_tokens=16)
+    bench.worker("decode-0")
+    for n in (1, 2):
+        bench.submit(n, tokens=64)
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [1]
+    bench.submit(3, tokens=1, pooling="LAST")
+    assert bench.sent(StartPrefill) == []
+
+
 def test_decode_workers_alone_are_none(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(no_workers_s=5)
     frontend, decode = bench.frontend(), bench.worker("decode-0")

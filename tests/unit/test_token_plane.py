@@ -1,0 +1,54 @@
+"""Rows on real sockets: whoever reads them can tell whom they are for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import zmq
+
+from baton.proto.channels import Router
+from baton.proto.messages import Sid, ToFrontendTokens, TokenBatch
+from baton.proto.network import Network
+from baton.worker.clock import ClusterClock
+from baton.worker.effects import Emit
+from baton.worker.token_plane import BEAT_INTERVAL_S, TokenPlane
+
+DEADLINE_MS = 10_000
+
+
+@contextmanager
+def frontend(address: str = "tcp://127.0.0.1:*") -> Iterator[Router[TokenBatch]]:
+    """One that is gone at the end, and its port free."""
+    network = Network()
+    router: Router[TokenBatch] = Router(network, address, ToFrontendTokens)
+    yield router
+    router.close()
+    network.close()
+
+
+def read(router: Router[TokenBatch]) -> TokenBatch:
+    assert router.socket.poll(DEADLINE_MS)
+    return next(iter(router.drain()))[1]
+
+
+def row(endpoint: str, sid: Sid, token: int) -> Emit:
+    return Emit(endpoint, sid, attempt=1, pos=0, tokens=(token,), logprobs=(), finish=None, ledger=None)
+
+
+def test_rows_and_beats_name_the_incarnation_that_they_are_for_whoever_has_its_port_now() -> None:
+    network = Network()
+    plane = TokenPlane(network, zmq.Poller(), "decode-0", 1, ClusterClock("", same_host=True))
+    with frontend() as first:
+        plane.send([row(first.address, (7, 1), 10)], now=0.0)
+        assert read(first).frontend == 7
+    with frontend(first.address) as second:
+        arrived = 0
+        while not arrived:  # what is sent before the worker has noticed the first one's end is lost
+            plane.send([row(first.address, (7, 1), 11)], now=0.0)
+            arrived = second.socket.poll(100)
+        plane.beat(BEAT_INTERVAL_S)
+        batches = [batch for _sender, batch, _frames in second.drain()]
+        while batches[-1].n:
+            batches.append(read(second))
+        assert {batch.frontend for batch in batches} == {7}
+    plane.close()
+    network.close()
