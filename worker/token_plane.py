@@ -18,9 +18,9 @@ LINK_IDLE_S = 60.0
 
 
 class _Link:
-    def __init__(self, dealer: Dealer[CancelStream], frontend: int) -> None:
+    def __init__(self, dealer: Dealer[CancelStream]) -> None:
         self.dealer = dealer
-        self.frontend = frontend
+        self.frontend = 0  # the incarnation that the last rows were for
         self.sent_at = 0.0
         self.rows_at = 0.0
 
@@ -37,21 +37,23 @@ class TokenPlane:
         self._incarnation = incarnation
         self._clock = clock
         self._links: dict[str, _Link] = {}
-        self._seq: dict[str, int] = defaultdict(int)  # outlives a link: a reopened one goes on counting
+        # By endpoint and incarnation; outlives a link: a reopened one goes on counting.
+        self._seq: dict[tuple[str, int], int] = defaultdict(int)
 
     def send(self, rows: list[Emit], now: float) -> None:
         """Deliver one step's rows, grouped by frontend."""
-        by_frontend: dict[str, list[Emit]] = defaultdict(list)
+        by_frontend: dict[tuple[str, int], list[Emit]] = defaultdict(list)
         for row in rows:
-            by_frontend[row.reply_to].append(row)
-        for endpoint, group in by_frontend.items():
-            link = self._link(endpoint, group[0].sid[0])
-            self._seq[endpoint] += 1
+            by_frontend[row.reply_to, row.sid[0]].append(row)
+        for (endpoint, frontend), group in by_frontend.items():
+            link = self._link(endpoint)
+            link.frontend = frontend
+            self._seq[endpoint, frontend] += 1
             link.rows_at = link.sent_at = now
             frames = [row.prompt_logprobs.data for row in group if row.prompt_logprobs]
             if vectors := b"".join(row.vector for row in group):
                 frames.append(vectors)
-            link.dealer.send(self._batch(self._seq[endpoint], group, link.frontend), *frames)
+            link.dealer.send(self._batch(self._seq[endpoint, frontend], group, frontend), *frames)
 
     def beat(self, now: float) -> None:
         """Send the idle beats that are due, and close links that nobody needs."""
@@ -60,7 +62,7 @@ class TokenPlane:
                 self._close(endpoint)
             elif now - link.sent_at >= BEAT_INTERVAL_S:
                 link.sent_at = now
-                seq = self._seq[endpoint]
+                seq = self._seq[endpoint, link.frontend]
                 link.dealer.send(TokenBatch(self._worker, self._incarnation, seq, frontend=link.frontend))
 
     def next_beat(self) -> float:
@@ -78,12 +80,12 @@ class TokenPlane:
         for endpoint in list(self._links):
             self._close(endpoint)
 
-    def _link(self, endpoint: str, frontend: int) -> _Link:
+    def _link(self, endpoint: str) -> _Link:
         link = self._links.get(endpoint)
         if link is None:
             me = identity(self._worker, self._incarnation)
             dealer: Dealer[CancelStream] = Dealer(self._network, endpoint, me, ToWorkerFromFrontend)
-            link = self._links[endpoint] = _Link(dealer, frontend)
+            link = self._links[endpoint] = _Link(dealer)
             self._poller.register(dealer.socket, zmq.POLLIN)
         return link
 

@@ -50,5 +50,10 @@ def test_rows_and_beats_name_the_incarnation_that_they_are_for_whoever_has_its_p
         while batches[-1].n:
             batches.append(read(second))
         assert {batch.frontend for batch in batches} == {7}
+        plane.send([row(first.address, (7, 1), 12), row(first.address, (8, 1), 50)], now=1.0)
+        assert [(batch.frontend, batch.tokens) for batch in (read(second), read(second))] == [(7, (12,)), (8, (50,))]
+        plane.beat(1.0 + BEAT_INTERVAL_S)
+        beat = read(second)
+        assert (beat.frontend, beat.seq, beat.n) == (8, 1, ())
     plane.close()
     network.close()
