@@ -226,6 +226,9 @@ class Batcher:
         if command.reported_at:
             request.ledger.stages[Stage.REPORTED] = command.reported_at
         holder = Holder(self.me.worker, self.me.incarnation, command.sid, command.attempt)
+        if command.owner.incarnation == self.me.incarnation:
+            self._take_over(request, command, holder, now)
+            return
         request.state = State.WAITING_KV
         request.remote = RemoteKV(
             lease=command.lease,
@@ -240,11 +243,32 @@ class Batcher:
         self._gate.ask(request)
         self._pulls.start(request, now)
 
+    def _take_over(self, request: Request, command: StartDecode, holder: Holder, now: float) -> None:
+        """Both legs on one worker: references pass from the lease to the stream, no byte moves."""
+        answer, lease = self.leases.confirm(command.lease, holder, now)
+        if not isinstance(answer, Ok) or lease is None:
+            self.outbox.append(
+                ToScheduler(Refused(request.sid, request.attempt, DECODE, "its own prefill is not done"))
+            )
+            return
+        source = self._leased.pop(lease.id)
+        assert lease.first_rows is not None
+        request.blocks, source.blocks = source.blocks, []
+        request.published = source.published
+        request.ledger.transport = "local"
+        request.ledger.stages[Stage.CONFIRMED] = now
+        self._requests[request.key] = request
+        self._gate.ask(request)
+        self._over(source, ended=True)
+        self._continue(request, lease.first_rows)
+
     def _kv_ready(self, request: Request) -> None:
         """The prompt's KV is here and confirmed: publish it and decode on."""
         assert request.remote is not None
-        rows = request.remote.first_rows
-        assert rows is not None
+        assert request.remote.first_rows is not None
+        self._continue(request, request.remote.first_rows)
+
+    def _continue(self, request: Request, rows: FirstRows) -> None:
         request.scheduled = request.settled = len(request.tokens)
         self._publish(request)
         request.tokens += rows.tokens

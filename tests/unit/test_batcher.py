@@ -334,6 +334,22 @@ def test_a_lease_of_an_earlier_incarnation_is_gone() -> None:
     assert isinstance(answer.message, Gone)
 
 
+def test_both_legs_on_one_worker_move_no_byte() -> None:
+    bench = Bench("prefill-0", 1)
+    bench.prefill(1, PROMPT, hand_over=True)
+    (done,) = to_scheduler(bench.run(), PrefillDone)
+    assert isinstance(done, PrefillDone)
+    used = bench.batcher.pool.num_used
+    out = bench.decode(bench, done)
+    assert not [effect for effect in out if isinstance(effect, Pull)]
+    assert bench.batcher.pool.num_used == used
+    out = bench.run()
+    assert tokens(out, 1) == [1040, 1041, 1042, 1043]
+    assert rows(out, 1)[0].ledger is not None
+    assert rows(out, 1)[0].ledger.transport == "local"
+    assert bench.batcher.pool.num_used == 0
+
+
 def test_a_stream_whose_tokens_all_arrived_earlier_is_only_closed() -> None:
     bench = Bench()
     out = bench.prefill(1, [*PROMPT, 1040, 1041], max_tokens=2, prompt_len=len(PROMPT))
