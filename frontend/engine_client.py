@@ -164,7 +164,7 @@ class EngineClient:
         """Binds and connects; needs a running event loop."""
         self._config = config
         self._incarnation = int.from_bytes(os.urandom(7), "big")
-        # Workers number rows per endpoint: a new incarnation needs a new endpoint.
+        # A path of its own: rows on their way to an earlier incarnation do not come here.
         self._token_path = Path(config.run_dir) / f"{config.name}-{self._incarnation:014x}.tokens"
         self._network = open_network(config.network)
         me = identity(config.name, self._incarnation)

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from baton.frontend.tools.events import CallBegins
 from baton.frontend.tools.json_calls import MalformedError, arguments
-from baton.frontend.tools.parser import ToolParser, content
+from baton.frontend.tools.parser import ToolParser, call_sections
 from baton.frontend.tools.scanner import Finds, Scanner
 
 _CALLS, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -18,16 +18,11 @@ class DeepSeekV31Parser(ToolParser):
     markers = (_CALLS, _CALLS_END, _CALL, _CALL_END, _SEPARATOR)
 
     def parse(self, scan: Scanner) -> Finds[None]:
-        while (yield from content(scan, _CALLS)):
-            while True:
-                yield from scan.take_space()
-                if (yield from scan.starts_with(_CALL)) is None:
-                    break
-                scan.take(len(_CALL))
-                yield from self._call(scan)
-                yield from scan.text_until(_CALL_END)
-            if (yield from scan.starts_with(_CALLS_END)):
-                scan.take(len(_CALLS_END))
+        yield from call_sections(scan, _CALLS, _CALL, _CALLS_END, self._to_the_end)
+
+    def _to_the_end(self, scan: Scanner) -> Finds[None]:
+        yield from self._call(scan)
+        yield from scan.text_until(_CALL_END)
 
     def _call(self, scan: Scanner) -> Finds[None]:
         name = yield from scan.text_until(_SEPARATOR)

@@ -4,7 +4,7 @@ import json
 
 from baton.frontend.tools.events import Arguments, CallBegins
 from baton.frontend.tools.json_calls import bare_value
-from baton.frontend.tools.parser import ToolParser, content
+from baton.frontend.tools.parser import ToolParser, call_sections
 from baton.frontend.tools.scanner import Finds, Scanner
 
 _TOKEN = "｜DSML｜"
@@ -21,16 +21,12 @@ class DsmlParser(ToolParser):
     markers = (_TOKEN,)
 
     def parse(self, scan: Scanner) -> Finds[None]:
-        while (yield from content(scan, _CALLS)):
-            while True:
-                yield from scan.take_space()
-                if (yield from scan.starts_with(_CALL)) is None:
-                    break
-                scan.take(len(_CALL))
-                yield CallBegins((yield from scan.text_until(_TAG_END)))
-                yield from _arguments(scan)
-            if (yield from scan.starts_with(_CALLS_END)):
-                scan.take(len(_CALLS_END))
+        yield from call_sections(scan, _CALLS, _CALL, _CALLS_END, _call)
+
+
+def _call(scan: Scanner) -> Finds[None]:
+    yield CallBegins((yield from scan.text_until(_TAG_END)))
+    yield from _arguments(scan)
 
 
 def _arguments(scan: Scanner) -> Finds[None]:

@@ -11,7 +11,7 @@ class Mine(ToolParser):
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from baton.frontend.tools.events import Content, Event, Reasoning
@@ -85,3 +85,18 @@ def reasoning(scan: Scanner, end: str) -> Finds[None]:
 
 
 __all__ = ["Driver", "Event", "Parser", "ReasoningParser", "ToolParser", "content", "reasoning"]
+
+
+def call_sections(
+    scan: Scanner, begin: str, call: str, end: str, read: Callable[[Scanner], Finds[None]]
+) -> Finds[None]:
+    """Text with sections of calls from `begin` to `end`. Each call begins with `call`; `read` consumes what follows."""
+    while (yield from content(scan, begin)):
+        while True:
+            yield from scan.take_space()
+            if (yield from scan.starts_with(call)) is None:
+                break
+            scan.take(len(call))
+            yield from read(scan)
+        if (yield from scan.starts_with(end)):
+            scan.take(len(end))
