@@ -22,7 +22,7 @@ from baton.worker.plan import StepPlan, StepResult
 from baton.worker.step_costs import StepCosts
 
 H100_MS = {16: 6.2, 32: 6.3, 48: 6.5, 64: 6.6, 96: 7.1, 128: 7.3, 160: 7.6, 192: 7.9, 224: 8.3, 256: 8.4, 320: 9.8}
-H100_MS |= {384: 10.6, 512: 12.6, 640: 15.0, 768: 18.6, 1024: 22.4, 1536: 35.0, 2048: 41.6, 3072: 67.9}
+H100_MS |= {384: 10.6, 512: 12.6, 640: 15.0, 768: 18.6, 1024: 22.4, 2048: 41.6, 3072: 67.9}
 HOST_S = 0.0015
 """From planning a step to the device's beginning it."""
 GRAPHS_TO, PER_KEY_S, PER_PAIR_S = 1024, 56e-9, 0.62e-9

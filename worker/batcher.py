@@ -172,7 +172,7 @@ class Batcher:
         leg = PREFILL if isinstance(command, StartPrefill) else DECODE
         if (command.sid, leg) in self._requests:
             return
-        request = self._new_request(command, leg, frames)
+        request = self._new_request(command, leg, frames, now)
         if reason := self._impossible(request):
             self.outbox.append(ToScheduler(Refused(command.sid, command.attempt, leg, reason)))
         elif isinstance(command, StartPrefill):
@@ -181,7 +181,7 @@ class Batcher:
             self._start_decode(request, command, now)
 
     def _new_request(
-        self, command: StartPrefill | StartDecode, leg: str, frames: tuple[bytes | memoryview, ...]
+        self, command: StartPrefill | StartDecode, leg: str, frames: tuple[bytes | memoryview, ...], now: float
     ) -> Request:
         tokens = np.frombuffer(frames[0], dtype=np.int32).tolist()
         self._arrivals += 1
@@ -195,6 +195,7 @@ class Batcher:
             tokens=tokens,
             arrived=len(tokens),
             chain=unpack_hashes(frames[1]),
+            came_s=now,
             priority=command.priority,
             order=self._arrivals,
             emitted=len(tokens) - command.prompt_len,

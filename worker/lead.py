@@ -9,8 +9,8 @@ long the lead must be is learned: a launch that came late makes it longer at onc
 """
 
 _LEAST_S, _MOST_S = 0.002, 0.1
-_MARGIN_S = 0.001
-"""A launch is late when it begins less than this before the device needs it."""
+_MARGIN_S = 0.002
+"""A launch is late when it begins less than this before the device needs it: what a mixed step takes to be launched."""
 _LONGER_S, _SHORTER_S = 0.001, 0.00002
 """So one launch in fifty is late when the lead has settled."""
 

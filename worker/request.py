@@ -73,6 +73,8 @@ class Request:
     """Tokens at the start of this attempt: prompt and accepted output. Later ones are sampled here."""
     chain: list[bytes]
     """Root hash, then one per full unit of HASH_UNIT tokens hashed so far."""
+    came_s: float
+    """When its command came."""
     priority: int = 0
     order: int = 0
     """Arrival number: first come, first served within a priority."""

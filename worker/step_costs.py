@@ -5,9 +5,10 @@ read of the cache: `per_key` for each cached token of a decode row, `per_pair` f
 and a cached key. How hot the GPU runs and what the host adds is a factor learned from finished steps.
 
     streams running   the largest step within the target between two tokens
-    prompts queue     the target grows with the queue, up to MOST_HURRY times: larger steps compute more a second, and
-                      a pause is a share of what others wait for. A long queue is cleared in QUEUE_STEPS steps, however
-                      long those become. One long prompt is no queue: it goes on at the target's pace
+    prompts queue     larger steps compute more a second: a step may take as long as the next prompt has waited, up to
+                      MOST_HURRY targets, and as much as leaves work for another one (FEW_STEPS). A long queue is
+                      computed in QUEUE_STEPS steps, however long those become. One long prompt is no queue: it goes on
+                      at the target's pace
     nothing running   prompts in their order until the device is full, long ones in pieces: a larger step would compute
                       hardly more a second, the first of a queue would wait for the first tokens of the others, and a
                       handoff for the whole of its transfer
@@ -20,11 +21,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-HURRY_TOKENS = 3000
-"""So many queued tokens add the target once more to a step's time."""
 MOST_HURRY = 3.6
+FEW_STEPS, FEW_LARGE_STEPS = 1.5, 2.5
+"""The queued prompts are so many steps at least; the second where a step is beyond `padded_to`, a pause that every
+stream notices."""
 QUEUE_STEPS = 8
-"""The queued prompts may take so many steps at least."""
+"""The same for a long queue, whatever the target."""
 LEAST_PREFILL = 0.25
 """Prompts get at least this much time of a step, as a part of what its decode rows take, whatever the target."""
 FULL = 0.95
@@ -63,21 +65,28 @@ class StepCosts:
         """Of a step of so many tokens, whose decode rows read `keys` tokens and whose chunks make `pairs`."""
         index = min(bisect_left(self._sizes, tokens), len(self.table) - 1)
         size, seconds = self.table[index]
-        base = seconds * max(1.0, tokens / size)
-        return (base + keys * self.per_key + pairs * self.per_pair) * self.factor
+        if tokens > size:
+            seconds *= tokens / size
+        elif index and tokens > self.padded_to:
+            smaller, least = self.table[index - 1]
+            seconds -= (seconds - least) * (size - tokens) / (size - smaller)
+        return (seconds + keys * self.per_key + pairs * self.per_pair) * self.factor
 
-    def budget(self, rows: int, keys: int, start: int, backlog: int, target_s: float) -> int:
+    def budget(self, rows: int, keys: int, start: int, backlog: int, waited_s: float, target_s: float) -> int:
         """Tokens of a step with `rows` decode rows over `keys` cached tokens.
 
-        The next prompt is computed from position `start`; `backlog` prompt tokens are queued behind it.
+        The next prompt is computed from position `start`; `backlog` prompt tokens are queued behind it, the first of
+        them for `waited_s`.
         """
-        target_s *= min(1 + backlog / HURRY_TOKENS, MOST_HURRY)
         allowed_s = max(target_s, self.seconds(rows, keys) * (1 + LEAST_PREFILL))
+        hurried_s = max(allowed_s, min(waited_s, target_s * MOST_HURRY))
         share = backlog // QUEUE_STEPS
         best = self._sizes[min(bisect_left(self._sizes, rows + 1), len(self._sizes) - 1)]
         for size in self._sizes:
             chunk = size - rows
-            if chunk > 0 and (chunk <= share or self.seconds(size, keys, chunk * start) <= allowed_s):
+            few = FEW_STEPS if size <= self.padded_to else FEW_LARGE_STEPS
+            limit_s = hurried_s if chunk * few <= backlog else allowed_s
+            if chunk > 0 and (chunk <= share or self.seconds(size, keys, chunk * start) <= limit_s):
                 best = size
         if rows + share > self.padded_to:
             best = max(best, min(rows + share, self._sizes[-1]))

@@ -118,7 +118,7 @@ class StepScheduler:
         self._new_slots, self._copies = [], []
         rows: list[Row] = []
         planned: list[Planned] = []
-        budget = self._budget()
+        budget = self._budget(now)
         preemptions = self.preemptions
         running = list(self.running)
         if self._prompts_first:
@@ -171,7 +171,7 @@ class StepScheduler:
             budget -= self._add_row(request, budget, rows, planned)
         return budget
 
-    def _budget(self) -> int:
+    def _budget(self, now: float) -> int:
         """Tokens of the next step."""
         if self._costs is None:
             return self._max_tokens
@@ -183,8 +183,12 @@ class StepScheduler:
             return self._max_tokens if self._prompts_first else self._filling(self._costs)
         keys = sum(request.total for request in decoding)
         behind = max(0, self.queued_tokens - (prompt.total - prompt.scheduled))
-        budget = self._costs.budget(len(decoding), keys, prompt.scheduled, behind, self._target_s)
+        budget = self._costs.budget(len(decoding), keys, prompt.scheduled, behind, self._waited(now), self._target_s)
         return min(budget, self._max_tokens)
+
+    def _waited(self, now: float) -> float:
+        """Seconds since the next prompt that has not begun was sent here; 0 without one."""
+        return next((now - request.came_s for request in self.waiting if not self._is_awaited(request)), 0.0)
 
     def _filling(self, costs: StepCosts) -> int:
         """Tokens of the next prompts: as many prompts as fill the device, or a piece of a long one."""

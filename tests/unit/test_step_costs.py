@@ -9,43 +9,60 @@ TABLE = [(64, 0.005), (128, 0.006), (256, 0.008), (512, 0.013), (1024, 0.025), (
 """Tokens and seconds, near those of an 8B model on one GPU."""
 
 
+TARGET_S = 0.015
+
+
 def costs(per_key: float = 0.0, per_pair: float = 0.0) -> StepCosts:
     return StepCosts(TABLE, per_key, per_pair, padded_to=1024)
 
 
+def budget(costs: StepCosts, rows: int, keys: int = 0, start: int = 0, backlog: int = 0, waited_s: float = 0.0) -> int:
+    return costs.budget(rows, keys, start, backlog, waited_s, TARGET_S)
+
+
 @pytest.mark.parametrize(("target_ms", "expected"), [(7, 128), (15, 512), (30, 1024), (1000, 2048)])
 def test_a_step_is_the_largest_within_the_target(target_ms: int, expected: int) -> None:
-    assert costs().budget(rows=8, keys=0, start=0, backlog=0, target_s=target_ms / 1000) == expected
+    assert costs().budget(8, keys=0, start=0, backlog=0, waited_s=0.0, target_s=target_ms / 1000) == expected
 
 
 def test_cached_keys_and_a_chunk_deep_in_its_prompt_make_steps_smaller() -> None:
-    assert costs(per_key=1e-8).budget(rows=32, keys=600_000, start=0, backlog=100, target_s=0.015) == 256
-    assert costs(per_pair=1e-9).budget(rows=32, keys=0, start=0, backlog=100, target_s=0.015) == 512
-    assert costs(per_pair=1e-9).budget(rows=32, keys=0, start=30_000, backlog=100, target_s=0.015) == 256
+    assert budget(costs(per_key=1e-8), 32, keys=600_000, backlog=100) == 256
+    assert budget(costs(per_pair=1e-9), 32, backlog=100) == 512
+    assert budget(costs(per_pair=1e-9), 32, start=30_000, backlog=100) == 256
 
 
-def test_a_long_queue_makes_steps_larger() -> None:
-    sizes = [costs().budget(rows=8, keys=0, start=0, backlog=n, target_s=0.015) for n in (1000, 4000, 50_000)]
-    assert sizes == [512, 1024, 2048]
+def test_a_step_takes_as_long_as_the_next_prompt_has_waited() -> None:
+    assert [budget(costs(), 8, backlog=6000, waited_s=waited) for waited in (0.0, 0.026, 0.05)] == [512, 1024, 2048]
 
 
-def test_a_short_queue_lets_steps_take_a_little_longer() -> None:
-    backlogs = (0, 2000, 50_000)
-    sizes = [costs().budget(rows=200, keys=100_000, start=0, backlog=n, target_s=0.011) for n in backlogs]
-    assert sizes == [256, 512, 2048]
+def test_a_queue_is_not_computed_in_one_step_however_long_it_has_waited() -> None:
+    assert [budget(costs(), 8, backlog=n, waited_s=1.0) for n in (0, 1000, 2000, 6000)] == [512, 512, 1024, 2048]
 
 
-def test_a_queue_beside_many_streams_is_cleared_too() -> None:
-    assert costs().budget(rows=900, keys=0, start=0, backlog=10_000, target_s=0.015) == 2048
+def test_a_pause_is_a_few_targets_however_long_a_prompt_has_waited() -> None:
+    slow = StepCosts([(256, 0.015), (512, 0.05), (1024, 0.1)], 0.0, 0.0, padded_to=1024)
+    assert budget(slow, 8, backlog=3000, waited_s=10.0) == 512
+
+
+def test_a_long_queue_makes_steps_larger_whatever_the_target() -> None:
+    slow = StepCosts([(256, 0.015), (512, 0.05), (1024, 0.1)], 0.0, 0.0, padded_to=1024)
+    assert budget(slow, 8, backlog=50_000) == 1024
+    assert budget(costs(), 900, backlog=10_000) == 2048
 
 
 def test_what_is_left_of_a_queue_beside_many_streams_needs_no_larger_size_of_the_table() -> None:
-    assert costs().budget(rows=1000, keys=0, start=0, backlog=3000, target_s=0.015) == 1375
+    assert budget(costs(), 1000, backlog=2400) == 1300
+
+
+def test_steps_beyond_the_padded_ones_cost_what_lies_between_those_of_the_table() -> None:
+    assert costs().seconds(1536) == pytest.approx(0.037)
+    assert costs().seconds(4096) == pytest.approx(0.098)
+    assert costs().seconds(700) == pytest.approx(0.025)
 
 
 def test_prompts_go_on_when_decode_alone_takes_longer_than_the_target() -> None:
-    assert costs(per_key=1e-6).budget(rows=100, keys=40_000, start=0, backlog=100, target_s=0.015) == 512
-    assert costs().budget(rows=3000, keys=0, start=0, backlog=100, target_s=0.015) == 3001
+    assert budget(costs(per_key=1e-6), 100, keys=40_000, backlog=100) == 512
+    assert budget(costs(), 3000, backlog=100) == 3001
 
 
 def test_finished_steps_correct_the_table() -> None:
@@ -53,7 +70,7 @@ def test_finished_steps_correct_the_table() -> None:
     for _ in range(100):
         model.learn(model.seconds(512), 0.0195)
     assert model.seconds(512) == pytest.approx(0.0195, rel=0.01)
-    assert model.budget(rows=8, keys=0, start=0, backlog=0, target_s=0.015) == 256
+    assert budget(model, 8) == 256
     model.learn(model.seconds(512), 60.0)
     assert model.seconds(512) < 0.0217  # one step that stalled is not the rule
 
@@ -87,7 +104,7 @@ def test_one_long_prompt_keeps_to_the_target() -> None:
     assert [row.num_tokens for row in plan.rows] == [1, 511]
     bench.prefill(3, list(range(1500)), max_tokens=20)
     bench.prefill(4, list(range(1, 1501)), max_tokens=20)
-    bench.finish()
+    bench.finish(after_s=0.03)
     plan = bench.launch()
     assert plan is not None
     assert [row.num_tokens for row in plan.rows] == [1, 1023]

@@ -121,7 +121,8 @@ class CudaRunner:
         del self._pool
 
     def _new_graphs(self) -> StepGraphs:
-        return StepGraphs(self._blank, self._captured_step, decode_sizes(self.max_seqs), mixed_sizes(self.max_tokens))
+        mixed = mixed_sizes(self.max_tokens, self.max_seqs)
+        return StepGraphs(self._blank, self._captured_step, decode_sizes(self.max_seqs), mixed)
 
     @torch.inference_mode()
     def measure_graphs(self) -> int:
@@ -163,7 +164,7 @@ class CudaRunner:
             self._copy_blocks(plan.copies)
         hidden = self._graphs.replay(size) if size else self._forward(inputs, layout)
         if size is None or size.mixed:
-            self._sample(inputs, len(rows.sampling), hidden)
+            self._sample(inputs, min(self._filled(len(rows.sampling)), layout.samples), hidden)
         masks = building.result() if building is not None else None  # built while the device computes hidden
         logprobs = self._resample(rows, inputs, hidden, masks)
         count = len(rows.sampling)
@@ -204,28 +205,35 @@ class CudaRunner:
     def _fit(self, rows: Rows, lists: tuple[work.Lists, ...], wanted: int) -> tuple[Size | None, StepLayout]:
         """The graph that this step runs in, if any, and how its inputs lie. The hidden states of so many tokens are
         wanted beside those of the sampled rows."""
-        size, tiles = self._graphs.fit(rows.num_tokens, not rows.all_decode), len(lists[0].prefill)
+        size = self._graphs.fit(rows.num_tokens, len(rows.sampling) + wanted, not rows.all_decode)
+        tiles = len(lists[0].prefill)
         if size is not None:
             layout = self._layout_of(size)
-            if tiles <= layout.prefill and len(rows.sampling) + wanted <= layout.samples:
+            if tiles <= layout.prefill:
                 return size, layout
         decode_rows = int((rows.lengths == 1).sum()) if self._ops.splits_decode else 0
-        layout = replace(self._layout(rows.num_tokens, len(rows.sampling), decode_rows, tiles), prompt=wanted)
+        samples = self._filled(len(rows.sampling))
+        layout = replace(self._layout(rows.num_tokens, samples, decode_rows, tiles), prompt=wanted)
         if tiles and self._ops.takes_sequences:
             layout = replace(layout, sequences=len(rows.slots), longest=int(rows.lengths.max()))
         return None, layout
+
+    def _filled(self, samples: int) -> int:
+        """In how many rows so many are sampled: as in a decode graph. A number of its own may need kernels of cuBLAS
+        that are not loaded yet, and loading waits for the device."""
+        return next((size.tokens for size in self._graphs.decode if size.tokens >= samples), samples)
 
     def _layout(self, tokens: int, samples: int, decode_rows: int, tiles: int) -> StepLayout:
         decode = work.max_decode_tiles(decode_rows, self._loaded.num_kv_heads) if decode_rows else 0
         return StepLayout(tokens, samples, decode, tiles, self._loaded.windows)
 
     def _layout_of(self, size: Size) -> StepLayout:
-        rows = min(size.tokens, self.max_seqs)
         if not self._ops.splits_decode:
-            return self._layout(size.tokens, rows, 0, size.tokens)  # each row may be a tile of its own
+            return self._layout(size.tokens, size.wanted, 0, size.tokens)  # each row may be a tile of its own
         if not size.mixed:
-            return self._layout(rows, rows, rows, 0)
-        return self._layout(size.tokens, rows, rows, -(-size.tokens // self._tile_tokens) + _SPARE_TILES)
+            return self._layout(size.tokens, size.wanted, size.tokens, 0)
+        tiles = -(-size.tokens // self._tile_tokens) + _SPARE_TILES
+        return self._layout(size.tokens, size.wanted, min(size.tokens, self.max_seqs), tiles)
 
     def _upload(
         self,

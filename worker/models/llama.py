@@ -96,6 +96,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
         self.ops, self.layer, self.config = ops, layer, config
+        self.is_last = layer == config.num_layers - 1
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.qkv_proj = Linear(config.hidden_size, (q_size, kv_size, kv_size), config.qkv_bias, ops, dtype)
         self.o_proj = Linear(q_size, (config.hidden_size,), config.output_bias, ops, dtype)
@@ -106,7 +107,10 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, norm: Norm, batch: Batch, cos_sin: torch.Tensor, pool: torch.Tensor
     ) -> torch.Tensor:
-        """x + attention(norm(x)), [num_tokens, hidden]; writes this layer's KV of the tokens into the pool."""
+        """x + attention(norm(x)), [num_tokens, hidden]; writes this layer's KV of the tokens into the pool.
+
+        In the last layer only of the tokens that are wanted: there the others' KV is all that is needed of them.
+        """
         norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.config.qk_norm else None
         query = self.ops.rope_and_cache(
             self.qkv_proj(x, norm),
@@ -130,6 +134,8 @@ class Attention(nn.Module):
             self.config.windows[self.layer],
             self.config.soft_cap,
         )
+        if self.is_last and batch.logits_indices is not None:
+            attended, x = attended[batch.logits_indices], x[batch.logits_indices]
         return self.o_proj(attended, residual=x)
 
 
@@ -171,9 +177,12 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
-    def forward(self, x: torch.Tensor, batch: Batch, cos_sin: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, hidden] -> [num_tokens, hidden]."""
-        x = self.self_attn(x, self.input_layernorm.norm, batch, cos_sin, pool)
+    def attend(self, x: torch.Tensor, batch: Batch, cos_sin: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden] -> the same; of the last layer [num_samples, hidden]."""
+        return self.self_attn(x, self.input_layernorm.norm, batch, cos_sin, pool)
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> [n, hidden]."""
         return self.mlp(x, self.post_attention_layernorm.norm)
 
 
@@ -191,8 +200,10 @@ class Decoder(nn.Module):
         """See LlamaForCausalLM.forward."""
         x = self.embed_tokens(batch.token_ids)
         for layer in self.layers:
-            x = layer(x, batch, self.cos_sin, pool)
-        return x if batch.logits_indices is None else x[batch.logits_indices]
+            assert isinstance(layer, Layer)
+            x = layer.attend(x, batch, self.cos_sin, pool)
+            x = layer.feed_forward(x)
+        return x
 
 
 class LlamaForCausalLM(nn.Module):
