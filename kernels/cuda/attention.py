@@ -216,13 +216,14 @@ def _combine(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per query row and head: the parts of a row that was cut, weighted by their shares."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One program per row that was cut and head: its parts, weighted by their shares."""
+    index, head = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    first, count = tl.load(parts_ptr + row * 2), tl.load(parts_ptr + row * 2 + 1)
-    if count < 2:
+    row = tl.load(parts_ptr + index * 3).to(tl.int64)
+    first, count = tl.load(parts_ptr + index * 3 + 1), tl.load(parts_ptr + index * 3 + 2)
+    if count == 0:
         return
     column = tl.arange(0, BLOCK_D)
     column_ok = column < HEAD_DIM
@@ -271,13 +272,16 @@ def tile_tokens(num_heads: int, num_kv_heads: int) -> int:
     return ROWS // head_tile(num_heads, num_kv_heads)
 
 
-def decode(problem: Problem, tiles: torch.Tensor, num_tiles: torch.Tensor, parts: torch.Tensor) -> None:
-    """Tiles [n, TILE_FIELDS] of one query row each; num_tiles int32 [1] of them count; parts [rows, PART_FIELDS]."""
+def decode(problem: Problem, tiles: torch.Tensor, num_tiles: torch.Tensor, parts: torch.Tensor | None) -> None:
+    """Tiles [n, TILE_FIELDS] of one query row each; num_tiles int32 [1] of them count; parts [n, PART_FIELDS] of
+    the rows that were cut."""
     query, heads = problem.query, problem.query.shape[1]
     group = heads // problem.pool.shape[1]
     partial = torch.empty(len(tiles), *query.shape[1:], dtype=torch.float32, device=query.device)
     stats = torch.empty(len(tiles), heads, dtype=torch.float32, device=query.device)
     _launch(problem, "decode", tiles, num_tiles, group, max(16, triton.next_power_of_2(group)), partial, stats)
+    if parts is None:
+        return
     dim = query.shape[2]
     _combine[(len(parts), heads)](
         partial, stats, parts, problem.out, heads, dim, triton.next_power_of_2(dim), num_warps=1, **pdl.options()

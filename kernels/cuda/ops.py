@@ -26,7 +26,7 @@ class DeviceLists:
     decode: torch.Tensor | None
     """int32 [n, TILE_FIELDS], or None in a step without decode rows."""
     parts: torch.Tensor | None
-    """int32 [num_tokens, PART_FIELDS], with `decode`."""
+    """int32 [n, PART_FIELDS] of the rows that were cut, if any."""
     prefill: torch.Tensor | None
     """int32 [n, TILE_FIELDS], or None in a step of decode rows only."""
 
@@ -164,7 +164,6 @@ class CudaOps:
         if lists.prefill is not None:
             self._prefill(problem, lists.prefill, lists.counts[1:])
         if lists.decode is not None:
-            assert lists.parts is not None
             attention.decode(problem, lists.decode, lists.counts, lists.parts)
         return out
 

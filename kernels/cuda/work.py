@@ -14,8 +14,8 @@ import numpy as np
 TILE_FIELDS = 8
 """First query row, its position, number of query rows, block table row, first key, end key, index of the partial result
 (-1: the rows are whole), length of the sequence."""
-PART_FIELDS = 2
-"""Per query row: first partial result, count (0 or 1: nothing to put together)."""
+PART_FIELDS = 3
+"""Of a row that was cut: the query row, its first partial result, their count (0: no row)."""
 
 PROGRAMS = 528
 """Decode programs (tiles times KV heads) that keep a GPU of 132 multiprocessors evenly busy: 4 for each."""
@@ -32,14 +32,19 @@ class Lists:
     decode: np.ndarray
     """[n, TILE_FIELDS] of the sequences with one query token."""
     parts: np.ndarray
-    """[num_query_rows, PART_FIELDS]; zeros for rows that were not cut."""
+    """[rows that were cut, PART_FIELDS]."""
     prefill: np.ndarray
     """[n, TILE_FIELDS] of the sequences with several query tokens."""
 
 
 def max_decode_tiles(num_rows: int, num_kv_heads: int) -> int:
-    """The longest list that `plan_decode` makes for so many rows."""
+    """The longest list of tiles that `plan_decode` makes for so many rows."""
     return num_rows + -(-PROGRAMS // num_kv_heads)
+
+
+def max_cut_rows(num_rows: int, num_kv_heads: int) -> int:
+    """How many of them it cuts at most: those as long as 1.5 parts, of which there are PROGRAMS / num_kv_heads."""
+    return min(num_rows, 2 * PROGRAMS // (3 * num_kv_heads))
 
 
 def plan(
@@ -61,19 +66,18 @@ def plan(
     one, more = np.flatnonzero(single), np.flatnonzero(~single)
     lists = []
     for window in windows:
-        decode, parts = plan_decode(rows[one], table_rows[one], seq_lens[one], query_start[-1], num_kv_heads, window)
+        decode, parts = plan_decode(rows[one], table_rows[one], seq_lens[one], num_kv_heads, window)
         prefill = plan_prefill(rows[more], table_rows[more], counts[more], seq_lens[more], tile_tokens, window)
         lists.append(Lists(decode, parts, prefill))
     return tuple(lists)
 
 
 def plan_decode(
-    rows: np.ndarray, table_rows: np.ndarray, seq_lens: np.ndarray, num_rows: int, num_kv_heads: int, window: int = 0
+    rows: np.ndarray, table_rows: np.ndarray, seq_lens: np.ndarray, num_kv_heads: int, window: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tiles and parts of the decode rows `rows`, among `num_rows` query rows."""
-    parts = np.zeros((num_rows, PART_FIELDS), dtype=np.int32)
+    """Tiles and parts of the decode rows `rows`."""
     if len(rows) == 0:
-        return np.zeros((0, TILE_FIELDS), dtype=np.int32), parts
+        return np.zeros((0, TILE_FIELDS), dtype=np.int32), np.zeros((0, PART_FIELDS), dtype=np.int32)
     ends = seq_lens.astype(np.int64)
     begins = _first_seen(ends - 1, window)
     spans = ends - begins
@@ -86,7 +90,7 @@ def plan_decode(
     cut = cuts > 1
     partial_first = np.cumsum(np.where(cut, cuts, 0)) - np.where(cut, cuts, 0)
     partial = np.where(cut[owner], partial_first[owner] + part, -1)
-    parts[rows[cut], 0], parts[rows[cut], 1] = partial_first[cut], cuts[cut]
+    parts = np.stack([rows[cut], partial_first[cut], cuts[cut]], axis=1).astype(np.int32)
     last = ends[owner] - 1
     return _tiles(rows[owner], last, 1 + 0 * owner, table_rows[owner], start, end, partial, ends[owner]), parts
 

@@ -18,8 +18,10 @@ ROW, POSITION, TOKENS, TABLE, START, END, PARTIAL, LENGTH = range(work.TILE_FIEL
 def test_decode_tiles_cover_what_every_row_sees_once(kv_heads: int, count: int, window: int) -> None:
     lengths = np.array([random.choice((1, 63, 64, 700, 9000)) for _ in range(count)])
     rows, tables = np.arange(count) * 2, np.arange(count) + 5
-    tiles, parts = work.plan_decode(rows, tables, lengths, 2 * count, kv_heads, window)
+    tiles, parts = work.plan_decode(rows, tables, lengths, kv_heads, window)
     assert len(tiles) <= work.max_decode_tiles(count, kv_heads)
+    assert len(parts) <= work.max_cut_rows(count, kv_heads)
+    parts_of = {row: (first, cuts) for row, first, cuts in parts.tolist()}
     assert (np.diff(tiles[:, END] - tiles[:, START]) <= 0).all()
     for index, length in enumerate(lengths.tolist()):
         mine = tiles[tiles[:, ROW] == rows[index]]
@@ -29,8 +31,18 @@ def test_decode_tiles_cover_what_every_row_sees_once(kv_heads: int, count: int, 
         assert mine[-1, END] == length
         assert (mine[1:, START] == mine[:-1, END]).all()
         assert (mine[:, START] < mine[:, END]).all()
-        first, cuts = parts[rows[index]]
+        first, cuts = parts_of.get(rows[index], (0, 0))
         assert mine[:, PARTIAL].tolist() == (list(range(first, first + cuts)) if cuts else [-1])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 8, 128])
+def test_no_lengths_cut_more_rows_than_there_is_room_for(kv_heads: int) -> None:
+    for count in (1, 2, 43, 44, 45, 66, 67, 352, 353, 600):
+        for length in (128, 191, 192, 193, 1000, 100_000):
+            lengths = np.full(count, length)
+            tiles, parts = work.plan_decode(np.arange(count), np.arange(count), lengths, kv_heads)
+            assert len(tiles) <= work.max_decode_tiles(count, kv_heads)
+            assert len(parts) <= work.max_cut_rows(count, kv_heads)
 
 
 @pytest.mark.parametrize("window", [0, 20])

@@ -26,7 +26,7 @@ class Size:
 
     tokens: int
     wanted: int
-    """Of them whose hidden states come out; of a decode step all."""
+    """Of them whose hidden states come out, and at most so many rows of one token; in a decode step all are both."""
     mixed: bool
 
 

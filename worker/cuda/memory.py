@@ -183,6 +183,6 @@ def _largest_step(num_rows: int, per_row: int, blocks_per_row: int, own: Sequenc
         if pooled:
             row.pools = row.mean_of = per_row
         else:
-            row.targets = prompt
+            row.targets = prompt[1:]
         rows.append(row)
     return StepPlan(0, rows, inits)

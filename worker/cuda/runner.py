@@ -205,14 +205,16 @@ class CudaRunner:
     def _fit(self, rows: Rows, lists: tuple[work.Lists, ...], wanted: int) -> tuple[Size | None, StepLayout]:
         """The graph that this step runs in, if any, and how its inputs lie. The hidden states of so many tokens are
         wanted beside those of the sampled rows."""
-        size = self._graphs.fit(rows.num_tokens, len(rows.sampling) + wanted, not rows.all_decode)
+        decode_rows = int((rows.lengths == 1).sum()) if self._ops.splits_decode else 0
+        special = max(len(rows.sampling) + wanted, decode_rows)
+        size = self._graphs.fit(rows.num_tokens, special, not rows.all_decode)
         tiles = len(lists[0].prefill)
         if size is not None:
             layout = self._layout_of(size)
             if tiles <= layout.prefill:
                 return size, layout
-        decode_rows = int((rows.lengths == 1).sum()) if self._ops.splits_decode else 0
-        samples = self._filled(len(rows.sampling))
+        filled = min(self._filled(len(rows.sampling)), rows.num_tokens - wanted)  # no larger than the largest step
+        samples = max(len(rows.sampling), filled)
         layout = replace(self._layout(rows.num_tokens, samples, decode_rows, tiles), prompt=wanted)
         if tiles and self._ops.takes_sequences:
             layout = replace(layout, sequences=len(rows.slots), longest=int(rows.lengths.max()))
@@ -224,8 +226,11 @@ class CudaRunner:
         return next((size.tokens for size in self._graphs.decode if size.tokens >= samples), samples)
 
     def _layout(self, tokens: int, samples: int, decode_rows: int, tiles: int) -> StepLayout:
-        decode = work.max_decode_tiles(decode_rows, self._loaded.num_kv_heads) if decode_rows else 0
-        return StepLayout(tokens, samples, decode, tiles, self._loaded.windows)
+        kv_heads = self._loaded.num_kv_heads
+        decode = work.max_decode_tiles(decode_rows, kv_heads) if decode_rows else 0
+        return StepLayout(
+            tokens, samples, decode, tiles, work.max_cut_rows(decode_rows, kv_heads), self._loaded.windows
+        )
 
     def _layout_of(self, size: Size) -> StepLayout:
         if not self._ops.splits_decode:
@@ -233,7 +238,7 @@ class CudaRunner:
         if not size.mixed:
             return self._layout(size.tokens, size.wanted, size.tokens, 0)
         tiles = -(-size.tokens // self._tile_tokens) + _SPARE_TILES
-        return self._layout(size.tokens, size.wanted, min(size.tokens, self.max_seqs), tiles)
+        return self._layout(size.tokens, size.wanted, size.wanted, tiles)
 
     def _upload(
         self,
@@ -261,8 +266,7 @@ class CudaRunner:
             arrays[f"counts/{window}"][:] = len(mine.decode), len(mine.prefill)
             arrays[f"decode/{window}"][: len(mine.decode)] = mine.decode
             arrays[f"prefill/{window}"][: len(mine.prefill)] = mine.prefill
-            if layout.decode:
-                arrays[f"parts/{window}"][:tokens], arrays[f"parts/{window}"][tokens:] = mine.parts, 0
+            arrays[f"parts/{window}"][: len(mine.parts)], arrays[f"parts/{window}"][len(mine.parts) :] = mine.parts, 0
         if layout.sequences:
             starts, seq_lens, slots = arrays["sequences"]
             starts[:], seq_lens[:-1], slots[:-1] = rows.query_start, rows.seq_lens, rows.slots
@@ -309,7 +313,7 @@ class CudaRunner:
             window: DeviceLists(
                 counts=inputs[f"counts/{window}"],
                 decode=inputs[f"decode/{window}"] if layout.decode else None,
-                parts=inputs[f"parts/{window}"] if layout.decode else None,
+                parts=inputs[f"parts/{window}"] if layout.cut else None,
                 prefill=inputs[f"prefill/{window}"] if layout.prefill else None,
             )
             for window in layout.windows

@@ -28,6 +28,8 @@ class StepLayout:
     samples: int
     decode: int
     prefill: int
+    cut: int = 0
+    """Decode rows that may be cut into several tiles."""
     windows: tuple[int, ...] = (0,)
     sequences: int = 0
     """Sequences of the step where a kernel takes them whole, else 0."""
@@ -51,7 +53,7 @@ class StepLayout:
         for window in self.windows:
             shapes[f"counts/{window}"] = (2, 1)
             shapes[f"decode/{window}"] = (self.decode, TILE_FIELDS)
-            shapes[f"parts/{window}"] = (self.tokens if self.decode else 0, PART_FIELDS)
+            shapes[f"parts/{window}"] = (self.cut, PART_FIELDS)
             shapes[f"prefill/{window}"] = (self.prefill, TILE_FIELDS)
         offset, sections = 0, {}
         for name, (rows, words) in shapes.items():
