@@ -1,6 +1,7 @@
 """Text to token ids and back, with the `tokenizers` library: tokenizer.json and tokenizer_config.json of a model."""
 
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,17 @@ Side = Literal["left", "right"]
 _SLACK_TOKENS = 64
 """How many tokens at the place of a cut may differ from those of the whole text."""
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are tokenised in threads of ours, one by one
+
 _SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Tokenizer:
-    """A model's tokenizer. Encoding and decoding release the GIL and may run in any thread."""
+    """A model's tokenizer. Encoding and decoding may run in any thread.
+
+    They go through the library's calls for batches, because those for one text hold the GIL: a prompt of 1,000 tokens
+    would stop every stream for 2 ms.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
         """`config` is the content of tokenizer_config.json."""
@@ -36,7 +43,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; add_special_tokens also adds what the model expects around it (usually BOS)."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = self._encoding(text, add_special_tokens).ids
         if add_special_tokens and self._bos_id is not None and ids[:1] != [self._bos_id]:
             return [self._bos_id, *ids]
         return ids
@@ -45,7 +52,7 @@ class Tokenizer:
         """As encode, but at most `count` ids: text is lost on that side, special tokens around it are not."""
         most = (count + _SLACK_TOKENS) * self.max_token_bytes  # what is lost in any case costs no time
         text = text[-most:] if side == "left" else text[:most]
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text, add_special_tokens=False)
         special = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
         bos = [self._bos_id] if add_special_tokens and self._bos_id is not None else []
         encoding.truncate(max(count - special - len(bos), 0), direction=side)
@@ -54,8 +61,13 @@ class Tokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
-        text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        text: str
+        (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding
 
     def token(self, id: int) -> str:
         """One token as its own text, for logprobs."""

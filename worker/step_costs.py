@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import msgspec
 
 MOST_HURRY = 3.6
-FEW_STEPS, FEW_LARGE_STEPS = 1.5, 2.5
+FEW_STEPS, FEW_LARGE_STEPS = 1.5, 2.6
 """The queued prompts are so many steps at least; the second where a step is beyond `padded_to`, a pause that every
 stream notices."""
 QUEUE_STEPS = 8

@@ -1,6 +1,9 @@
 """Tokens to text and back: incremental decoding, stop strings, chat templates."""
 
 import random
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -242,3 +245,14 @@ def test_decoding_is_linear_in_the_number_of_tokens() -> None:
     tokenizer.spelling = Counted()  # type: ignore[assignment]
     Detokenizer(tokenizer).feed(ids)
     assert looked_up == ids
+
+
+@pytest.mark.parametrize("work", [lambda t: t.encode("a quick hand " * 20_000), lambda t: t.decode([70] * 500_000)])
+def test_other_threads_run_while_one_tokenises(work: Callable[[Tokenizer], object]) -> None:
+    thread = threading.Thread(target=work, args=(BYTE_LEVEL,))
+    turns = 0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)  # gives up the GIL, and gets it back only when the library has
+        turns += 1
+    assert turns > 5
