@@ -135,7 +135,9 @@ class Attention(nn.Module):
             self.config.soft_cap,
         )
         if self.is_last and batch.logits_indices is not None:
-            attended, x = attended[batch.logits_indices], x[batch.logits_indices]
+            attended = attended[batch.logits_indices]
+            # Where x lies: elsewhere it would take a piece of what the feed-forward needs whole.
+            x = x[: len(attended)].copy_(x[batch.logits_indices])
         return self.o_proj(attended, residual=x)
 
 
