@@ -33,7 +33,7 @@ class Bench:
             dtype="bfloat16",
             batch_invariant=batch_invariant,
             load_format="dummy",
-            max_model_len=8192 + 64,
+            max_model_len=8192,
             device="cuda",
             cache=CacheConfig(enable_prefix_caching=False),
             batch=BatchConfig(max_num_seqs=max_num_seqs, target_itl_ms=0.0),

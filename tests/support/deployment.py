@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,8 +62,11 @@ class Served:
 
     def pids(self) -> dict[str, int]:
         """Process title without `baton: ` -> pid, of every child."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return {(" ".join(child.cmdline()).strip()).removeprefix("baton: "): child.pid for child in children}
+        found = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # one that has just ended, or a zombie
+                found[" ".join(child.cmdline()).strip().removeprefix("baton: ")] = child.pid
+        return found
 
     def run_dir(self) -> Path:
         """The deployment's private directory."""
