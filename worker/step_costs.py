@@ -27,6 +27,8 @@ FEW_STEPS, FEW_LARGE_STEPS = 1.5, 2.6
 stream notices."""
 QUEUE_STEPS = 8
 """The same for a long queue, whatever the target."""
+TOLERANCE = 1.06
+"""A step that misses the target by less is within it: no closer are costs foreseen, and sizes are far apart."""
 LEAST_PREFILL = 0.25
 """Prompts get at least this much time of a step, as a part of what its decode rows take, whatever the target."""
 FULL = 0.95
@@ -78,7 +80,7 @@ class StepCosts:
         The next prompt is computed from position `start`; `backlog` prompt tokens are queued behind it, the first of
         them for `waited_s`.
         """
-        allowed_s = max(target_s, self.seconds(rows, keys) * (1 + LEAST_PREFILL))
+        allowed_s = max(target_s * TOLERANCE, self.seconds(rows, keys) * (1 + LEAST_PREFILL))
         hurried_s = max(allowed_s, min(waited_s, target_s * MOST_HURRY))
         share = backlog // QUEUE_STEPS
         best = self._sizes[min(bisect_left(self._sizes, rows + 1), len(self._sizes) - 1)]

@@ -20,8 +20,10 @@ def budget(costs: StepCosts, rows: int, keys: int = 0, start: int = 0, backlog: 
     return costs.budget(rows, keys, start, backlog, waited_s, TARGET_S)
 
 
-@pytest.mark.parametrize(("target_ms", "expected"), [(7, 128), (15, 512), (30, 1024), (1000, 2048)])
-def test_a_step_is_the_largest_within_the_target(target_ms: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("target_ms", "expected"), [(7, 128), (12, 256), (12.5, 512), (15, 512), (30, 1024), (1000, 2048)]
+)
+def test_a_step_is_the_largest_within_the_target(target_ms: float, expected: int) -> None:
     assert costs().budget(8, keys=0, start=0, backlog=0, waited_s=0.0, target_s=target_ms / 1000) == expected
 
 
