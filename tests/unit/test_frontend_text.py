@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,6 +252,6 @@ def test_other_threads_run_while_one_tokenises(work: Callable[[Tokenizer], objec
     turns = 0
     thread.start()
     while thread.is_alive():
-        time.sleep(0.001)  # gives up the GIL, and gets it back only when the library has
+        thread.join(0.001)  # gives up the GIL, and gets it back only when the library has given it up
         turns += 1
     assert turns > 5
