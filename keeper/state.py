@@ -23,6 +23,7 @@ from baton.proto.messages import (
     Memory,
     Message,
     Note,
+    Prompts,
     Share,
     Swap,
     Swapped,
@@ -79,6 +80,7 @@ class Keeper:
         self.memories: dict[str, Memory] = {}
         self._notes: dict[str, bytes] = {}
         self.shares: Shares | None = None
+        self._prompts: dict[str, float] = {}  # worker -> since when its steps compute prompts
         self._workers: dict[bytes, str] = {}  # living processes, in the order in which they came
         self._waiting: list[bytes] = []
         self.turn: bytes | None = None
@@ -107,6 +109,8 @@ class Keeper:
                 assert self.shares is not None
                 self.shares.withdraw(message)
                 return [Send(sender, Swapped(message.owner_incarnation, message.lease, done=False))]
+            case Prompts():
+                return self._has_prompts(self._workers[sender], message.since)
         return []
 
     def gone(self, sender: bytes) -> list[Instruction]:
@@ -118,7 +122,8 @@ class Keeper:
             self.shares.leave(worker)
         if sender in self._waiting:
             self._waiting.remove(sender)
-        return self._end_turn() if sender == self.turn else self._next_turn()
+        told = self._has_prompts(worker, None)
+        return told + (self._end_turn() if sender == self.turn else self._next_turn())
 
     def _arrive(self, sender: bytes, message: TakeTurn) -> list[Instruction]:
         if sender in self._workers or message.worker not in self._parts:
@@ -154,7 +159,23 @@ class Keeper:
 
     def _join(self, sender: bytes, message: Join) -> list[Instruction]:
         assert self.shares is not None
-        return [Send(sender, Share(), (self.shares.join(self._workers[sender], message.incarnation).tobytes(),))]
+        worker = self._workers[sender]
+        share = Send(sender, Share(), (self.shares.join(worker, message.incarnation).tobytes(),))
+        return [share, *self._has_prompts(worker, None)]
+
+    def _has_prompts(self, worker: str, since: float | None) -> list[Instruction]:
+        """All the others hear of the oldest prompt that is not their own."""
+        if since == self._prompts.get(worker):
+            return []
+        if since is None:
+            del self._prompts[worker]
+        else:
+            self._prompts[worker] = since
+        return [
+            Send(sender, Prompts(min((s for owner, s in self._prompts.items() if owner != other), default=None)))
+            for sender, other in self._workers.items()
+            if other != worker
+        ]
 
     def _swap(self, message: Swap) -> list[Instruction]:
         assert self.shares is not None

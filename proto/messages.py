@@ -756,6 +756,13 @@ class Swapped(Message):
     """What the receiver has got."""
 
 
+class Prompts(Message):
+    """W→K: the oldest prompt in this worker's steps; K→W: in those of all others. Sent when it changes."""
+
+    since: float | None
+    """When it came, on the host's monotonic clock; None: there is none."""
+
+
 # --------------------------------------------------------------------------------------------------- who reads what
 
 ToScheduler = (
@@ -780,5 +787,5 @@ ToWorker = WhoAreYou | Welcome | Fenced | ClockReply | StartPrefill | StartDecod
 ToWorkerFromFrontend = CancelStream
 ToOwner = Open | Confirm
 ToHolder = Settled | Ok | Gone
-ToKeeper = TakeTurn | Allocate | Filled | Note | EndTurn | Join | Swap | Withdraw
-FromKeeper = Turn | Allocated | Share | Swapped
+ToKeeper = TakeTurn | Allocate | Filled | Note | EndTurn | Join | Swap | Withdraw | Prompts
+FromKeeper = Turn | Allocated | Share | Swapped | Prompts

@@ -61,6 +61,7 @@ class Backend(ABC):
             self.config.lease,
             self.config.early_bind_tokens,
             self.costs,
+            shares_device=bool(self.config.keeper) and not self.config.mps_dir,
         )
 
 

@@ -43,6 +43,7 @@ from baton.proto.messages import (
     Peer,
     PrefillDone,
     Progress,
+    Prompts,
     Refused,
     Settled,
     Sid,
@@ -53,7 +54,8 @@ from baton.proto.messages import (
     Welcome,
 )
 from baton.worker.block_pool import BlockPool
-from baton.worker.effects import Compiled, Effect, Emit, ToHolder, ToScheduler
+from baton.worker.device_share import DeviceShare
+from baton.worker.effects import Compiled, Effect, Emit, ToHolder, ToKeeper, ToScheduler
 from baton.worker.grammar_gate import GrammarGate
 from baton.worker.plan import StepPlan, StepResult
 from baton.worker.pulls import Pulls
@@ -67,14 +69,16 @@ from baton.worker.tombstones import Tombstones
 PREFILL, DECODE = "prefill", "decode"
 
 Command = StartPrefill | StartDecode | CancelCommand
-Event = Welcome | Command | CancelStream | Open | Confirm | Settled | Ok | Gone | Swapped | PullDone | Compiled
+Event = (
+    Welcome | Command | CancelStream | Open | Confirm | Settled | Ok | Gone | Swapped | Prompts | PullDone | Compiled
+)
 
 
 class Batcher:
     """All streams of one worker incarnation.
 
     `me` is this worker's own address, `blocks` are those that it owns; `max_model_len` bounds a sequence, and `costs`
-    are those of this device's steps, where they are known.
+    are those of this device's steps, where they are known. `shares_device`: it takes turns there with other workers.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Batcher:
         lease: LeaseConfig,
         early_bind_tokens: int,
         costs: StepCosts | None = None,
+        shares_device: bool = False,
     ) -> None:
         self.me = me
         self.outbox: list[Effect] = []
@@ -96,8 +101,9 @@ class Batcher:
         self._max_model_len = min(max_model_len, len(blocks) * cache.block_size)
         self._early_bind_tokens = early_bind_tokens
         self._shared = SharedPrompts(enabled=not me.shared_pool)
+        self._device = DeviceShare((batch.target_itl_ms or 0.0) / 1000, shares_device)
         self._steps = StepScheduler(
-            self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs, self._shared
+            self.pool, self.leases, cache.block_size, self._max_model_len, batch, costs, self._shared, self._device
         )
         self._swaps = Swaps(self.pool, self.outbox)
         self._pulls = Pulls(
@@ -146,6 +152,8 @@ class Batcher:
             case Swapped():
                 if not self._swaps.swapped(event):
                     self._pulls.swapped(event, now)
+            case Prompts():
+                self._device.prompts_since = event.since
             case PullDone():
                 self._pulls.pull_done(event, now)
             case Compiled():
@@ -375,6 +383,8 @@ class Batcher:
                 lease = item.request.lease
                 if lease is not None and lease.holder is None and self._binds_early(item.request):
                     self._report_progress(item.request, now)  # its reader can make room while the last chunk runs
+        if (news := self._device.news(self._steps.prompts_since)) is not None:
+            self.outbox.append(ToKeeper(news))
         return plan
 
     def complete(self, result: StepResult, now: float) -> None:

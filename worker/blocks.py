@@ -24,6 +24,7 @@ from baton.proto.messages import (
     Memory,
     Message,
     Note,
+    Prompts,
     Share,
     Swap,
     Swapped,
@@ -65,12 +66,12 @@ class Blocks:
     def take_note(self, key: str, data: bytes) -> None:
         """For later processes."""
 
-    def drain(self) -> list[Swapped]:
+    def drain(self) -> list[Swapped | Prompts]:
         """What the keeper has said since the last call."""
         return []
 
-    def send(self, message: Swap | Withdraw) -> None:
-        """Ask the keeper."""
+    def send(self, message: Swap | Withdraw | Prompts) -> None:
+        """Ask or tell the keeper."""
         raise AssertionError("there is no keeper to ask")
 
     def close(self) -> None:
@@ -133,12 +134,12 @@ class SharedBlocks(Blocks):
         _, (frame,) = self._wait(Share)
         return np.frombuffer(frame, dtype=np.int32).tolist()
 
-    def drain(self) -> list[Swapped]:
+    def drain(self) -> list[Swapped | Prompts]:
         """See Blocks. Raises RuntimeError when the keeper has ended."""
         self._check_alive()
-        return [message for message, _ in self._channel.drain() if isinstance(message, Swapped)]
+        return [message for message, _ in self._channel.drain() if isinstance(message, Swapped | Prompts)]
 
-    def send(self, message: Swap | Withdraw) -> None:
+    def send(self, message: Swap | Withdraw | Prompts) -> None:
         """See Blocks."""
         self._channel.send(message)
 

@@ -14,6 +14,7 @@ from baton.proto.messages import (
     Ok,
     Open,
     Peer,
+    Prompts,
     Settled,
     Sid,
     Swap,
@@ -49,7 +50,7 @@ class ToHolder:
 class ToKeeper:
     """Send to the keeper of the pool."""
 
-    message: Swap | Withdraw
+    message: Swap | Withdraw | Prompts
 
 
 @dataclass(slots=True, frozen=True)

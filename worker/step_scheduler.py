@@ -10,7 +10,8 @@ Several that begin alike compute it once: the others stay waiting until it has s
 A step takes running streams first, so that none waits for a newcomer's prompt, then fills its token budget with chunks
 of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). With `prompts_first`
 it is the other way round. At most `depth` steps are in flight; their results come back in order. While streams run, the
-next one is planned when the device is about to need it (lead.py). A stream whose next token depends on its last one by
+next one is planned when the device is about to need it (lead.py), or later where another worker's prompts need the
+device more (device_share.py). A stream whose next token depends on its last one by
 more than the model (a grammar, bad words) is planned again only once that one is known, so at depth 2 it enters every
 other step.
 """
@@ -23,6 +24,7 @@ from baton.kv_transfer.leases import Leases
 from baton.proto.config import BatchConfig
 from baton.proto.lifecycle import Stage
 from baton.worker.block_pool import BlockPool
+from baton.worker.device_share import DeviceShare
 from baton.worker.lead import Lead
 from baton.worker.plan import Row, SlotInit, StepPlan, StepResult
 from baton.worker.request import Request, State
@@ -79,9 +81,11 @@ class StepScheduler:
         batch: BatchConfig,
         costs: StepCosts | None,
         shared: SharedPrompts,
+        device: DeviceShare,
     ) -> None:
         self._pool = pool
         self._shared = shared
+        self._device = device
         self._leases = leases
         self._block_size = block_size
         self._max_model_len = max_model_len
@@ -114,6 +118,9 @@ class StepScheduler:
             return None
         if now < self._lead.plan_at and self._can_wait():
             self.held_until = self._lead.plan_at
+            return None
+        if (begins_at := self._begins_at(now)) > now:
+            self.held_until = begins_at
             return None
         self._new_slots, self._copies = [], []
         rows: list[Row] = []
@@ -150,6 +157,24 @@ class StepScheduler:
             return False
         return any(self._goes_on(request) for request in self.running)
 
+    def _begins_at(self, now: float) -> float:
+        """When a step should begin, as far as other workers' prompts are concerned; infinity: when one has ended."""
+        if self._costs is None or self._device.prompts_since is None or self._prompt() is not None:
+            return now
+        if self._in_flight:
+            return math.inf
+        decoding = self._decoding()
+        step_s = self._costs.seconds(len(decoding), sum(request.total for request in decoding))
+        return self._device.begins_at(self._last_sampled_s, step_s, now)
+
+    def _prompt(self) -> Request | None:
+        """The next that a step would take tokens of."""
+        return next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
+
+    def _decoding(self) -> list[Request]:
+        """Streams whose next token a step would compute."""
+        return [r for r in self.running if self._goes_on(r)] + list(self.kv_here)
+
     def _add_rows(self, requests: list[Request], budget: int, rows: list[Row], planned: list[Planned]) -> int:
         """Plan running requests' next tokens; what is left of the budget."""
         for request in requests:
@@ -175,10 +200,10 @@ class StepScheduler:
         """Tokens of the next step."""
         if self._costs is None:
             return self._max_tokens
-        prompt = next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
+        prompt = self._prompt()
         if prompt is None:
             return self._max_tokens
-        decoding = [r for r in self.running if self._goes_on(r)] + list(self.kv_here)
+        decoding = self._decoding()
         if not decoding:
             return self._max_tokens if self._prompts_first else self._filling(self._costs)
         keys = sum(request.total for request in decoding)
@@ -285,6 +310,12 @@ class StepScheduler:
     def steps_in_flight(self) -> int:
         """Plans whose results have not come back."""
         return len(self._in_flight)
+
+    @property
+    def prompts_since(self) -> float | None:
+        """When the oldest prompt came that the steps in flight compute; None without one."""
+        steps = [step for step in self._in_flight if step.has_prompts]
+        return min((item.request.came_s for step in steps for item in step.planned if not item.decodes), default=None)
 
     @property
     def queued_tokens(self) -> int:

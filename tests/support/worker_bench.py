@@ -41,6 +41,7 @@ class Bench:
         token_of: Callable[[int], int] = lambda position: 1000 + position,
         first_block: int = 0,
         shared_pool: str = "",
+        shares_device: bool = False,
     ) -> None:
         self.now = 100.0
         self.me = Peer(name, incarnation, f"ipc://{name}", f"shm:{name}", shared_pool)
@@ -54,6 +55,7 @@ class Bench:
             lease=LeaseConfig(),
             early_bind_tokens=early_bind_tokens,
             costs=costs,
+            shares_device=shares_device,
         )
         self.in_flight: deque[StepPlan] = deque()
         self.pooled: dict[int, int] = {}

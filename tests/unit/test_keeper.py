@@ -17,6 +17,7 @@ from baton.proto.messages import (
     Join,
     Message,
     Note,
+    Prompts,
     Share,
     Swap,
     Swapped,
@@ -136,6 +137,28 @@ def test_both_sides_hear_what_they_have_got(keeper: Keeper) -> None:
     assert sent(keeper.handle(DECODE, Withdraw(11, 1)), DECODE) == [Swapped(11, 1, False)]
     out = keeper.handle(PREFILL, Swap(11, 2, 33, (1,), (14,)))
     assert sent(out, PREFILL) == [Swapped(11, 2, False)]
+
+
+def test_each_hears_of_the_oldest_prompt_that_is_not_its_own(allocator: Counted) -> None:
+    keeper = Keeper(allocator, {"prefill-0": 0.4, "prefill-1": 0.4, "decode-0": 0.2})
+    other = b"prefill-1:4"
+    for sender in (PREFILL, other, DECODE):
+        start(keeper, sender)
+        if sender == PREFILL:
+            keeper.handle(sender, Allocate("kv", 16, num_blocks=16))
+        keeper.handle(sender, EndTurn())
+        keeper.handle(sender, Join(11))
+
+    def heard(out: list[Instruction]) -> list[list[Message]]:
+        return [sent(out, each) for each in (PREFILL, other, DECODE)]
+
+    assert heard(keeper.handle(PREFILL, Prompts(5.0))) == [[], [Prompts(5.0)], [Prompts(5.0)]]
+    assert heard(keeper.handle(other, Prompts(4.0))) == [[Prompts(4.0)], [], [Prompts(4.0)]]
+    assert heard(keeper.handle(PREFILL, Prompts(None))) == [[], [Prompts(None)], [Prompts(4.0)]]
+    again = keeper.handle(other, Join(12))
+    assert heard(again) == [[Prompts(None)], [Share()], [Prompts(None)]]
+    keeper.handle(other, Prompts(6.0))
+    assert heard(keeper.gone(other)) == [[Prompts(None)], [], [Prompts(None)]]
 
 
 def test_one_loads_at_a_time_and_the_next_finds_what_it_left(keeper: Keeper) -> None:

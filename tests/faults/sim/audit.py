@@ -63,6 +63,8 @@ def leftovers(batcher: Batcher) -> str:
     if batcher._swaps._limbo or batcher.holdings() or batcher.pool.num_used or batcher.leases.num_live:
         used, leases = batcher.pool.num_used, batcher.leases.num_live
         return f"{batcher.me.worker}: {used} blocks, {leases} leases, {batcher.holdings()}"
+    if batcher._device.prompts_since is not None:
+        return f"{batcher.me.worker} gives way to prompts that are not there"
     return ""
 
 

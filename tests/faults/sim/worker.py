@@ -25,6 +25,7 @@ from baton.proto.messages import (
     Join,
     Message,
     Peer,
+    Prompts,
     Settings,
     Share,
     Swapped,
@@ -131,7 +132,7 @@ class Worker(Process):
                 self._join()
             case Share():
                 self._begin(np.frombuffer(frames[0], dtype=np.int32).tolist())
-            case Swapped():
+            case Swapped() | Prompts():
                 self._on_lease(b"keeper", message, ())
 
     def _join(self) -> None:
@@ -159,6 +160,7 @@ class Worker(Process):
             spec.lease,
             spec.early_bind_tokens,
             spec.costs(),
+            shares_device=self._keeper is not None,
         )
         self._runner = Runner(self.memory, noise=self.incarnation if spec.noisy else 0)
         self._device_free_at = self._result_at = self.world.now
