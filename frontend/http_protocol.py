@@ -1,6 +1,6 @@
 """uvicorn's HTTP/1.1 protocol with bounds on what comes before a request's body, and answers in our envelope.
 
-    connection made ─► head (timed, counted) ─► application: body, answer ─► idle: uvicorn's keep-alive ─► head …
+    connection made ─► head (timed, counted) ─► application: body, answer ─► idle (timed) ─► head …
 
 A request that never reaches the application (a line that is no HTTP, headers too long, too many or too slow) is
 answered here, and its connection closed. The application finds in `scope["state"]`:
@@ -33,8 +33,11 @@ _NOT_IN_IDS = re.compile(rb"[^A-Za-z0-9._:/+=@-]")
 class BoundedProtocol(HttpToolsProtocol):
     """One connection."""
 
-    def __init__(self, *args: Any, max_header_bytes: int, head_timeout_s: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, max_header_bytes: int, head_timeout_s: float, keep_alive_s: float, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.timeout_keep_alive = keep_alive_s  # type: ignore[assignment]  # an int, it says; any number will do
         self.logger = _errors_only
         self._max_header_bytes = max_header_bytes
         self._head_timeout_s = head_timeout_s
@@ -126,7 +129,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
 def protocol_factory(config: FrontendConfig) -> Any:
     """What uvicorn.Config takes as `http`."""
-    return partial(BoundedProtocol, max_header_bytes=config.max_header_bytes, head_timeout_s=config.head_timeout_s)
+    return partial(
+        BoundedProtocol,
+        max_header_bytes=config.max_header_bytes,
+        head_timeout_s=config.head_timeout_s,
+        keep_alive_s=config.keep_alive_s,
+    )
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> bytes:

@@ -269,6 +269,9 @@ class FrontendConfig(Config):
     """Request line and headers of one request together."""
     head_timeout_s: float = 20.0
     """From the first byte of a request to the end of its headers; a connection that sends nothing has as long."""
+    keep_alive_s: float = 120.0
+    """An idle connection stays open for so long. Clients and proxies should be the ones to close it (httpx after 5 s,
+    load balancers after 60, Go's client after 90): a request that is on its way when the server closes is lost."""
     body_timeout_s: float = 120.0
     """From the end of the headers to the end of the body."""
     shutdown_timeout_s: float = 15.0

@@ -13,6 +13,8 @@ from baton.frontend.http_protocol import MAX_HEADERS, BoundedProtocol, protocol_
 from baton.proto.config import FrontendConfig, ModelConfig
 
 CONFIG = FrontendConfig("frontend", ModelConfig("", ("m",)), "", "", max_header_bytes=1000, head_timeout_s=0.02)
+IDLE_IN_USE_S = 90.0
+"""So long the most patient of common clients keeps an idle connection before it closes it itself."""
 
 
 class Transport(asyncio.Transport):
@@ -123,3 +125,13 @@ def test_a_head_that_does_not_come_to_its_end() -> None:
 
     for use in (slow, second, silent):
         connected(use)
+
+
+def test_an_idle_connection_is_closed_in_the_end_and_later_than_clients_would() -> None:
+    async def use(protocol: BoundedProtocol, transport: Transport) -> None:
+        await answer(protocol, transport, b"GET / HTTP/1.1\r\n\r\n")
+        assert not transport.is_closing()
+        await transport.closed.wait()
+
+    connected(use, msgspec.structs.replace(CONFIG, keep_alive_s=0.02))
+    assert CONFIG.keep_alive_s > IDLE_IN_USE_S
