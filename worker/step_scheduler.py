@@ -165,7 +165,7 @@ class StepScheduler:
             return math.inf
         decoding = self._decoding()
         step_s = self._costs.seconds(len(decoding), sum(request.total for request in decoding))
-        return self._device.begins_at(self._last_sampled_s, step_s, now)
+        return self._device.begins_at(step_s, now)
 
     def _prompt(self) -> Request | None:
         """The next that a step would take tokens of."""
@@ -465,6 +465,7 @@ class StepScheduler:
         # A step that was enqueued early began when the one before it ended.
         elapsed = result.sampled_s - max(result.started_s, self._last_sampled_s)
         self._last_sampled_s = result.sampled_s
+        self._device.step_ended(result.sampled_s)
         tokens = sum(item.end - item.start for item in step.planned if not item.decodes)
         if tokens and elapsed > 0:
             self.tokens_per_s = tokens / elapsed

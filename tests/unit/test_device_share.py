@@ -7,8 +7,16 @@ from support.worker_bench import Bench
 
 from baton.proto.messages import Message, Prompts
 from baton.worker import effects
-from baton.worker.device_share import OLD, PATIENCE, SLOWER
-from baton.worker.step_costs import MOST_HURRY, StepCosts
+from baton.worker.device_share import (
+    MOST_PAUSES,
+    OLD,
+    PATIENCE,
+    PAUSE,
+    SLOWER,
+    STEPS_A_PAUSE,
+    DeviceShare,
+)
+from baton.worker.step_costs import StepCosts
 
 STEP_S, TARGET_S = 0.006, 0.015
 
@@ -40,11 +48,24 @@ def test_a_decode_step_beside_prompts_begins_as_late_as_it_may() -> None:
     assert bench.launch() is not None
 
 
-def test_beside_an_old_prompt_it_waits_longer() -> None:
+def test_beside_an_old_prompt_it_pauses() -> None:
     bench = decoding()
     bench.handle(Prompts(bench.now - OLD * TARGET_S - 0.001))
     assert bench.launch() is None
-    assert bench.batcher.next_deadline() == pytest.approx(bench.now + MOST_HURRY * TARGET_S - SLOWER * STEP_S)
+    assert bench.batcher.next_deadline() == pytest.approx(bench.now + PAUSE * TARGET_S - SLOWER * STEP_S)
+
+
+def test_pauses_are_few() -> None:
+    device, now, late = DeviceShare(TARGET_S, shared=True), 0.0, 0
+    device.prompts_since = -1.0
+    steps = 20 * STEPS_A_PAUSE
+    for _ in range(steps):
+        device.step_ended(now)
+        at = device.begins_at(STEP_S, now)
+        assert device.begins_at(STEP_S, at) == at  # asked again once it is due
+        late += at - now > PATIENCE * TARGET_S
+        now = at + SLOWER * STEP_S
+    assert late == pytest.approx(MOST_PAUSES + steps / STEPS_A_PAUSE, abs=1)
 
 
 def test_once_the_prompts_are_gone_it_begins() -> None:
