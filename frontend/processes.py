@@ -61,8 +61,7 @@ def frontend_spec(config: FrontendConfig) -> ProcessSpec:
 
 def keeper_spec(config: KeeperConfig) -> ProcessSpec:
     """One keeper."""
-    environment = thread_environment(1) | (mps.environment(config.mps_dir) if config.mps_dir else {})
-    return ProcessSpec(config, _module("baton.keeper.main"), StopOrder.KEEPER, environment)
+    return ProcessSpec(config, _module("baton.keeper.main"), StopOrder.KEEPER, thread_environment(1))
 
 
 def worker_spec(config: WorkerConfig, ends_with: str = "") -> ProcessSpec:

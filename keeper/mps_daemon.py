@@ -1,4 +1,4 @@
-"""The MPS daemon of a shared GPU, alive as long as its keeper."""
+"""The MPS daemon of a shared GPU, alive as long as its keeper, which is no client of it: it would wait for itself."""
 
 import os
 import shutil
@@ -12,8 +12,6 @@ from baton.proto.errors import UserError
 from baton.proto.supervision import die_with_parent
 
 START_S = 10.0
-FOR_CLIENTS_S = 1
-"""So long the daemon waits for its last client, which is this process: it ends right after the daemon."""
 LOOK_AGAIN_S = 0.05
 """The daemon says nothing when it is ready: it has to be asked."""
 
@@ -45,7 +43,7 @@ class MpsDaemon:
         return self
 
     def __exit__(self, *_: object) -> None:
-        mps.ask(self._directory, f"quit -t {FOR_CLIENTS_S}")
+        mps.ask(self._directory, "quit")
         try:
             self._process.wait(mps.ANSWER_S)
         except subprocess.TimeoutExpired:

@@ -10,8 +10,10 @@ each other by events. So the memory of a pair is bounded whatever is asked for, 
 import contextlib
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import msgspec
 import numpy as np
@@ -101,28 +103,34 @@ class _NcclEnd:
         self._wire = torch.cuda.Stream(device, priority=-1)
         self._copied = [torch.cuda.Event() for _ in range(PIECES)]
         self._crossed = [torch.cuda.Event() for _ in range(PIECES)]
-        with _as_transfer_error():
-            self._communicator = Communicator(meeting, rank)
+        self._communicator = self._meet(meeting, rank)
+
+    def _meet(self, meeting: bytes, rank: int) -> Communicator:
+        """Meet the other and connect, which takes most of a second. NCCL can't be told to give that up, but it can be left
+        to a thread of its own: one stays behind for a peer that died meanwhile."""
+        met: Future[Communicator] = Future()
+
+        def meet() -> None:
             try:
-                self._meet(rank)
-            except BaseException:
-                self.close()
-                raise
+                torch.cuda.set_device(self._pool.gpu)
+                communicator = Communicator(meeting, rank)
+                (communicator.send if rank == OWNER else communicator.recv)(self._buffers.data_ptr(), 1, self._wire)
+                met.set_result(communicator)
+            except Exception as error:
+                met.set_exception(error)
 
-    def _meet(self, rank: int) -> None:
-        """Connect, which the first operation does and takes most of a second for: one byte crosses."""
-        self._wait(self._communicator.settled, MEETING_S)
-        self._enqueue(
-            self._communicator.send if rank == OWNER else self._communicator.recv, self._buffers.data_ptr(), 1
-        )
-        met = torch.cuda.Event()
-        met.record(self._wire)
-        self._wait(met.query, STALLED_S)
-
-    def _enqueue(self, operation: Callable[[int, int, torch.cuda.Stream], bool], address: int, size: int) -> None:
-        """A message of so many bytes, on the wire's stream."""
-        if not operation(address, size, self._wire):
-            self._wait(self._communicator.settled, MEETING_S)
+        threading.Thread(target=meet, name="nccl-meeting", daemon=True).start()
+        self._wait(met.done, MEETING_S)
+        with _as_transfer_error():
+            communicator = met.result()
+        crossed = torch.cuda.Event()
+        crossed.record(self._wire)
+        try:
+            self._wait(crossed.query, STALLED_S)
+        except TransferError:
+            communicator.abort()
+            raise
+        return communicator
 
     def _wait(self, ended: Callable[[], bool], at_most_s: float) -> None:
         """Until something has ended, not beyond the peer's end."""
@@ -175,7 +183,7 @@ class NcclSender(_NcclEnd, Sender):
                 self._mover.launch(rows)
                 self._copied[buffer].record(self._mover.stream)
                 self._wire.wait_event(self._copied[buffer])
-                self._enqueue(self._communicator.send, address, size)
+                self._communicator.send(address, size, self._wire)
                 self._crossed[buffer].record(self._wire)
 
 
@@ -193,7 +201,7 @@ class NcclReceiver(_NcclEnd, Receiver):
         with _as_transfer_error():
             for buffer, address, size, rows in self._next_pieces(row, len(blocks)):
                 self._wire.wait_event(self._copied[buffer])
-                self._enqueue(self._communicator.recv, address, size)
+                self._communicator.recv(address, size, self._wire)
                 self._crossed[buffer].record(self._wire)
                 self._mover.stream.wait_event(self._crossed[buffer])
                 self._mover.launch(rows)

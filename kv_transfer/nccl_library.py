@@ -1,8 +1,9 @@
 """NCCL between two ranks: the few calls of the library that torch has loaded, and their errors.
 
 torch.distributed has the same operations, but takes longer to enqueue one than NVLink takes for 32 MiB, and its groups
-come with files and threads of their own and can't be given up while they form. Calls here return at once: until
-`settled` says so, what was called last is still under way.
+come with files and threads of their own. A communicator here is a blocking one: to make it, and its first operation,
+wait for the other rank; later ones are enqueued at once. One that does not block would start a thread for each
+operation, which takes longer than the bytes of a piece (docs/performance.md).
 """
 
 import ctypes
@@ -12,10 +13,8 @@ from typing import Any
 import torch
 
 UINT8 = 1
-SUCCESS, IN_PROGRESS = 0, 7
-BLOCKING = 0
-"""1: a call waits for what it begins. 0: what waits for a dead peer can be given up, but NCCL starts a thread for each
-operation (docs/performance.md)."""
+SUCCESS = 0
+BLOCKING = 1
 _MAGIC = 0xCAFEBEEF
 _VERSION = 21400
 """Of the configuration below. Later versions have more fields and take their defaults for those that it lacks."""
@@ -39,7 +38,7 @@ class _Config(ctypes.Structure):
 
 
 class NcclError(Exception):
-    """A call failed, or what it had begun."""
+    """A call failed."""
 
 
 def unique_id() -> bytes:
@@ -50,10 +49,10 @@ def unique_id() -> bytes:
 
 
 class Communicator:
-    """Two ranks on the current devices of their threads, 0 and 1. All calls come from one thread."""
+    """Two ranks on the current devices of their threads, 0 and 1. One call at a time."""
 
     def __init__(self, meeting: bytes, rank: int) -> None:
-        """Begin to meet the other."""
+        """Meet the other, however long it takes."""
         self._peer = 1 - rank
         self._handle = ctypes.c_void_p()
         config = _Config(ctypes.sizeof(_Config), _MAGIC, _VERSION, BLOCKING)
@@ -66,27 +65,19 @@ class Communicator:
             ctypes.byref(config),
         )
 
-    def settled(self) -> bool:
-        """Whether the last call is through, so that another may follow. Raises NcclError when it has failed."""
-        state = ctypes.c_int()
-        _call("ncclCommGetAsyncError", self._handle, ctypes.byref(state))
-        if state.value not in (SUCCESS, IN_PROGRESS):
-            raise NcclError(_explain("what was begun", state.value))
-        return state.value == SUCCESS
+    def send(self, address: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
+        """Enqueue a message to the other. The first operation connects, for which it waits for the other's."""
+        self._transfer("ncclSend", address, num_bytes, stream)
 
-    def send(self, address: int, num_bytes: int, stream: torch.cuda.Stream) -> bool:
-        """Enqueue a message to the other; whether the call is through. NCCL's first operation connects, and is not."""
-        return self._transfer("ncclSend", address, num_bytes, stream)
-
-    def recv(self, address: int, num_bytes: int, stream: torch.cuda.Stream) -> bool:
+    def recv(self, address: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
         """Enqueue the receipt of one of exactly this size."""
-        return self._transfer("ncclRecv", address, num_bytes, stream)
+        self._transfer("ncclRecv", address, num_bytes, stream)
 
-    def _transfer(self, call: str, address: int, num_bytes: int, stream: torch.cuda.Stream) -> bool:
+    def _transfer(self, call: str, address: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
         where = ctypes.c_void_p(address)
         size = ctypes.c_size_t(num_bytes)
         queue = ctypes.c_void_p(stream.cuda_stream)
-        return _call(call, where, size, UINT8, self._peer, self._handle, queue) == SUCCESS
+        _call(call, where, size, UINT8, self._peer, self._handle, queue)
 
     def abort(self) -> None:
         """End at once, with whatever is under way on this side."""
@@ -98,11 +89,10 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL("libnccl.so.2")
 
 
-def _call(name: str, *arguments: Any) -> int:
+def _call(name: str, *arguments: Any) -> None:
     code: int = getattr(_library(), name)(*arguments)
-    if code not in (SUCCESS, IN_PROGRESS):
+    if code != SUCCESS:
         raise NcclError(_explain(name, code))
-    return code
 
 
 def _explain(what: str, code: int) -> str:

@@ -45,7 +45,7 @@ class Scale:
     works: tuple[tuple[int, int, float], ...]
     """(prompt tokens, output tokens, requests a second)."""
     sweep: tuple[float, ...]
-    """More rates for the first work's lengths."""
+    """More rates for the first work's lengths, of the split pair."""
     seconds: float
     """Of Poisson arrivals."""
 
@@ -106,12 +106,11 @@ def transfer(args: argparse.Namespace) -> Figures:
 
 
 def handoff(args: argparse.Namespace) -> Figures:
-    """Prompts one after the other: whole in one step and chunk by chunk, each with and without early transfer."""
+    """Prompts one after the other, transferred chunk by chunk while they are computed, and at the end."""
     figures: Figures = {}
     for name, flags in {
         "as by default": "",
-        "in chunks of 2,048": "--max-num-batched-tokens 2048",
-        "as by default, transferred at the end": "--early-bind-tokens 1000000",
+        "transferred at the end": "--early-bind-tokens 1000000",
     }.items():
         args.serve_flags = flags if args.dry_run else f"--max-model-len 40960 {flags}"
         with WatchedServer(args, *SPLIT) as server:
@@ -125,21 +124,21 @@ def handoff(args: argparse.Namespace) -> Figures:
 
 def split(args: argparse.Namespace) -> Figures:
     """1 prefill + 1 decode worker."""
-    return serving(args, ["--prefill", "1", "--decode", "1"])
+    return serving(args, ["--prefill", "1", "--decode", "1"], args.scale.sweep)
 
 
 def unified(args: argparse.Namespace) -> Figures:
     """Two workers that do both, each request on one of them."""
-    return serving(args, ["--unified", "2"])
+    return serving(args, ["--unified", "2"], ())
 
 
-def serving(args: argparse.Namespace, workers: list[str]) -> Figures:
+def serving(args: argparse.Namespace, workers: list[str], sweep: tuple[float, ...]) -> Figures:
     """`baton bench serve`'s figures of each work, and of more rates."""
     if not args.dry_run:
         workers += ["--device", "cuda", "--gpus", args.gpus, "--load-format", "dummy", "--max-model-len", "8192"]
     scale: Scale = args.scale
     input_len, output_len, _ = scale.works[0]
-    works = [*scale.works, *((input_len, output_len, rate) for rate in scale.sweep)]
+    works = [*scale.works, *((input_len, output_len, rate) for rate in sweep)]
     figures: Figures = {}
     with Server(args.model, args.out / f"{args.step}.log", workers=workers) as server:
         figures["ready after, s"] = server.ready_s

@@ -5,16 +5,16 @@
 Processes share a GPU in slices of time, as many for each. Decode steps one right behind the other would leave prompts
 half of it for as long as streams run. So beside another worker's prompts a decode step begins as late as it may to end
 in time, PATIENCE targets after the one before it. That leaves prompts about two thirds, and costs streams nothing: once
-the prompts are gone, steps are short again. Beside prompts that have become OLD, one step in STEPS_A_PAUSE may end PAUSE
+the prompts are gone, steps are short again. Beside prompts that have become OLD one step in STEPS_A_PAUSE may end PAUSE
 targets after the one before, which leaves them nine tenths; so few do not show in the 99th percentile.
 """
 
 from baton.proto.messages import Prompts
 
-PATIENCE, PAUSE = 1.3, 6
+PATIENCE, PAUSE = 1.27, 6
 OLD = 7
 """Targets since the prompt came."""
-STEPS_A_PAUSE, MOST_PAUSES = 200, 4
+STEPS_A_PAUSE, MOST_PAUSES = 500, 2
 """The second: as many as may be saved up."""
 SLOWER = 2.2
 """A decode step beside prompts takes so many times as long."""
