@@ -106,8 +106,8 @@ class _NcclEnd:
         self._communicator = self._meet(meeting, rank)
 
     def _meet(self, meeting: bytes, rank: int) -> Communicator:
-        """Meet the other and connect, which takes most of a second. NCCL can't be told to give that up, but it can be left
-        to a thread of its own: one stays behind for a peer that died meanwhile."""
+        """Meet the other and connect, which takes most of a second. NCCL can't be told to give that up, so a thread of its
+        own does it: where the peer dies meanwhile it stays behind."""
         met: Future[Communicator] = Future()
 
         def meet() -> None:
