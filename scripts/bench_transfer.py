@@ -261,9 +261,10 @@ class WatchedServer:
 
     def __init__(self, args: argparse.Namespace, *flags: str) -> None:
         command = [sys.executable, "-P", "-m", "baton.frontend.cli.main", "serve", args.model, *flags]
-        command += ["--host", "127.0.0.1", "--port", "0", "--no-enable-prefix-caching", *args.serve_flags.split()]
+        command += ["--host", "127.0.0.1", "--port", "0", "--no-enable-prefix-caching"]
         if args.device == "cuda":
             command += ["--device", "cuda", "--gpus", args.gpus, "--load-format", "dummy", "--max-model-len", "8192"]
+        command += args.serve_flags.split()
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent
         )

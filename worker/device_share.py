@@ -11,8 +11,8 @@ targets after the one before, which leaves them nine tenths; so few do not show 
 
 from baton.proto.messages import Prompts
 
-PATIENCE, PAUSE = 1.27, 6
-OLD = 7
+PATIENCE, PAUSE = 1.25, 6
+OLD = 8
 """Targets since the prompt came."""
 STEPS_A_PAUSE, MOST_PAUSES = 500, 2
 """The second: as many as may be saved up."""

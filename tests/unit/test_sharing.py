@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from baton.frontend.cli import sharing
-from baton.frontend.processes import specs
+from baton.frontend.processes import keeper_spec, specs, worker_spec
 from baton.proto.config import CacheConfig, KeeperConfig, ModelConfig, SchedulerConfig, ServeConfig, WorkerConfig
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
@@ -70,3 +70,6 @@ def test_with_mps_prefill_workers_have_a_part_of_the_gpu(tmp_path: Path) -> None
     (prefill, decode), (keeper,) = sharing.with_mps(workers, keepers, tmp_path, 60)
     assert prefill.mps_dir == decode.mps_dir == keeper.mps_dir == str(tmp_path / "keeper-0.mps")
     assert (prefill.mps_percentage, decode.mps_percentage) == (60, 100)
+    named = "CUDA_MPS_PIPE_DIRECTORY"
+    assert [worker_spec(each).environment[named] for each in (prefill, decode)] == [keeper.mps_dir] * 2
+    assert named not in keeper_spec(keeper).environment  # the daemon that it ends would wait for it
