@@ -3,9 +3,10 @@
     STARTING ─► SERVING ─► DRAINING ─► over
         └──────────┴─ a process can't be kept running ─► over
 
-While STARTING any death ends the start. While SERVING a dead process is started again as restart.py decides. DRAINING
-stops the frontend first, which lets running streams finish, then the workers, then the scheduler; a second signal, or
-a process that takes too long, is answered with SIGKILL. The child's side is proto/supervision.py.
+While STARTING any death ends the start. While SERVING a dead process is started again as restart.py decides, or one
+that stands by takes its place. DRAINING stops the frontend first, which lets running streams finish, then the workers,
+then the scheduler; a second signal, or a process that takes too long, is answered with SIGKILL. The child's side is
+proto/supervision.py.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ from baton.frontend.processes import ProcessSpec, StopOrder
 from baton.frontend.restart import RestartPolicy
 from baton.proto import config as config_tree
 from baton.proto import mps
-from baton.proto.supervision import EXIT_FAILED, EXIT_USER_ERROR, Report
+from baton.proto.supervision import BEGIN, EXIT_FAILED, EXIT_USER_ERROR, Report
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,9 @@ class Ending:
 
 
 class Child:
-    """One started process: its pid, its socket to us, what it has reported."""
+    """One started process: its pid, its socket to us, what it has reported. `standby`: it waits for `begin`."""
 
-    def __init__(self, spec: ProcessSpec, run_dir: Path) -> None:
+    def __init__(self, spec: ProcessSpec, run_dir: Path, standby: bool = False) -> None:
         self.spec = spec
         self.name = spec.name
         self.started_at = time.monotonic()
@@ -68,6 +69,7 @@ class Child:
                     *spec.command,
                     *("--config", str(config_file)),
                     *("--supervisor-fd", str(theirs.fileno())),
+                    *(("--standby",) if standby else ()),
                 ],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONSAFEPATH": "1", **spec.environment},
@@ -76,6 +78,12 @@ class Child:
             )
         self.pidfd = os.pidfd_open(self.process.pid)
         self.exited = asyncio.Event()
+
+    def begin(self) -> None:
+        """End of standing by."""
+        self.started_at = time.monotonic()
+        with contextlib.suppress(OSError):  # it has just died too, which its pidfd will say
+            self.reports.send(BEGIN, socket.MSG_NOSIGNAL)
 
     def read_reports(self) -> list[Report]:
         """All that have arrived."""
@@ -127,6 +135,7 @@ class Launcher:
         self._on_ready = on_ready
         self._drain_s = drain_s
         self._children: dict[str, Child] = {}
+        self._standbys: dict[str, Child] = {}
         self._policies = {spec.name: RestartPolicy() for spec in specs}
         self._restarts: set[asyncio.Task[None]] = set()
         self._serving = False
@@ -157,10 +166,21 @@ class Launcher:
     def _start(self, spec: ProcessSpec) -> None:
         if self._ending.done():
             return
-        child = Child(spec, self._run_dir)
-        self._children[spec.name] = child
+        standby = self._standbys.pop(spec.name, None)
+        if standby is not None:
+            standby.begin()
+        self._children[spec.name] = standby or self._spawn(spec)
+
+    def _spawn(self, spec: ProcessSpec, standby: bool = False) -> Child:
+        child = Child(spec, self._run_dir, standby)
         self._loop.add_reader(child.reports, self._on_reports, child)
         self._loop.add_reader(child.pidfd, self._on_exit, child)
+        return child
+
+    def _prepare(self, spec: ProcessSpec) -> None:
+        """For the next death."""
+        if spec.standby and not self._ending.done():
+            self._standbys[spec.name] = self._spawn(spec, standby=True)
 
     def _on_reports(self, child: Child) -> None:
         reports = child.read_reports()
@@ -183,9 +203,12 @@ class Launcher:
         self._policies[child.name].became_ready(now)
         if self._serving:
             log.info("%s is ready again after %.1f s", child.name, now - child.started_at)
+            self._prepare(child.spec)
         elif len(self._children) == len(self._specs) and all(each.ready for each in self._children.values()):
             self._serving = True
             self._on_ready(now - self._started_at)
+            for spec in self._specs:
+                self._prepare(spec)
 
     def _say_who_is_missing(self) -> None:
         if self._serving or self._ending.done():
@@ -199,6 +222,11 @@ class Launcher:
         self._loop.remove_reader(child.pidfd)
         self._loop.remove_reader(child.reports)
         child.close()
+        if self._standbys.get(child.name) is child:
+            del self._standbys[child.name]
+            if not self._draining:
+                log.warning("%s, while it stood by", child.obituary())
+            return
         if self._draining or self._ending.done():
             return
         if child.leaving and self._serving:
@@ -227,6 +255,8 @@ class Launcher:
 
     def _on_left(self, child: Child) -> None:
         del self._children[child.name]
+        if standby := self._standbys.get(child.name):
+            standby.kill()  # nobody's death is waited for any more
         log.info("%s was removed by an operator; it is not started again", child.name)
         if not self._children:
             self._ending.set_result(Ending(0))
@@ -260,6 +290,6 @@ class Launcher:
                 child.kill()
 
     async def _kill_all(self) -> None:
-        for child in self._children.values():
+        for child in [*self._standbys.values(), *self._children.values()]:
             child.kill()
             await child.exited.wait()

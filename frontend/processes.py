@@ -35,6 +35,8 @@ class ProcessSpec:
     """Of the MPS daemon that has to let go of the process before it may be killed."""
     ends_with: str = ""
     """Name of the process that has its memory; both are gone before that one is started again."""
+    standby: bool = False
+    """A second process waits, with everything imported, to take the place of this one."""
 
     @property
     def name(self) -> str:
@@ -65,11 +67,14 @@ def keeper_spec(config: KeeperConfig) -> ProcessSpec:
 
 
 def worker_spec(config: WorkerConfig, ends_with: str = "") -> ProcessSpec:
-    """One worker; `ends_with` as in ProcessSpec."""
+    """One worker; `ends_with` as in ProcessSpec. One that finds its weights in memory would mostly import code when it
+    is started again, so another stands by."""
     environment = thread_environment(config.threads or cpu_count())
     if config.mps_dir:
         environment |= mps.environment(config.mps_dir, config.mps_percentage)
-    return ProcessSpec(config, _module("baton.worker.main"), StopOrder.WORKER, environment, config.mps_dir, ends_with)
+    standby = bool(config.keeper)
+    command = _module("baton.worker.main")
+    return ProcessSpec(config, command, StopOrder.WORKER, environment, config.mps_dir, ends_with, standby)
 
 
 def _module(name: str) -> tuple[str, ...]:

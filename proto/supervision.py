@@ -1,11 +1,12 @@
 """How a process is started by the launcher and tells it how it is: the child's side of supervision.
 
     spawned ─► alive ─► ready ─► (SIGTERM: stopping) ─► exit 0
-       └─────────┴────────┴─► failed: one-line summary to the launcher, traceback on stderr, exit 1 (2: UserError)
+     │   └───────┴────────┴─► failed: one-line summary to the launcher, traceback on stderr, exit 1 (2: UserError)
+     └─► standing by, with all its code imported ─► alive: the process whose place it takes has died
 
 A child gets `--config FILE` (its config struct as JSON) and `--supervisor-fd N`, its end of a socketpair to the
 launcher. Without the descriptor it was started by hand and reports to nobody. A supervised child can't outlive its
-launcher: the kernel kills it when its parent dies.
+launcher: the kernel kills it when its parent dies. With `--standby` it waits for one packet, BEGIN.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from baton.proto.errors import UserError
 GC_THRESHOLD = 10_000
 """Objects more than before, until the garbage collector looks for cycles among them; a step of a thousand streams makes
 several thousand that live for milliseconds."""
+BEGIN = b"begin"
+"""Launcher to a child that stands by."""
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 _PR_SET_PDEATHSIG = 1
@@ -72,6 +75,11 @@ class Supervised:
     def by_hand(self) -> bool:
         """Whether no launcher listens: what the user should read goes to stderr then."""
         return self._launcher is None
+
+    def stand_by(self) -> None:
+        """Wait until the launcher wants this process to begin, or is gone; a SIGTERM is for whoever has begun."""
+        if self._launcher is not None and self._launcher.recv(len(BEGIN)) != BEGIN:
+            sys.exit(0)
 
     def alive(self) -> None:
         """The process runs; run_child says so before main."""
@@ -114,8 +122,13 @@ def summary(error: BaseException) -> str:
     return " ".join("".join(traceback.format_exception_only(error)).split())
 
 
-def run_child(main: Callable[[ConfigT, Supervised], int], kind: type[ConfigT]) -> NoReturn:
-    """Run `main(config, supervised)` as this process and exit with what it returns.
+def run_child(
+    main: Callable[[ConfigT, Supervised], int],
+    kind: type[ConfigT],
+    prepare: Callable[[ConfigT], object] = lambda config: None,
+) -> NoReturn:
+    """Run `main(config, supervised)` as this process and exit with what it returns. `prepare` does what can be done in
+    advance while standing by.
 
     The config's name becomes the process title and the prefix of its log lines. uvicorn and others install their own
     SIGTERM handlers: keep them from it, or stop_fd stays silent.
@@ -124,6 +137,10 @@ def run_child(main: Callable[[ConfigT, Supervised], int], kind: type[ConfigT]) -
     supervised = Supervised(_tie_to_launcher(arguments.supervisor_fd))
     try:
         config = config_tree.decode(arguments.config.read_bytes(), kind)
+        if arguments.standby:
+            setproctitle(f"baton: {config.name}-standby")
+            prepare(config)
+            supervised.stand_by()
         name_process(config.name)
         supervised.alive()
         code = main(config, supervised)
@@ -141,6 +158,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A process of Baton; `baton serve` starts it.")
     parser.add_argument("--config", type=Path, required=True, help="JSON file with the process's configuration")
     parser.add_argument("--supervisor-fd", type=int, default=-1, help="socket to the launcher; none when by hand")
+    parser.add_argument("--standby", action="store_true", help="import everything, then wait for the launcher")
     return parser.parse_args()
 
 

@@ -407,7 +407,8 @@ def load(args: argparse.Namespace) -> Figures:
         with WatchedServer(args, *flags, *(("--mps",) if kind.endswith("+mps") else ())) as server:
             bench(args, server, 32, 16)  # clocks and caches
             for rate in args.rates:
-                figures[f"{kind}, {rate} req/s"] = bench(args, server, rate * args.seconds, rate)
+                figures[f"{kind}, {rate} req/s"] = found = bench(args, server, rate * args.seconds, rate)
+                print(kind, rate, json.dumps(found), flush=True)
     return figures
 
 

@@ -67,6 +67,11 @@ class Backend(ABC):
 
 def open_backend(config: WorkerConfig) -> Backend:
     """Load the model of `config` on its device. Raises UserError or ValueError when that can't be done."""
+    return backend_class(config)(config)
+
+
+def backend_class(config: WorkerConfig) -> Callable[[WorkerConfig], Backend]:
+    """Of the device, with all that it imports, which takes seconds. Raises UserError when something is missing."""
     if config.device == "cuda":
         try:
             from baton.worker.cuda.backend import CudaBackend
@@ -77,10 +82,10 @@ def open_backend(config: WorkerConfig) -> Backend:
                 f"--device cuda needs {error.name or error}; install the extra cuda, pip install 'baton-serve[cuda]', "
                 "and PyTorch for CUDA"
             ) from error
-        return CudaBackend(config)
+        return CudaBackend
     from baton.worker.cpu_backend import CpuBackend
 
-    return CpuBackend(config)
+    return CpuBackend
 
 
 def fill_batch(config: WorkerConfig, own: BatchConfig) -> WorkerConfig:

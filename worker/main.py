@@ -7,7 +7,7 @@ from baton.proto.channels import LINGER_MS
 from baton.proto.config import WorkerConfig
 from baton.proto.network import open_network
 from baton.proto.supervision import Supervised, run_child
-from baton.worker.backend import open_backend
+from baton.worker.backend import backend_class, open_backend
 from baton.worker.device import Device
 from baton.worker.session import Session
 
@@ -43,4 +43,4 @@ def main(config: WorkerConfig, supervised: Supervised) -> int:
 
 
 if __name__ == "__main__":
-    run_child(main, WorkerConfig)
+    run_child(main, WorkerConfig, prepare=backend_class)

@@ -47,6 +47,24 @@ def test_kills_lose_no_request_and_change_no_token(request: pytest.FixtureReques
         kill_in_place(deployment, ["decode-0", "prefill-0"], prompts, request.config.getoption("--kills"))
 
 
+def test_who_stands_by_takes_the_place_of_a_dead_worker(tiny_model: Path) -> None:
+    flags = ("--load-format", "dummy", "--prefill", "1", "--decode", "1", *LOCAL)
+    with Deployment(*flags, model=str(tiny_model)) as deployment:
+        before = deployment.pids()
+        for name in ("decode-0", "prefill-0"):
+            standby = deployment.wait_for_process(f"{name}-standby")
+            os.kill(before[name], signal.SIGKILL)
+            deployment.wait_for(f"{name} is ready again")
+            assert deployment.pids()[name] == standby
+            again = deployment.wait_for_process(f"{name}-standby")
+            assert again != standby
+            os.kill(again, signal.SIGKILL)
+            deployment.wait_for(f"{name}: killed by SIGKILL, while it stood by")
+            os.kill(standby, signal.SIGKILL)
+            deployment.wait_for(f"{name} is ready again", 2)
+        assert deployment.complete(PROMPT, max_tokens=4)["usage"]["completion_tokens"] == 4
+
+
 def test_workers_begin_anew_when_their_keeper_dies(tiny_model: Path) -> None:
     flags = ("--load-format", "dummy", "--prefill", "1", "--decode", "1", *LOCAL)
     with Deployment(*flags, model=str(tiny_model)) as deployment:
