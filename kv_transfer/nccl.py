@@ -106,8 +106,8 @@ class _NcclEnd:
         self._communicator = self._meet(meeting, rank)
 
     def _meet(self, meeting: bytes, rank: int) -> Communicator:
-        """Meet the other and connect, which takes most of a second. NCCL can't be told to give that up, so a thread does
-        it, which stays behind where the peer dies meanwhile."""
+        """Meet the other and connect, which takes most of a second. NCCL can't be told to give that up, so a thread
+        does it, which stays behind where the peer dies meanwhile."""
         met: Future[Communicator] = Future()
 
         def meet() -> None:

@@ -20,7 +20,7 @@ def shared_bytes(deployment: Deployment) -> dict[str, int]:
     """Of each process: bytes of memory files that it maps."""
     found = {}
     for name, pid in deployment.pids().items():
-        if name.startswith(("prefill", "decode")):
+        if name in ("prefill-0", "decode-0"):
             maps = psutil.Process(pid).memory_maps(grouped=False)
             found[name] = sum(part.size for part in maps if "memfd:baton-kv" in part.path)
     return found
