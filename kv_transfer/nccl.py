@@ -109,18 +109,13 @@ class _NcclEnd:
         """Meet the other and connect, which takes most of a second. NCCL can't be told to give that up, so a thread
         does it, which stays behind where the peer dies meanwhile."""
         met: Future[Communicator] = Future()
-
-        def meet() -> None:
-            try:
-                torch.cuda.set_device(self._pool.gpu)
-                communicator = Communicator(meeting, rank)
-                (communicator.send if rank == OWNER else communicator.recv)(self._buffers.data_ptr(), 1, self._wire)
-                met.set_result(communicator)
-            except Exception as error:
-                met.set_exception(error)
-
-        threading.Thread(target=meet, name="nccl-meeting", daemon=True).start()
-        self._wait(met.done, MEETING_S)
+        byte = torch.empty(1, dtype=torch.uint8, device=self._wire.device)
+        threading.Thread(target=_meet, args=(met, meeting, rank, byte, self._wire), name="nccl", daemon=True).start()
+        try:
+            self._wait(met.done, MEETING_S)
+        except TransferError:
+            met.add_done_callback(_abort)
+            raise
         with _as_transfer_error():
             communicator = met.result()
         crossed = torch.cuda.Event()
@@ -210,6 +205,23 @@ class NcclReceiver(_NcclEnd, Receiver):
 
     def receive(self, index: int, targets: np.ndarray) -> None:
         self._wait(self._arrived[index % WINDOW].query, STALLED_S)
+
+
+def _meet(met: Future[Communicator], meeting: bytes, rank: int, byte: torch.Tensor, wire: torch.cuda.Stream) -> None:
+    """As a thread: one byte crosses. It has nothing that would be missed if it stayed for good."""
+    try:
+        torch.cuda.set_device(wire.device)
+        communicator = Communicator(meeting, rank)
+        (communicator.send if rank == OWNER else communicator.recv)(byte.data_ptr(), 1, wire)
+        met.set_result(communicator)
+    except Exception as error:
+        met.set_exception(error)
+
+
+def _abort(met: Future[Communicator]) -> None:
+    """Nobody waited for it."""
+    if met.exception() is None:
+        met.result().abort()
 
 
 @contextlib.contextmanager

@@ -383,7 +383,7 @@ class Batcher:
                 lease = item.request.lease
                 if lease is not None and lease.holder is None and self._binds_early(item.request):
                     self._report_progress(item.request, now)  # its reader can make room while the last chunk runs
-        if (news := self._device.news(self._steps.prompts_since)) is not None:
+        if self._device.shared and (news := self._device.news(self._steps.prompts_since)):
             self.outbox.append(ToKeeper(news))
         return plan
 

@@ -21,11 +21,12 @@ SLOWER = 2.2
 
 
 class DeviceShare:
-    """What this worker knows of the others and they of it. `shared`: whether there are others, and slices of time."""
+    """What this worker knows of the others and they of it."""
 
     def __init__(self, target_s: float, shared: bool) -> None:
         self._target_s = target_s
-        self._shared = shared
+        self.shared = shared
+        """Whether there are others, and slices of time."""
         self._said: float | None = None
         self.prompts_since: float | None = None
         """When the oldest prompt came that another worker's steps compute; None without one."""
@@ -35,7 +36,7 @@ class DeviceShare:
 
     def news(self, since: float | None) -> Prompts | None:
         """What the others must hear, now that the oldest prompt in this worker's steps came at `since`."""
-        if not self._shared or since == self._said:
+        if since == self._said:
             return None
         self._said = since
         return Prompts(since)
