@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from baton.kernels.cpu.openmp import give_back_threads
 from baton.kv_transfer.contract import Sink, Source
 from baton.kv_transfer.greeting import Greeting
 from baton.kv_transfer.transports import open_halves
@@ -39,6 +40,7 @@ class CpuBackend(Backend):
         self.num_blocks = len(self.blocks.join(0))
         check_pool_size(self.num_blocks, config.cache.block_size, self.max_model_len)
         self._runner.attach_pool(self._pool.tensor)
+        give_back_threads()  # what follows is computed by the thread that runs the steps
 
     def _open_pool(self) -> tuple[HostPool, Blocks]:
         block_bytes = self.layout.groups[0].block_bytes

@@ -1,8 +1,7 @@
 """Compile the C kernels with the system's compiler on first use, into the user's cache.
 
 The library is keyed by sources, flags, compiler and processor, built in a temporary directory under a lock and renamed
-into place, so that many processes may start at once. It links against the OpenMP runtime that torch has loaded: two
-runtimes in a process would mean two thread pools on the same cores.
+into place, so that many processes may start at once. It links against the OpenMP runtime that torch has loaded.
 """
 
 import fcntl
@@ -13,6 +12,8 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+from baton.kernels.cpu.openmp import loaded_runtime
 
 SOURCES = ("linear.c", "elementwise.c", "attention.c", "sample.c")
 HEADERS = ("vec.h",)
@@ -28,7 +29,9 @@ def build() -> Path:
     compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc")
     if compiler is None:
         raise BuildError("no C compiler found (gcc or cc)")
-    openmp = _loaded_openmp()
+    openmp = loaded_runtime()
+    if openmp is None:
+        raise BuildError("no OpenMP runtime is loaded (import torch first)")
     target = _cache_dir() / f"cpu-{_key(compiler, openmp)}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,15 +61,6 @@ def _run(command: list[str]) -> None:
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
         raise BuildError(f"{command[0]} failed: {errors[0]}")
-
-
-def _loaded_openmp() -> Path:
-    """The OpenMP runtime in this process's memory; torch brings one. Intel's and LLVM's serve GCC's interface too."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = Path(line.split(maxsplit=5)[-1])
-        if path.name.startswith(("libgomp", "libiomp5", "libomp")):
-            return path
-    raise BuildError("no OpenMP runtime is loaded (import torch first)")
 
 
 def _key(compiler: str, openmp: Path) -> str:

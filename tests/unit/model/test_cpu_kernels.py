@@ -212,3 +212,22 @@ def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
     assert [start.returncode for start in starts] == [0, 0]
     assert len(paths) == 1
     assert sorted(path.suffix for path in (tmp_path / "baton" / "kernels").iterdir()) == [".lock", ".so"]
+
+
+def test_threads_that_waited_for_a_thread_end_when_it_gives_them_back() -> None:
+    program = """if True:
+        import threading
+        import psutil, torch
+        from baton.kernels.cpu.openmp import give_back_threads
+        torch.set_num_threads(3)
+        count = psutil.Process().num_threads
+        idle = count()
+        torch.zeros(2**20).add_(1)
+        busy = count()
+        give_back_threads()
+        torch.zeros(2**10).add_(1)
+        print(busy - idle, count() - idle)
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "3", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "0"]
