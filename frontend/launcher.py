@@ -55,6 +55,7 @@ class Child:
         self.spec = spec
         self.name = spec.name
         self.started_at = time.monotonic()
+        self.standing_by = standby
         self.ready = False
         self.leaving = False
         self.failure: Report | None = None
@@ -81,6 +82,7 @@ class Child:
 
     def begin(self) -> None:
         """End of standing by."""
+        self.standing_by = False
         self.started_at = time.monotonic()
         with contextlib.suppress(OSError):  # it has just died too, which its pidfd will say
             self.reports.send(BEGIN, socket.MSG_NOSIGNAL)
@@ -102,7 +104,7 @@ class Child:
         """At once, with everything that it has started."""
         if self.exited.is_set():
             return
-        if self.spec.mps_dir:
+        if self.spec.mps_dir and not self.standing_by:
             mps.end_client(self.spec.mps_dir, self.process.pid)
         os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -178,8 +180,8 @@ class Launcher:
         return child
 
     def _prepare(self, spec: ProcessSpec) -> None:
-        """For the next death."""
-        if spec.standby and not self._ending.done():
+        """For the next death. A worker that begins a new incarnation is ready once more, and has its standby still."""
+        if spec.standby and spec.name not in self._standbys and not self._ending.done():
             self._standbys[spec.name] = self._spawn(spec, standby=True)
 
     def _on_reports(self, child: Child) -> None:
@@ -222,9 +224,9 @@ class Launcher:
         self._loop.remove_reader(child.pidfd)
         self._loop.remove_reader(child.reports)
         child.close()
-        if self._standbys.get(child.name) is child:
-            del self._standbys[child.name]
-            if not self._draining:
+        if child.standing_by:
+            if self._standbys.get(child.name) is child and not self._draining:
+                del self._standbys[child.name]
                 log.warning("%s, while it stood by", child.obituary())
             return
         if self._draining or self._ending.done():
@@ -255,7 +257,7 @@ class Launcher:
 
     def _on_left(self, child: Child) -> None:
         del self._children[child.name]
-        if standby := self._standbys.get(child.name):
+        if standby := self._standbys.pop(child.name, None):
             standby.kill()  # nobody's death is waited for any more
         log.info("%s was removed by an operator; it is not started again", child.name)
         if not self._children:

@@ -92,6 +92,6 @@ def cpu_count() -> int:
 
 def thread_environment(count: int, alone: bool = False) -> dict[str, str]:
     """Threads that sleep while they wait: spinning ones take the cores from the other workers (2.9 times slower). Where
-    there are none they spin from one operation of a step to the next: being woken takes a quarter of the step."""
+    the deployment has none they spin from one operation of a step to the next: being woken takes a quarter of it."""
     spins = SPINS_ALONE if alone else 0
     return {"OMP_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": str(spins)}

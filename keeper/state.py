@@ -161,7 +161,9 @@ class Keeper:
         assert self.shares is not None
         worker = self._workers[sender]
         share = Send(sender, Share(), (self.shares.join(worker, message.incarnation).tobytes(),))
-        return [share, *self._has_prompts(worker, None)]
+        others = self._oldest_prompt(worker)
+        told = [] if others is None else [Send(sender, Prompts(others))]
+        return [share, *told, *self._has_prompts(worker, None)]
 
     def _has_prompts(self, worker: str, since: float | None) -> list[Instruction]:
         """All the others hear of the oldest prompt that is not their own."""
@@ -171,11 +173,12 @@ class Keeper:
             del self._prompts[worker]
         else:
             self._prompts[worker] = since
-        return [
-            Send(sender, Prompts(min((s for owner, s in self._prompts.items() if owner != other), default=None)))
-            for sender, other in self._workers.items()
-            if other != worker
-        ]
+        others = [(sender, other) for sender, other in self._workers.items() if other != worker]
+        return [Send(sender, Prompts(self._oldest_prompt(other))) for sender, other in others]
+
+    def _oldest_prompt(self, worker: str) -> float | None:
+        """When it came, of all that other workers compute."""
+        return min((since for owner, since in self._prompts.items() if owner != worker), default=None)
 
     def _swap(self, message: Swap) -> list[Instruction]:
         assert self.shares is not None

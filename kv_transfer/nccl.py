@@ -112,18 +112,14 @@ class _NcclEnd:
         byte = torch.empty(1, dtype=torch.uint8, device=self._wire.device)
         threading.Thread(target=_meet, args=(met, meeting, rank, byte, self._wire), name="nccl", daemon=True).start()
         try:
-            self._wait(met.done, MEETING_S)
-        except TransferError:
+            with _as_transfer_error():
+                self._wait(met.done, MEETING_S)
+                communicator = met.result()
+                crossed = torch.cuda.Event()
+                crossed.record(self._wire)
+                self._wait(crossed.query, STALLED_S)
+        except BaseException:
             met.add_done_callback(_abort)
-            raise
-        with _as_transfer_error():
-            communicator = met.result()
-        crossed = torch.cuda.Event()
-        crossed.record(self._wire)
-        try:
-            self._wait(crossed.query, STALLED_S)
-        except TransferError:
-            communicator.abort()
             raise
         return communicator
 
@@ -212,7 +208,11 @@ def _meet(met: Future[Communicator], meeting: bytes, rank: int, byte: torch.Tens
     try:
         torch.cuda.set_device(wire.device)
         communicator = Communicator(meeting, rank)
-        (communicator.send if rank == OWNER else communicator.recv)(byte.data_ptr(), 1, wire)
+        try:
+            (communicator.send if rank == OWNER else communicator.recv)(byte.data_ptr(), 1, wire)
+        except NcclError:
+            communicator.abort()
+            raise
         met.set_result(communicator)
     except Exception as error:
         met.set_exception(error)

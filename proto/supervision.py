@@ -76,10 +76,14 @@ class Supervised:
         """Whether no launcher listens: what the user should read goes to stderr then."""
         return self._launcher is None
 
-    def stand_by(self) -> None:
-        """Wait until the launcher wants this process to begin, or is gone; a SIGTERM is for whoever has begun."""
+    def stand_by(self, prepare: Callable[[], object]) -> None:
+        """Prepare, then wait until the launcher wants this process to begin, or is gone. A SIGTERM meanwhile is not for
+        this process, which has nothing to stop: the launcher kills it."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        prepare()
         if self._launcher is not None and self._launcher.recv(len(BEGIN)) != BEGIN:
             sys.exit(0)
+        signal.signal(signal.SIGTERM, self._on_stop)
 
     def alive(self) -> None:
         """The process runs; run_child says so before main."""
@@ -139,8 +143,7 @@ def run_child(
         config = config_tree.decode(arguments.config.read_bytes(), kind)
         if arguments.standby:
             setproctitle(f"baton: {config.name}-standby")
-            prepare(config)
-            supervised.stand_by()
+            supervised.stand_by(lambda: prepare(config))
         name_process(config.name)
         supervised.alive()
         code = main(config, supervised)

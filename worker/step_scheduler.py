@@ -159,13 +159,24 @@ class StepScheduler:
 
     def _begins_at(self, now: float) -> float:
         """When a step should begin, as far as other workers' prompts are concerned; infinity: when one has ended."""
-        if self._costs is None or self._device.prompts_since is None or self._prompt() is not None:
+        if self._costs is None or self._device.prompts_since is None or self._takes_prompts():
             return now
         if self._in_flight:
             return math.inf
         decoding = self._decoding()
+        if not decoding:
+            return now
         step_s = self._costs.seconds(len(decoding), sum(request.total for request in decoding))
         return self._device.begins_at(step_s, now)
+
+    def _takes_prompts(self) -> bool:
+        """Whether the next step will have some. One that waits for room has not."""
+        if any(request.total - request.scheduled > 1 for request in self.running):
+            return True
+        first = next((request for request in self.waiting if not self._is_awaited(request)), None)
+        if first is None or not self._free_slots:
+            return False
+        return -(-len(first.tokens) // self._block_size) + len(self.running) <= self._pool.num_free
 
     def _prompt(self) -> Request | None:
         """The next that a step would take tokens of."""

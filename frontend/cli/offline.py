@@ -21,7 +21,8 @@ def load(args: argparse.Namespace) -> "LLM":
     batch = engine_args.batch_config(args)
     if batch.target_itl_ms is None:
         batch = msgspec.structs.replace(batch, target_itl_ms=0.0)  # nobody watches the tokens arrive
-    os.environ.update(thread_environment(args.threads or cpu_count(), alone=True))  # read when torch loads, with LLM
+    # Read when torch loads, with LLM.
+    os.environ.update(thread_environment(args.threads or cpu_count(), alone=args.device == "cpu"))
     from baton.frontend import LLM
 
     return LLM(

@@ -20,6 +20,9 @@ def give_back_threads() -> None:
     """End the threads that wait for this one's next parallel region: another thread will compute from now on. libgomp
     counts them as busy, and with more of them than cores nobody waits actively for more than microseconds."""
     runtime = loaded_runtime()
-    pause = getattr(ctypes.CDLL(str(runtime)), "omp_pause_resource_all", None) if runtime else None
+    try:
+        pause = getattr(ctypes.CDLL(str(runtime)), "omp_pause_resource_all", None) if runtime else None
+    except OSError:  # its file has been replaced since
+        return
     if pause is not None:
         pause(_HARD)

@@ -1,4 +1,7 @@
-"""Runs the real launcher over supervised_child.py processes: `small_deployment.py NAME=BEHAVIOUR[:ENDS_WITH] …`."""
+"""Runs the real launcher over supervised_child.py processes: `small_deployment.py NAME=BEHAVIOUR[+][:ENDS_WITH] …`.
+
+With + another process stands by.
+"""
 
 import asyncio
 import sys
@@ -27,9 +30,11 @@ def main() -> int:
         for argument in sys.argv[1:]:
             name, _, behaviour = argument.partition("=")
             behaviour, _, ends_with = behaviour.partition(":")
+            standby, behaviour = behaviour.endswith("+"), behaviour.removesuffix("+")
             config = SchedulerConfig(name=name, endpoint=f"{run_dir.path}/{name}.starts")
             command = ("-m", "baton.proto.child", "no_such_module") if behaviour == "missing" else (CHILD,)
-            specs.append(ProcessSpec(config, command, ORDER[name], {"BEHAVIOUR": behaviour}, ends_with=ends_with))
+            environment = {"BEHAVIOUR": behaviour}
+            specs.append(ProcessSpec(config, command, ORDER[name], environment, ends_with=ends_with, standby=standby))
         print(f"run_dir {run_dir.path}", flush=True)
         launcher = Launcher(specs, run_dir.path, lambda _: print("ready", flush=True), drain_s=1.0)
         return asyncio.run(launcher.run())

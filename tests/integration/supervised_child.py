@@ -11,7 +11,7 @@ from baton.proto.supervision import Supervised, run_child
 
 
 def main(config: SchedulerConfig, supervised: Supervised) -> int:
-    """BEHAVIOUR: serve | stubborn | fail | fail_by_user | fail_after_restart."""
+    """BEHAVIOUR: serve | renew (ready twice) | stubborn | fail | fail_by_user | fail_after_restart."""
     behaviour = os.environ["BEHAVIOUR"]
     marker = Path(config.endpoint)
     starts = int(marker.read_text() or 0) if marker.exists() else 0
@@ -22,6 +22,8 @@ def main(config: SchedulerConfig, supervised: Supervised) -> int:
         raise UserError("this flag is wrong")
     say(f"{config.name} {os.getpid()}")
     supervised.ready()
+    if behaviour == "renew":
+        supervised.ready()
     while behaviour == "stubborn" or not supervised.stopping:
         select.select([supervised.stop_fd], [], [])
         if behaviour == "stubborn":

@@ -121,6 +121,27 @@ def test_kill_9_of_the_launcher_leaves_no_process_and_no_directory() -> None:
         assert not running.run_dir.exists()
 
 
+def test_one_process_stands_by_and_takes_over_whatever_signal_it_had() -> None:
+    with deployment("worker=renew+") as running:
+        worker = int(running.read_until("worker ").split()[1])
+        while "ready again" not in running.lines[-1]:
+            running.read_until("")
+        (standby,) = [
+            pid for pid in child_pids(running.process) if "standby" in " ".join(psutil.Process(pid).cmdline())
+        ]
+        deadline = time.monotonic() + DEADLINE_S
+        while "baton: worker-standby" not in " ".join(psutil.Process(standby).cmdline()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(standby, signal.SIGTERM)
+        os.kill(worker, signal.SIGKILL)
+        assert running.read_until("worker ") == f"worker {standby}"
+        running.process.terminate()
+        assert running.finish() == 0
+        assert "worker stopped" in running.lines
+        assert not running.run_dir.exists()
+
+
 def test_a_dead_child_is_started_again() -> None:
     with deployment("worker=serve") as running:
         first = int(running.read_until("worker ").split()[1])

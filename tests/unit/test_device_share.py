@@ -74,7 +74,26 @@ def test_once_the_prompts_are_gone_it_begins() -> None:
     assert bench.launch() is None
     bench.handle(Prompts(None))
     assert bench.launch() is not None
-    assert bench.batcher.next_deadline() > bench.now
+    assert bench.batcher._steps.held_until == math.inf
+
+
+def test_a_worker_without_streams_spends_no_pause() -> None:
+    bench = Bench(depth=2, target_itl_ms=1e3 * TARGET_S, costs=costs(), shares_device=True)
+    bench.handle(Prompts(bench.now - 1.0))
+    assert bench.launch() is None
+    assert bench.batcher._steps.held_until == math.inf
+    assert bench.batcher._device._pauses == MOST_PAUSES
+
+
+def test_a_prompt_without_room_does_not_end_giving_way() -> None:
+    bench = Bench(depth=2, num_blocks=4, target_itl_ms=1e3 * TARGET_S, costs=costs(), shares_device=True)
+    bench.prefill(1, list(range(40)), max_tokens=20)
+    assert bench.launch() is not None
+    bench.finish(STEP_S)
+    bench.prefill(2, list(range(100, 130)))
+    bench.handle(Prompts(bench.now))
+    assert bench.launch() is None
+    assert bench.now < bench.batcher._steps.held_until < math.inf
 
 
 def test_beside_prompts_one_step_is_in_flight_and_its_end_is_waited_for() -> None:

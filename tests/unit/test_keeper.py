@@ -154,6 +154,7 @@ def test_each_hears_of_the_oldest_prompt_that_is_not_its_own(allocator: Counted)
 
     assert heard(keeper.handle(PREFILL, Prompts(5.0))) == [[], [Prompts(5.0)], [Prompts(5.0)]]
     assert heard(keeper.handle(other, Prompts(4.0))) == [[Prompts(4.0)], [], [Prompts(4.0)]]
+    assert sent(keeper.handle(DECODE, Join(13)), DECODE) == [Share(), Prompts(4.0)]
     assert heard(keeper.handle(PREFILL, Prompts(None))) == [[], [Prompts(None)], [Prompts(4.0)]]
     again = keeper.handle(other, Join(12))
     assert heard(again) == [[Prompts(None)], [Share()], [Prompts(None)]]

@@ -52,7 +52,7 @@ def test_on_cpu_workers_share_only_when_asked_to() -> None:
     assert share(worker("u", U, **local), worker("v", U, **local))[1] == ()  # type: ignore[arg-type]
 
 
-def test_only_the_one_worker_of_a_host_keeps_its_threads_awake() -> None:
+def test_only_the_one_worker_of_a_deployment_keeps_its_threads_awake() -> None:
     def spins(*names: str) -> set[str]:
         workers = tuple(worker(name, U, device="cpu") for name in names)
         serve = ServeConfig(scheduler=SchedulerConfig("", ""), workers=workers, frontends=(), run_dir="")

@@ -216,7 +216,7 @@ def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
 
 def test_threads_that_waited_for_a_thread_end_when_it_gives_them_back() -> None:
     program = """if True:
-        import threading
+        import time
         import psutil, torch
         from baton.kernels.cpu.openmp import give_back_threads
         torch.set_num_threads(3)
@@ -225,7 +225,9 @@ def test_threads_that_waited_for_a_thread_end_when_it_gives_them_back() -> None:
         torch.zeros(2**20).add_(1)
         busy = count()
         give_back_threads()
-        torch.zeros(2**10).add_(1)
+        deadline = time.monotonic() + 10  # the kernel may count a thread that has been joined for a moment more
+        while count() > idle and time.monotonic() < deadline:
+            time.sleep(0.01)
         print(busy - idle, count() - idle)
     """
     environment = os.environ | {"OMP_NUM_THREADS": "3", "PYTHONSAFEPATH": "1"}
