@@ -192,6 +192,8 @@ class Launcher:
         for report in reports:
             if report.event == "failed":
                 child.failure = report
+            elif report.event == "standing by":
+                log.info("%s: another process stands by, pid %d", child.name, child.process.pid)
             elif report.event == "alive":
                 log.info("%s is alive, pid %d", child.name, child.process.pid)
             elif report.event == "ready":

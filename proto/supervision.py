@@ -46,7 +46,8 @@ class Report(msgspec.Struct, frozen=True):
     """Child to launcher, one packet of JSON each."""
 
     event: str
-    """alive (the process runs) | ready (it can serve) | leaving (it ends for good) | failed (it is about to exit)."""
+    """standing by (it waits to begin) | alive (the process runs) | ready (it can serve) | leaving (it ends for good) |
+    failed (it is about to exit)."""
     error: str = ""
     """For failed: the exception in one line."""
     user_error: bool = False
@@ -81,6 +82,7 @@ class Supervised:
         this process, which has nothing to stop: the launcher kills it."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         prepare()
+        self._send(Report("standing by"))
         if self._launcher is not None and self._launcher.recv(len(BEGIN)) != BEGIN:
             sys.exit(0)
         signal.signal(signal.SIGTERM, self._on_stop)

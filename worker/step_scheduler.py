@@ -11,9 +11,8 @@ A step takes running streams first, so that none waits for a newcomer's prompt, 
 of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). With `prompts_first`
 it is the other way round. At most `depth` steps are in flight; their results come back in order. While streams run, the
 next one is planned when the device is about to need it (lead.py), or later where another worker's prompts need the
-device more (device_share.py). A stream whose next token depends on its last one by
-more than the model (a grammar, bad words) is planned again only once that one is known, so at depth 2 it enters every
-other step.
+device more (device_share.py). A stream whose next token depends on its last one by more than the model (a grammar, bad
+words) is planned again only once that one is known, so at depth 2 it enters every other step.
 """
 
 import math
@@ -176,11 +175,11 @@ class StepScheduler:
         first = next((request for request in self.waiting if not self._is_awaited(request)), None)
         if first is None or not self._free_slots:
             return False
-        return -(-len(first.tokens) // self._block_size) + len(self.running) <= self._pool.num_free
+        return self._has_room(-(-len(first.tokens) // self._block_size))
 
-    def _prompt(self) -> Request | None:
-        """The next that a step would take tokens of."""
-        return next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
+    def _has_room(self, blocks: int) -> bool:
+        """Each running stream may soon want a block; without the spare, admission and preemption would alternate."""
+        return blocks + len(self.running) <= self._pool.num_free
 
     def _decoding(self) -> list[Request]:
         """Streams whose next token a step would compute."""
@@ -211,7 +210,7 @@ class StepScheduler:
         """Tokens of the next step."""
         if self._costs is None:
             return self._max_tokens
-        prompt = self._prompt()
+        prompt = next((r for r in [*self.running, *self.waiting] if r.total - r.scheduled > 1), None)
         if prompt is None:
             return self._max_tokens
         decoding = self._decoding()
@@ -379,8 +378,7 @@ class StepScheduler:
         owner = self._owner(request)
         known = self._known_blocks(request, owner)
         fresh = -(-len(request.tokens) // self._block_size) - len(known)
-        # Each running stream may soon want a block; without the spare, admission and preemption would alternate.
-        blocks = self._pool.allocate(fresh) if fresh + len(self.running) <= self._pool.num_free else None
+        blocks = self._pool.allocate(fresh) if self._has_room(fresh) else None
         if blocks is None:
             self._pool.release(known)
             return False

@@ -26,6 +26,11 @@ def shared_bytes(deployment: Deployment) -> dict[str, int]:
     return found
 
 
+def standing_by(deployment: Deployment, name: str, count: int) -> int:
+    """The pid of the count-th process that stood by for this worker."""
+    return int(deployment.wait_for(f"{name}: another process stands by", count).split()[-1])
+
+
 def test_a_handoff_moves_no_byte_and_the_pool_is_there_once() -> None:
     with Deployment("--prefill", "1", "--decode", "1", *LOCAL) as deployment:
         response = deployment.client.post(
@@ -52,11 +57,11 @@ def test_who_stands_by_takes_the_place_of_a_dead_worker(tiny_model: Path) -> Non
     with Deployment(*flags, model=str(tiny_model)) as deployment:
         before = deployment.pids()
         for name in ("decode-0", "prefill-0"):
-            standby = deployment.wait_for_process(f"{name}-standby")
+            standby = standing_by(deployment, name, 1)
             os.kill(before[name], signal.SIGKILL)
             deployment.wait_for(f"{name} is ready again")
             assert deployment.pids()[name] == standby
-            again = deployment.wait_for_process(f"{name}-standby")
+            again = standing_by(deployment, name, 2)
             assert again != standby
             os.kill(again, signal.SIGKILL)
             deployment.wait_for(f"{name}: killed by SIGKILL, while it stood by")

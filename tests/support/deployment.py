@@ -68,14 +68,6 @@ class Served:
                 found[" ".join(child.cmdline()).strip().removeprefix("baton: ")] = child.pid
         return found
 
-    def wait_for_process(self, name: str) -> int:
-        """The pid of a child with this name, once there is one: it has none to say what it is before."""
-        deadline = time.monotonic() + DEADLINE_S
-        while (pid := self.pids().get(name)) is None:
-            assert time.monotonic() < deadline, f"no {name} within {DEADLINE_S} s"
-            time.sleep(0.05)
-        return pid
-
     def run_dir(self) -> Path:
         """The deployment's private directory."""
         janitor = next(title for title in self.pids() if "baton-janitor" in title)
