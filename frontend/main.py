@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,6 @@ from baton.proto.supervision import Supervised, run_child
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
-SWITCH_INTERVAL_S = 0.5e-3
-"""How long a thread that renders or tokenises may keep the event loop waiting for the interpreter."""
 FLUSH_S = 2.0
 """After the last request has been ended: how long its answer may take to be written."""
 CLOSE_ACK_S = 1.0
@@ -57,7 +54,6 @@ class _Server(uvicorn.Server):
 def main(config: FrontendConfig, supervised: Supervised) -> int:
     """The whole life of the process."""
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its steps of stopping are not news
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     listener = _listen(config)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -58,6 +58,11 @@ class _Channel(Generic[M]):
         """Whether a message is waiting now."""
         return bool(int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
+    def tend(self) -> None:
+        """What there is to do now and then although nothing has arrived; `drain` does it too."""
+        if self._refusals is not None:
+            self._refusals.tell()
+
     def close(self, linger_ms: int = LINGER_MS) -> None:
         """Close the socket; unsent messages get linger_ms."""
         if self._refusals is not None:
@@ -74,8 +79,7 @@ class _Channel(Generic[M]):
 
     def _receive(self) -> Iterator[list[zmq.Frame]]:
         """Parts of all messages that have arrived."""
-        if self._refusals is not None:
-            self._refusals.tell()
+        self.tend()
         while True:
             try:
                 yield self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -118,10 +122,12 @@ class Dealer(_Channel[M]):
                 return
             self._backlog.popleft()
 
+    def tend(self) -> None:
+        super().tend()
+        self.flush()
+
     def drain(self) -> Iterator[tuple[M, Body]]:
         """All messages that have arrived, with their extra frames."""
-        if self._backlog:
-            self.flush()
         for parts in self._receive():
             message = self._decode(parts[0], self.endpoint)
             if message is not None:

@@ -33,6 +33,8 @@ from baton.proto.errors import UserError
 GC_THRESHOLD = 10_000
 """Objects more than before, until the garbage collector looks for cycles among them; a step of a thousand streams makes
 several thousand that live for milliseconds."""
+SWITCH_INTERVAL_S = 0.5e-3
+"""How long a thread may keep a process's loop waiting for the interpreter: one that tokenises, or enqueues copies."""
 BEGIN = b"begin"
 """Launcher to a child that stands by."""
 EXIT_FAILED = 1
@@ -147,6 +149,7 @@ def run_child(
             setproctitle(f"baton: {config.name}-standby")
             supervised.stand_by(lambda: prepare(config))
         name_process(config.name)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         supervised.alive()
         code = main(config, supervised)
     except Exception as error:

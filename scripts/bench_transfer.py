@@ -384,11 +384,13 @@ def request(url: str, input_len: int) -> tuple[Figures, list[float]]:
 
 
 def restart(args: argparse.Namespace) -> Figures:
-    """Seconds from a kill -9 to the worker serving again, and until a request sent at the kill has its answer."""
+    """Seconds from a kill -9, with another process standing by, to the worker serving again, and until a request sent
+    at the kill has its answer."""
     figures: Figures = {}
     with WatchedServer(args, *SPLIT) as server:
         request(server.url, args.input_len)
         for name in ("decode-0", "prefill-0"):
+            server.said(f"{name}: another process stands by")
             killed_at = time.monotonic()
             os.kill(server.pid(name), signal.SIGKILL)
             request(server.url, args.input_len)

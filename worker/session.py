@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class Session:
         self._incarnation = int.from_bytes(os.urandom(7), "big")
         stem = Path(config.run_dir) / f"{config.name}-{self._incarnation:014x}"
         self._poller = zmq.Poller()
+        self._arrived: set[Any] = set()
+        """What was readable at the turn's begin: to ask every socket in vain would take most of a turn."""
         self._me_bytes = identity(config.name, self._incarnation)
         greeting = Greeting(backend.layout, config.name, self._incarnation, backend.pool_blocks)
         self._source, self._sink = backend.open_transport(stem.with_suffix(".kv"), greeting, network)
@@ -109,7 +111,7 @@ class Session:
     def run(self) -> bool:
         """Serve until stopped or told to leave (False) or fenced (True: go on with a new incarnation)."""
         while not (self._supervised.stopping or self._fenced or self._settings.duty == Duty.LEAVING):
-            self._poller.poll(self._timeout_ms())
+            self._arrived = {source for source, _ in self._poller.poll(self._timeout_ms())}
             self._receive()
             self._compute()
             self._report(time.monotonic())
@@ -145,17 +147,18 @@ class Session:
 
     def _receive(self) -> None:
         now = time.monotonic()
-        for message, frames in self._scheduler.drain():
+        for message, frames in self._read(self._scheduler):
             self._dispatch[type(message)](message, frames)
-        for _peer, lease_message, _frames in self._peers.drain():
+        for _peer, lease_message, _frames in self._read(self._peers):
             self._batcher.handle(lease_message, (), now)
             self._load_due = True
         for _incarnation, owner in self._owners.values():
-            for answer, _frames in owner.drain():
+            for answer, _frames in self._read(owner):
                 self._batcher.handle(answer, (), now)
-        for swapped in self._backend.blocks.drain():
-            self._batcher.handle(swapped, (), now)
-        for cancel in self._tokens.cancels():
+        if not self._arrived.isdisjoint(self._backend.blocks.sources):
+            for said in self._backend.blocks.drain():
+                self._batcher.handle(said, (), now)
+        for cancel in self._tokens.cancels(self._arrived):
             self._batcher.handle(cancel, (), now)
         for done in self._sink.completed():
             if not done.ok:
@@ -163,6 +166,12 @@ class Session:
             self._batcher.handle(done, (), now)
         for compiled in self._backend.grammars.completed():
             self._batcher.handle(compiled, (), now)
+
+    def _read(self, channel: Dealer[Any] | Router[Any]) -> Iterable[Any]:
+        if channel.socket in self._arrived:
+            return channel.drain()
+        channel.tend()
+        return ()
 
     def _compute(self) -> None:
         for result in self._device.results():

@@ -1,7 +1,7 @@
 """Sampled tokens on their way to the frontends: one TokenBatch per step and frontend, on a socket per frontend."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import zmq
 
@@ -69,11 +69,13 @@ class TokenPlane:
         """When `beat` has something to do; infinity without links."""
         return min((link.sent_at for link in self._links.values()), default=float("inf")) + BEAT_INTERVAL_S
 
-    def cancels(self) -> Iterator[CancelStream]:
-        """What the frontends no longer want."""
+    def cancels(self, arrived: Container[zmq.Socket]) -> Iterator[CancelStream]:
+        """What the frontends no longer want, on those of the sockets where something has arrived."""
         for link in self._links.values():
-            for message, _frames in link.dealer.drain():
-                yield message
+            link.dealer.tend()
+            if link.dealer.socket in arrived:
+                for message, _frames in link.dealer.drain():
+                    yield message
 
     def close(self) -> None:
         """Close every link."""
