@@ -15,6 +15,7 @@ import collections
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 
 import msgspec
 import numpy as np
@@ -65,6 +66,8 @@ class Receiver(ABC):
     """The reader's end. All calls come from one thread."""
 
     fetch_bytes = FETCH_BYTES
+    edge_bytes = 0
+    """Of the first and the last fetch of several: nothing crosses while those are gathered or scattered. 0: as all."""
 
     @abstractmethod
     def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
@@ -88,6 +91,15 @@ class Receiver(ABC):
 def blocks_per_fetch(pool: Pool, fetch_bytes: int) -> int:
     """As many as fit, and one at least."""
     return min(max(1, fetch_bytes // pool.block_bytes), MAX_FETCH_BLOCKS)
+
+
+def fetch_sizes(count: int, most: int, edge: int) -> list[int]:
+    """How many of `count` blocks each fetch asks for: `most` at most, and `edge` at both ends if that is not 0."""
+    if count <= 2 * edge:
+        edge = 0
+    inner = count - 2 * edge
+    sizes = [min(most, inner - start) for start in range(0, inner, most)]
+    return [edge, *sizes, edge] if edge else sizes
 
 
 def encode_fetch(blocks: np.ndarray) -> bytes:
@@ -129,20 +141,24 @@ class FetchLink(Link):
         self._pool = pool
         self._receiver = receiver
         self.batch_bytes = WINDOW * receiver.fetch_bytes
-        self._step = blocks_per_fetch(pool, receiver.fetch_bytes)
+        self._most = blocks_per_fetch(pool, receiver.fetch_bytes)
+        self._edge = blocks_per_fetch(pool, receiver.edge_bytes) if receiver.edge_bytes else 0
         self._asked: collections.deque[tuple[int, np.ndarray]] = collections.deque()
         self._index = 0
 
     def copy(self, pulls: Sequence[Pull]) -> None:
-        source = np.concatenate([np.asarray(pull.source, dtype=np.int32) for pull in pulls])
-        targets = np.concatenate([self._pool.addresses(pull.target) for pull in pulls])
-        for start in range(0, len(source), self._step):
+        source = tuple(chain.from_iterable(pull.source for pull in pulls))
+        target = tuple(chain.from_iterable(pull.target for pull in pulls))
+        start = 0
+        for size in fetch_sizes(len(source), self._most, self._edge):
             if len(self._asked) == WINDOW:
                 self._receiver.receive(*self._asked.popleft())
-            piece = slice(start, start + self._step)
-            self._receiver.ask(self._index, source[piece], targets[piece])
-            self._asked.append((self._index, targets[piece]))
+            piece = slice(start, start + size)
+            targets = self._pool.addresses(target[piece])
+            self._receiver.ask(self._index, np.asarray(source[piece], dtype=np.int32), targets)
+            self._asked.append((self._index, targets))
             self._index += 1
+            start += size
         while self._asked:
             self._receiver.receive(*self._asked.popleft())
 

@@ -1,10 +1,10 @@
 """Transport `nccl`: between GPUs; from a fetch to its arrival everything is put in order by the GPUs themselves.
 
-    owner     gather i ─► send i        of piece i; gather i + 1 runs beside send i
-    reader    recv i ─► scatter i       scatter i runs beside recv i + 1, and the thread waits for a fetch's last one
+    owner     gather i ─► send i        of fetch i; gather i + 1 runs beside send i
+    reader    recv i ─► scatter i       scatter i runs beside recv i + 1
 
-Each end has two buffers, for the pieces in turn, and two streams, one that copies and one that nccl uses; they wait for
-each other by events. So the memory of a pair is bounded whatever is asked for, and the threads only enqueue.
+Each end has two buffers, for the fetches in turn, and two streams, one that copies and one that nccl uses; they wait
+for each other by events. So the memory of a pair is bounded whatever is asked for, and the threads only enqueue.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import torch
 
+from baton.kernels.cuda.copy import PEER_PROGRAMS
 from baton.kv_transfer.contract import Pool, TransferError, Transport
 from baton.kv_transfer.fetch import (
     STALLED_S,
@@ -36,10 +37,10 @@ from baton.kv_transfer.gpu_mover import GpuMover
 from baton.kv_transfer.nccl_library import Communicator, NcclError, unique_id
 
 OWNER, READER = 0, 1
-PIECE_BYTES = 64 * 2**20
-"""One message: 170 us of NVLink, in which the threads enqueue the next with time to spare."""
-PIECES = 2
-FETCH_BYTES = 2 * PIECE_BYTES
+FETCH_BYTES = 128 * 2**20
+"""One message: 370 us of NVLink, beside which the 20 of its own count little."""
+EDGE_BYTES = 16 * 2**20
+BUFFERS = 2
 MEETING_S = 30.0
 """The library may have to be loaded, and it looks for networks."""
 SPIN_S = 0.001
@@ -89,20 +90,19 @@ class NcclTransport(Transport):
 
 class _NcclEnd:
     fetch_bytes = FETCH_BYTES
+    edge_bytes = EDGE_BYTES
 
     def __init__(self, pool: Pool, meeting: bytes, rank: int, connection: socket.socket) -> None:
         self._pool = pool
         self._connection = connection
         self._most = blocks_per_fetch(pool, self.fetch_bytes)
-        self._per_piece = min(max(1, PIECE_BYTES // pool.block_bytes), self._most)
-        self._mover = GpuMover(pool, WINDOW * self._most)
+        self._mover = GpuMover(pool, WINDOW * self._most, PEER_PROGRAMS)
         device = self._mover.stream.device
-        self._buffers = torch.empty(PIECES, self._per_piece * pool.block_bytes, dtype=torch.uint8, device=device)
-        self._pieces = 0
+        self._buffers = torch.empty(BUFFERS, self._most * pool.block_bytes, dtype=torch.uint8, device=device)
         # A peer waits at the other end: steps beside it must not hold nccl up.
         self._wire = torch.cuda.Stream(device, priority=-1)
-        self._copied = [torch.cuda.Event() for _ in range(PIECES)]
-        self._crossed = [torch.cuda.Event() for _ in range(PIECES)]
+        self._copied = [torch.cuda.Event() for _ in range(BUFFERS)]
+        self._crossed = [torch.cuda.Event() for _ in range(BUFFERS)]
         self._communicator = self._meet(meeting, rank)
 
     def _meet(self, meeting: bytes, rank: int) -> Communicator:
@@ -134,23 +134,15 @@ class _NcclEnd:
             if waited > at_most_s:
                 raise TransferError(f"the peer stalls for {at_most_s:.0f} s")
 
-    def _places(self, count: int) -> np.ndarray:
-        """Where the next `count` blocks will lie in the buffers, int64 [count]."""
-        piece, within = np.divmod(np.arange(count), self._per_piece)
-        blocks = (self._pieces + piece) % PIECES * self._per_piece + within
-        return self._buffers.data_ptr() + blocks * self._pool.block_bytes
+    def _buffer(self, index: int, count: int) -> tuple[int, int, np.ndarray]:
+        """Fetch `index` of `count` blocks: the address of its buffer, its bytes, and where each block lies in it."""
+        address, size = self._buffers[index % BUFFERS].data_ptr(), self._pool.block_bytes
+        return address, count * size, address + np.arange(count) * size
 
-    def _next_pieces(self, first_row: int, count: int) -> Iterator[tuple[int, int, int, range]]:
-        """(buffer, its address, bytes, rows of the mover's list) of each piece of the next `count` blocks."""
-        for start in range(first_row, first_row + count, self._per_piece):
-            rows = range(start, min(start + self._per_piece, first_row + count))
-            buffer = self._pieces % PIECES
-            self._pieces += 1
-            yield buffer, self._buffers[buffer].data_ptr(), len(rows) * self._pool.block_bytes, rows
-
-    def _row(self, index: int) -> int:
-        """Where the list of a fetch begins; the one before it there has arrived, or the reader would not ask."""
-        return index % WINDOW * self._most
+    def _rows(self, index: int, count: int) -> range:
+        """Of the mover's list, for a fetch; the one before it there has arrived, or the reader would not ask."""
+        start = index % WINDOW * self._most
+        return range(start, start + count)
 
     def close(self) -> None:
         """End the pair and what it has under way; when this returns nothing writes to the pool any more."""
@@ -166,16 +158,16 @@ class NcclSender(_NcclEnd, Sender):
         super().__init__(pool, meeting, OWNER, connection)
 
     def send(self, index: int, blocks: np.ndarray) -> None:
-        row = self._row(index)
-        self._mover.note(row, self._pool.addresses(blocks), self._places(len(blocks)))
+        rows, (address, size, places) = self._rows(index, len(blocks)), self._buffer(index, len(blocks))
+        copied, crossed = self._copied[index % BUFFERS], self._crossed[index % BUFFERS]
+        self._mover.note(rows.start, self._pool.addresses(blocks), places)
+        self._mover.stream.wait_event(crossed)
+        self._mover.launch(rows)
+        copied.record(self._mover.stream)
+        self._wire.wait_event(copied)
         with _as_transfer_error():
-            for buffer, address, size, rows in self._next_pieces(row, len(blocks)):
-                self._mover.stream.wait_event(self._crossed[buffer])
-                self._mover.launch(rows)
-                self._copied[buffer].record(self._mover.stream)
-                self._wire.wait_event(self._copied[buffer])
-                self._communicator.send(address, size, self._wire)
-                self._crossed[buffer].record(self._wire)
+            self._communicator.send(address, size, self._wire)
+        crossed.record(self._wire)
 
 
 class NcclReceiver(_NcclEnd, Receiver):
@@ -187,16 +179,16 @@ class NcclReceiver(_NcclEnd, Receiver):
 
     def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
         self._connection.send(encode_fetch(blocks))
-        row = self._row(index)
-        self._mover.note(row, self._places(len(blocks)), targets)
+        rows, (address, size, places) = self._rows(index, len(blocks)), self._buffer(index, len(blocks))
+        copied, crossed = self._copied[index % BUFFERS], self._crossed[index % BUFFERS]
+        self._wire.wait_event(copied)
         with _as_transfer_error():
-            for buffer, address, size, rows in self._next_pieces(row, len(blocks)):
-                self._wire.wait_event(self._copied[buffer])
-                self._communicator.recv(address, size, self._wire)
-                self._crossed[buffer].record(self._wire)
-                self._mover.stream.wait_event(self._crossed[buffer])
-                self._mover.launch(rows)
-                self._copied[buffer].record(self._mover.stream)
+            self._communicator.recv(address, size, self._wire)
+        crossed.record(self._wire)
+        self._mover.note(rows.start, places, targets)
+        self._mover.stream.wait_event(crossed)
+        self._mover.launch(rows)
+        copied.record(self._mover.stream)
         self._arrived[index % WINDOW].record(self._mover.stream)
 
     def receive(self, index: int, targets: np.ndarray) -> None:

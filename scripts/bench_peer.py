@@ -92,10 +92,12 @@ def exchange(meeting: str, rank: int, sizes: list[int]) -> Figures:
 def blocks_through(transport: str, block_bytes: int, sizes: list[int]) -> Figures:
     """As the reader's thread sees a pull, from its begin to its end; where one kernel does it, that alone as well."""
     figures: Figures = {}
-    with opened(transport, block_bytes, 4 * max(sizes), owner_gpu=1) as (link, pool):
+    with opened(transport, block_bytes, 4 * max(sizes), owner_gpu=1) as both:
+        link, pool, _ = both
         for size in sizes:
             pulls = [scattered(pool, size // block_bytes) for _ in range(ROUNDS)]
-            seconds = [timed(lambda pull=pull: link.copy([pull])) for pull in pulls]
+            seconds = [timed(lambda pull=pull, link=link: link.copy([pull])) for pull in pulls]
+            both.check(pulls[-1])
             figures[f"{size // MIB} MiB"] = gb_per_s(size, seconds)
             if transport == "cuda_ipc":
                 figures[f"{size // MIB} MiB, kernel"] = kernel(link, pool, size)

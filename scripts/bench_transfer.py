@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -72,9 +72,28 @@ def network_of(transport: str, folder: Path) -> Network:
     return Network("127.0.0.1", load_key(str(folder / FILE_NAME)))
 
 
-@contextmanager
-def opened(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> Iterator[tuple[Any, Pool]]:
+class Opened(NamedTuple):
     """A link to the pool of another process, and the pool of ours that it fills, on GPU 0."""
+
+    link: Any
+    pool: Pool
+    tensor: torch.Tensor
+
+    def check(self, pull: Pull) -> None:
+        """That the blocks of the pull, the last one into them, are what the owner has there."""
+        theirs = fill(torch.empty_like(self.tensor))
+        if not torch.equal(self.tensor[list(pull.target)], theirs[list(pull.source)]):
+            raise SystemExit("blocks have arrived that are not the owner's")
+
+
+def fill(tensor: torch.Tensor) -> torch.Tensor:
+    """The content of an owner's pool."""
+    return tensor.uniform_(generator=torch.Generator(tensor.device).manual_seed(0))
+
+
+@contextmanager
+def opened(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> Iterator[Opened]:
+    """To a pool of `size` bytes on `owner_gpu`."""
     command = [sys.executable, __file__, "--own", transport, str(block_bytes), str(size), str(owner_gpu)]
     owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=die_with_parent)
     assert owner.stdin is not None
@@ -90,7 +109,7 @@ def opened(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> I
         link = reading.open(greeted.owner.offers[name], greeted.connection, greeted.memfd)
         while link.prepare():
             pass
-        yield link, pool.blocks
+        yield Opened(link, pool.blocks, pool.tensor)
         link.close()
     reading.close()
     network.close()
@@ -102,7 +121,7 @@ def opened(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> I
 def own(transport: str, block_bytes: int, size: int, gpu: int) -> None:
     """The owner's process: offer a pool of random bytes until the input ends."""
     pool = open_pool(transport, block_bytes, size, gpu)
-    pool.tensor.uniform_()
+    fill(pool.tensor)
     with tempfile.TemporaryDirectory() as folder:
         create_key(Path(folder))
         network = network_of(transport, Path(folder))
@@ -131,10 +150,12 @@ def gather(_args: argparse.Namespace) -> Figures:
 
     figures: Figures = {}
     for block_bytes in (2 * 2**20, 32 * 2**10):
-        with opened("cuda_ipc", block_bytes, 4 * GIB) as (link, pool):
+        with opened("cuda_ipc", block_bytes, 4 * GIB) as both:
+            link, pool, _ = both
             for payload in (GIB, GIB // 2, GIB // 32):
                 pulls = [scattered(pool, payload // block_bytes) for _ in range(20)]
-                seconds = [timed(lambda pull=pull: link.copy([pull])) for pull in pulls][4:]
+                seconds = [timed(lambda pull=pull, link=link: link.copy([pull])) for pull in pulls][4:]
+                both.check(pulls[-1])
                 name = f"{block_bytes // 2**10} KiB blocks, {payload // 2**20} MiB"
                 figures[f"{name}: pull, TB/s"] = payload / statistics.median(seconds) / 1e12
                 addresses = [(link._theirs.addresses(pull.source), pool.addresses(pull.target)) for pull in pulls]
@@ -156,9 +177,11 @@ def host(_args: argparse.Namespace) -> Figures:
     seconds = [timed(lambda: ctypes.memmove(target.data_ptr(), source.data_ptr(), payload)) for _ in range(20)]
     figures: Figures = {"memcpy, GB/s": payload / statistics.median(seconds) / 1e9}
     for transport in ("shm", "tcp", "far tcp", "gloo"):
-        with opened(transport, block_bytes, 4 * payload) as (link, pool):
+        with opened(transport, block_bytes, 4 * payload) as both:
+            link, pool, _ = both
             pulls = [scattered(pool, payload // block_bytes) for _ in range(20)]
             seconds = [timed(lambda pull=pull, link=link: link.copy([pull])) for pull in pulls][4:]
+            both.check(pulls[-1])
             figures[f"{transport}, GB/s"] = payload / statistics.median(seconds) / 1e9
     return figures
 
@@ -224,7 +247,7 @@ def decode(args: argparse.Namespace) -> Figures:
     steps(engine, 1)
     quiet = [steps(engine, n) for n in (2, 3)]
     figures: Figures = {"undisturbed, ms": statistics.median(quiet), "again, ms": quiet}
-    with opened("cuda_ipc", 2 * 2**20, 4 * GIB) as (link, pool):
+    with opened("cuda_ipc", 2 * 2**20, 4 * GIB) as (link, pool, _):
         for burst in (512, 64):
             arrivals = Arrivals(link, pool, 100e9, burst * 2**20)
             figures[f"with {burst} MiB at a time, ms"] = beside = steps(engine, 10 + burst)

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from baton.kv_transfer.contract import Pool, TransferError
-from baton.kv_transfer.fetch import MAX_FETCH_BLOCKS, PACKET_BYTES, Fetch, blocks_per_fetch, decode_fetch, encode_fetch
+from baton.kv_transfer.fetch import (
+    MAX_FETCH_BLOCKS,
+    PACKET_BYTES,
+    Fetch,
+    blocks_per_fetch,
+    decode_fetch,
+    encode_fetch,
+    fetch_sizes,
+)
 
 POOL = Pool(address=0, num_blocks=10_000, block_bytes=2**20)
 
@@ -26,6 +34,21 @@ def test_what_is_no_question_is_refused() -> None:
         decode_fetch(msgspec.msgpack.encode(Fetch(b"abc")), POOL, at_most=4)
     with pytest.raises(msgspec.DecodeError):
         decode_fetch(b"\xc1", POOL, at_most=4)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "edge", "sizes"),
+    [
+        (10, 4, 0, [4, 4, 2]),
+        (10, 4, 1, [1, 4, 4, 1]),
+        (9, 4, 1, [1, 4, 3, 1]),
+        (3, 4, 1, [1, 1, 1]),
+        (2, 4, 1, [2]),
+        (1, 4, 1, [1]),
+    ],
+)
+def test_a_pull_is_fetched_in_small_pieces_at_its_ends(count: int, most: int, edge: int, sizes: list[int]) -> None:
+    assert fetch_sizes(count, most, edge) == sizes
 
 
 def test_a_fetch_is_bounded_in_bytes_and_fits_into_a_packet() -> None:
