@@ -101,13 +101,13 @@ def blocks_per_fetch(pool: Pool, fetch_bytes: int) -> int:
 
 
 def message_sizes(count: int, edge: int, most: int) -> list[int]:
-    """So many blocks as messages of `most` at most: from `edge` on they double, and at the end they halve, so that none
-    waits long for the gather of its own or the scatter of the one before."""
+    """So many blocks as messages of `most` at most: from `edge` on each of the first is four times the one before, and
+    the last ones likewise, so that none waits long for its own gather, nor the end for a scatter."""
     ends: list[int] = []
     size = edge
     while size < most and 4 * size <= count - 2 * sum(ends):
         ends.append(size)
-        size *= 2
+        size *= 4
     inner = count - 2 * sum(ends)
     number = -(-inner // most)
     return [*ends, *(inner * (i + 1) // number - inner * i // number for i in range(number)), *reversed(ends)]

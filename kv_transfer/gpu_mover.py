@@ -25,6 +25,7 @@ class GpuMover(Mover):
         device = torch.device("cuda", pool.gpu)
         shape = (blocks or pool.num_blocks, 2)
         self._host_jobs = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        self._host_words = self._host_jobs.numpy()
         self._jobs = torch.empty(shape, dtype=torch.int64, device=device)
         self.stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()
@@ -37,8 +38,7 @@ class GpuMover(Mover):
     def note(self, row: int, source: np.ndarray, target: np.ndarray) -> None:
         """Enqueue what blocks are to be copied, in rows of the list from this on that no copy under way needs."""
         rows = slice(row, row + len(source))
-        addresses = self._host_jobs[rows].numpy()
-        addresses[:, 0], addresses[:, 1] = source, target
+        self._host_words[rows, 0], self._host_words[rows, 1] = source, target
         with torch.cuda.stream(self.stream):
             self._jobs[rows].copy_(self._host_jobs[rows], non_blocking=True)
 
