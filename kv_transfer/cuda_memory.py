@@ -57,6 +57,12 @@ class ExportedMemory:
         _call("cuMemFree_v2", ctypes.c_uint64(self.address))
 
 
+def enqueue_upload(target: int, source: int, num_bytes: int, stream: int) -> None:
+    """Copy from pinned memory of the host to the current device's, in the order of a stream, given by its handle."""
+    size = ctypes.c_size_t(num_bytes)
+    _call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_void_p(source), size, ctypes.c_void_p(stream))
+
+
 def export(address: int) -> bytes:
     """What a peer needs to map the ExportedMemory at `address`."""
     handle = _Handle()

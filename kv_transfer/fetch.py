@@ -2,7 +2,7 @@
 
     reader ── Attach ─────────► owner              a thread for this reader
     reader ◄── Attached ─────── owner              where the bytes will come from
-    reader ── Fetch ──────────► owner              which blocks; at most WINDOW of them unanswered
+    reader ── Fetch(blocks) ──► owner              at most WINDOW of them unanswered
     reader ◄══ the blocks' bytes, over the transport's own channel, in the order of the fetches
 
 `tcp` has only the last two, over sockets of its own.
@@ -14,7 +14,7 @@ have what was in it. Bytes of a pair flow one way only, so that no order of two 
 import collections
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import msgspec
@@ -45,8 +45,6 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True):
 
     blocks: bytes
     """int32 [n], little-endian."""
-    messages: tuple[int, ...] = ()
-    """How many of them go into each message; empty: all into one."""
 
 
 class Sender(ABC):
@@ -56,11 +54,8 @@ class Sender(ABC):
     """A fetch asks for no more, unless one block is larger; the receiver's is the same."""
 
     @abstractmethod
-    def send(self, index: int, blocks: np.ndarray, messages: tuple[int, ...]) -> None:
-        """Begin to send these blocks, int32 [n], as fetch `index`; those before index - WINDOW + 1 have arrived.
-
-        What `messages` says is the reader's wish, whose sum is n. Raises TransferError when it can't be.
-        """
+    def send(self, index: int, blocks: np.ndarray) -> None:
+        """Begin to send these blocks, int32 [n], as fetch `index`; those before index - WINDOW + 1 have arrived."""
 
     @abstractmethod
     def close(self) -> None:
@@ -71,13 +66,11 @@ class Receiver(ABC):
     """The reader's end. All calls come from one thread."""
 
     fetch_bytes = FETCH_BYTES
-
-    def cut(self, count: int, most: int) -> Iterable[tuple[int, ...]]:
-        """So many blocks as fetches of `most` at most: how many blocks go into each message of each fetch."""
-        return ((min(most, count - start),) for start in range(0, count, most))
+    edge_bytes = 0
+    """Of the first and the last fetch of a pull: nothing crosses while those are gathered or scattered. 0: as all."""
 
     @abstractmethod
-    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray, messages: tuple[int, ...]) -> None:
+    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
         """Ask for blocks, int32 [n], as fetch `index`, to be put at these addresses, int64 [n].
 
         At most WINDOW fetches have not been received.
@@ -100,35 +93,31 @@ def blocks_per_fetch(pool: Pool, fetch_bytes: int) -> int:
     return min(max(1, fetch_bytes // pool.block_bytes), MAX_FETCH_BLOCKS)
 
 
-def message_sizes(count: int, edge: int, most: int) -> list[int]:
-    """So many blocks as messages of `most` at most: from `edge` on each of the first is four times the one before, and
-    the last ones likewise, so that none waits long for its own gather, nor the end for a scatter."""
+def fetch_sizes(count: int, most: int, edge: int) -> list[int]:
+    """How many of `count` blocks each fetch asks for, `most` at most. If edge is not 0, the first asks for so many and
+    each of the next for four times as many as the one before, and the last ones likewise: so none waits long until its
+    blocks are gathered, and the end until they are scattered."""
     ends: list[int] = []
-    size = edge
-    while size < most and 4 * size <= count - 2 * sum(ends):
-        ends.append(size)
-        size *= 4
+    while edge and edge < most and 4 * edge <= count - 2 * sum(ends):
+        ends.append(edge)
+        edge *= 4
     inner = count - 2 * sum(ends)
     number = -(-inner // most)
     return [*ends, *(inner * (i + 1) // number - inner * i // number for i in range(number)), *reversed(ends)]
 
 
-def encode_fetch(blocks: np.ndarray, messages: tuple[int, ...]) -> bytes:
+def encode_fetch(blocks: np.ndarray) -> bytes:
     """The reader's question."""
-    return msgspec.msgpack.encode(Fetch(blocks.astype("<i4").tobytes(), messages if len(messages) > 1 else ()))
+    return msgspec.msgpack.encode(Fetch(blocks.astype("<i4").tobytes()))
 
 
-def decode_fetch(data: bytes | memoryview, pool: Pool, at_most: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The blocks that a reader asks for, int32 [n], and its messages. Raises TransferError or msgspec.DecodeError when
-    it must not."""
-    asked = msgspec.msgpack.decode(data, type=Fetch)
-    blocks = np.frombuffer(asked.blocks[: len(asked.blocks) // 4 * 4], dtype="<i4")
-    messages = asked.messages or (len(blocks),)
+def decode_fetch(data: bytes | memoryview, pool: Pool, at_most: int) -> np.ndarray:
+    """The blocks that a reader asks for, int32 [n]. Raises TransferError or msgspec.DecodeError when it must not."""
+    asked = msgspec.msgpack.decode(data, type=Fetch).blocks
+    blocks = np.frombuffer(asked[: len(asked) // 4 * 4], dtype="<i4")
     if not 0 < len(blocks) <= at_most or not 0 <= blocks.min() <= blocks.max() < pool.num_blocks:
         raise TransferError(f"a reader asks for {len(blocks)} blocks up to {blocks.max(initial=-1)}")
-    if min(messages) <= 0 or sum(messages) != len(blocks):
-        raise TransferError(f"a reader asks for {len(blocks)} blocks in messages of {messages}")
-    return blocks, messages
+    return blocks
 
 
 def attach(connection: socket.socket, transport: str) -> Attached:
@@ -145,7 +134,7 @@ def serve_fetches(connection: socket.socket, pool: Pool, sender: Sender) -> None
     connection.settimeout(None)
     index, at_most = 0, blocks_per_fetch(pool, sender.fetch_bytes)
     while data := connection.recv(PACKET_BYTES):
-        sender.send(index, *decode_fetch(data, pool, at_most))
+        sender.send(index, decode_fetch(data, pool, at_most))
         index += 1
 
 
@@ -157,6 +146,7 @@ class FetchLink(Link):
         self._receiver = receiver
         self.batch_bytes = WINDOW * receiver.fetch_bytes
         self._most = blocks_per_fetch(pool, receiver.fetch_bytes)
+        self._edge = blocks_per_fetch(pool, receiver.edge_bytes) if receiver.edge_bytes else 0
         self._asked: collections.deque[tuple[int, np.ndarray]] = collections.deque()
         self._index = 0
 
@@ -164,15 +154,15 @@ class FetchLink(Link):
         source = tuple(chain.from_iterable(pull.source for pull in pulls))
         target = tuple(chain.from_iterable(pull.target for pull in pulls))
         start = 0
-        for messages in self._receiver.cut(len(source), self._most):
+        for size in fetch_sizes(len(source), self._most, self._edge):
             if len(self._asked) == WINDOW:
                 self._receiver.receive(*self._asked.popleft())
-            piece = slice(start, start + sum(messages))
+            piece = slice(start, start + size)
             targets = self._pool.addresses(target[piece])
-            self._receiver.ask(self._index, np.asarray(source[piece], dtype=np.int32), targets, messages)
+            self._receiver.ask(self._index, np.asarray(source[piece], dtype=np.int32), targets)
             self._asked.append((self._index, targets))
             self._index += 1
-            start = piece.stop
+            start += size
         while self._asked:
             self._receiver.receive(*self._asked.popleft())
 

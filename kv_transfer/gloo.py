@@ -99,7 +99,7 @@ class GlooSender(_GlooEnd, Sender):
         super().__init__(pool, meeting, OWNER)
         self._sent: deque[Any] = deque()
 
-    def send(self, index: int, blocks: np.ndarray, messages: tuple[int, ...]) -> None:
+    def send(self, index: int, blocks: np.ndarray) -> None:
         if len(self._sent) == WINDOW:
             self._finish(self._sent.popleft())
         self._sent.append(self._group.send([self._staging.gather(index, blocks)], READER, 0))
@@ -112,8 +112,8 @@ class GlooReceiver(_GlooEnd, Receiver):
         super().__init__(pool, meeting, READER)
         self._connection = connection
 
-    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray, messages: tuple[int, ...]) -> None:
-        self._connection.send(encode_fetch(blocks, messages))
+    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
+        self._connection.send(encode_fetch(blocks))
 
     def receive(self, index: int, targets: np.ndarray) -> None:
         buffer = self._staging.buffer(index, len(targets))

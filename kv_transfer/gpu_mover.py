@@ -9,24 +9,30 @@ thread waits for the event, without the interpreter lock.
 import numpy as np
 import torch
 
-from baton.kernels.cuda.copy import PROGRAMS, copy_blocks
+from baton.kernels.cuda.copy import PROGRAMS, copy_blocks, prepare_copy
 from baton.kv_transfer.contract import Pool
+from baton.kv_transfer.cuda_memory import enqueue_upload
 from baton.kv_transfer.movers import Mover
+
+ROW_BYTES = 16
+"""Of the list of what is to be copied: two addresses."""
 
 
 class GpuMover(Mover):
-    """Copies that write or read `pool`; the other side is this GPU's, a peer's or pinned host memory."""
+    """Copies that write or read `pool`; the other side is this GPU's, a peer's or pinned host memory.
+
+    For one thread, whose device it sets to the pool's.
+    """
 
     def __init__(self, pool: Pool, blocks: int = 0, programs: int = PROGRAMS) -> None:
         """For a list of so many blocks, 0: the whole pool; each launch takes a multiprocessor for each program."""
         torch.cuda.set_device(pool.gpu)
-        self._block_bytes = pool.block_bytes
-        self._programs = programs
+        self._copy = prepare_copy(pool.block_bytes, programs)
         device = torch.device("cuda", pool.gpu)
         shape = (blocks or pool.num_blocks, 2)
-        self._host_jobs = torch.empty(shape, dtype=torch.int64, pin_memory=True)
-        self._host_words = self._host_jobs.numpy()
-        self._jobs = torch.empty(shape, dtype=torch.int64, device=device)
+        self._pinned = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        self._host_list = self._pinned.numpy()
+        self._list = torch.empty(shape, dtype=torch.int64, device=device)
         self.stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()
 
@@ -37,15 +43,14 @@ class GpuMover(Mover):
 
     def note(self, row: int, source: np.ndarray, target: np.ndarray) -> None:
         """Enqueue what blocks are to be copied, in rows of the list from this on that no copy under way needs."""
-        rows = slice(row, row + len(source))
-        self._host_words[rows, 0], self._host_words[rows, 1] = source, target
-        with torch.cuda.stream(self.stream):
-            self._jobs[rows].copy_(self._host_jobs[rows], non_blocking=True)
+        count, offset = len(source), row * ROW_BYTES
+        self._host_list[row : row + count, 0], self._host_list[row : row + count, 1] = source, target
+        device, host = self._list.data_ptr() + offset, self._pinned.data_ptr() + offset
+        enqueue_upload(device, host, count * ROW_BYTES, self.stream.cuda_stream)
 
     def launch(self, rows: range) -> None:
         """Enqueue the copy of these rows of the list on `stream`."""
-        with torch.cuda.stream(self.stream):
-            copy_blocks(self._jobs[rows.start : rows.stop], self._block_bytes, self._programs)
+        self._copy(self._list.data_ptr() + rows.start * ROW_BYTES, len(rows), self.stream.cuda_stream)
 
     def finish(self) -> None:
         """Wait for all that is enqueued."""

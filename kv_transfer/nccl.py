@@ -1,21 +1,19 @@
 """Transport `nccl`: between GPUs; from a fetch to its arrival everything is put in order by the GPUs themselves.
 
-    owner     gather i ─► send i        of message i; gather i + 1 runs beside send i
-    reader    recv i ─► scatter i       scatter i runs beside recv i + 1, and the thread waits for a fetch's last one
+    owner     gather i ─► send i        of fetch i; gather i + 1 runs beside send i
+    reader    recv i ─► scatter i       scatter i runs beside recv i + 1
 
-Each end has two buffers, for the messages in turn, and two streams, one that copies and one that nccl uses; they wait
+Each end has two buffers, for the fetches in turn, and two streams, one that copies and one that nccl uses; they wait
 for each other by events. So the memory of a pair is bounded whatever is asked for, and the threads only enqueue.
 """
 
 import contextlib
-import itertools
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -33,18 +31,15 @@ from baton.kv_transfer.fetch import (
     attach,
     blocks_per_fetch,
     encode_fetch,
-    message_sizes,
     serve_fetches,
 )
 from baton.kv_transfer.gpu_mover import GpuMover
 from baton.kv_transfer.nccl_library import Communicator, NcclError, unique_id
 
 OWNER, READER = 0, 1
-MESSAGE_BYTES = 160 * 2**20
-"""450 us of NVLink, beside which the 20 of its own count little."""
+FETCH_BYTES = 160 * 2**20
+"""One message: 450 us of NVLink, beside which the 20 of its own count little."""
 EDGE_BYTES = 16 * 2**20
-"""Of a pull's first message and of its last: nothing crosses while those are gathered and scattered."""
-FETCH_BYTES = 2 * MESSAGE_BYTES
 BUFFERS = 2
 FIRST_BYTES = 2**20
 MEETING_S = 30.0
@@ -94,31 +89,22 @@ class NcclTransport(Transport):
         return str(torch.cuda.get_device_properties(self._pool.gpu).uuid)
 
 
-class _Message(NamedTuple):
-    buffer: int
-    address: int
-    num_bytes: int
-    rows: range
-    """Of the mover's list."""
-
-
 class _NcclEnd:
     fetch_bytes = FETCH_BYTES
+    edge_bytes = EDGE_BYTES
 
     def __init__(self, pool: Pool, meeting: bytes, rank: int, connection: socket.socket) -> None:
         self._pool = pool
         self._connection = connection
         self._most = blocks_per_fetch(pool, self.fetch_bytes)
-        self._per_message = min(max(1, MESSAGE_BYTES // pool.block_bytes), self._most)
         self._mover = GpuMover(pool, WINDOW * self._most, PEER_PROGRAMS)
         device = self._mover.stream.device
-        self._within = np.arange(self._per_message) * pool.block_bytes
-        self._next_buffer = itertools.cycle(range(BUFFERS))
+        self._within = np.arange(self._most) * pool.block_bytes
         # A peer waits at the other end: steps beside it must not hold nccl up.
         self._wire = torch.cuda.Stream(device, priority=-1)
         self._copied = [torch.cuda.Event() for _ in range(BUFFERS)]
         self._crossed = [torch.cuda.Event() for _ in range(BUFFERS)]
-        size = self._per_message * pool.block_bytes
+        size = self._most * pool.block_bytes
         self._communicator, address = self._meet(meeting, rank, BUFFERS * size)
         self._buffers = [address + i * size for i in range(BUFFERS)]
 
@@ -152,18 +138,15 @@ class _NcclEnd:
             if waited > at_most_s:
                 raise TransferError(f"the peer stalls for {at_most_s:.0f} s")
 
-    def _plan(self, index: int, messages: tuple[int, ...]) -> tuple[list["_Message"], np.ndarray]:
-        """Of fetch `index` each message, and where every block lies in the buffers, int64 [n]."""
-        # A fetch that used these rows of the mover's list before has arrived, or the reader would not ask.
-        row = index % WINDOW * self._most
-        planned, places = [], []
-        for count in messages:
-            buffer = next(self._next_buffer)
-            address = self._buffers[buffer]
-            planned.append(_Message(buffer, address, count * self._pool.block_bytes, range(row, row + count)))
-            places.append(address + self._within[:count])
-            row += count
-        return planned, np.concatenate(places)
+    def _buffer(self, index: int, count: int) -> tuple[int, int, np.ndarray]:
+        """Fetch `index` of `count` blocks: the address of its buffer, its bytes, and where each block lies in it."""
+        address = self._buffers[index % BUFFERS]
+        return address, count * self._pool.block_bytes, address + self._within[:count]
+
+    def _rows(self, index: int, count: int) -> range:
+        """Of the mover's list, for a fetch; the one before it there has arrived, or the reader would not ask."""
+        start = index % WINDOW * self._most
+        return range(start, start + count)
 
     def close(self) -> None:
         """End the pair and what it has under way; when this returns nothing writes to the pool any more."""
@@ -181,19 +164,17 @@ class NcclSender(_NcclEnd, Sender):
     def __init__(self, pool: Pool, meeting: bytes, connection: socket.socket) -> None:
         super().__init__(pool, meeting, OWNER, connection)
 
-    def send(self, index: int, blocks: np.ndarray, messages: tuple[int, ...]) -> None:
-        if max(messages) > self._per_message:
-            raise TransferError(f"a reader asks for messages of {messages} blocks, {self._per_message} at most")
-        planned, places = self._plan(index, messages)
-        self._mover.note(planned[0].rows.start, self._pool.addresses(blocks), places)
+    def send(self, index: int, blocks: np.ndarray) -> None:
+        rows, (address, size, places) = self._rows(index, len(blocks)), self._buffer(index, len(blocks))
+        copied, crossed = self._copied[index % BUFFERS], self._crossed[index % BUFFERS]
+        self._mover.note(rows.start, self._pool.addresses(blocks), places)
+        self._mover.stream.wait_event(crossed)
+        self._mover.launch(rows)
+        copied.record(self._mover.stream)
+        self._wire.wait_event(copied)
         with _as_transfer_error():
-            for buffer, address, size, rows in planned:
-                self._mover.stream.wait_event(self._crossed[buffer])
-                self._mover.launch(rows)
-                self._copied[buffer].record(self._mover.stream)
-                self._wire.wait_event(self._copied[buffer])
-                self._communicator.send(address, size, self._wire)
-                self._crossed[buffer].record(self._wire)
+            self._communicator.send(address, size, self._wire)
+        crossed.record(self._wire)
 
 
 class NcclReceiver(_NcclEnd, Receiver):
@@ -203,27 +184,18 @@ class NcclReceiver(_NcclEnd, Receiver):
         super().__init__(pool, meeting, READER, connection)
         self._arrived = [torch.cuda.Event() for _ in range(WINDOW)]
 
-    def cut(self, count: int, most: int) -> Iterator[tuple[int, ...]]:
-        fetch: tuple[int, ...] = ()
-        for message in message_sizes(count, max(1, EDGE_BYTES // self._pool.block_bytes), self._per_message):
-            if sum(fetch) + message > most:
-                yield fetch
-                fetch = ()
-            fetch += (message,)
-        yield fetch
-
-    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray, messages: tuple[int, ...]) -> None:
-        self._connection.send(encode_fetch(blocks, messages))
-        planned, places = self._plan(index, messages)
-        self._mover.note(planned[0].rows.start, places, targets)
+    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
+        self._connection.send(encode_fetch(blocks))
+        rows, (address, size, places) = self._rows(index, len(blocks)), self._buffer(index, len(blocks))
+        copied, crossed = self._copied[index % BUFFERS], self._crossed[index % BUFFERS]
+        self._wire.wait_event(copied)
         with _as_transfer_error():
-            for buffer, address, size, rows in planned:
-                self._wire.wait_event(self._copied[buffer])
-                self._communicator.recv(address, size, self._wire)
-                self._crossed[buffer].record(self._wire)
-                self._mover.stream.wait_event(self._crossed[buffer])
-                self._mover.launch(rows)
-                self._copied[buffer].record(self._mover.stream)
+            self._communicator.recv(address, size, self._wire)
+        crossed.record(self._wire)
+        self._mover.note(rows.start, places, targets)
+        self._mover.stream.wait_event(crossed)
+        self._mover.launch(rows)
+        copied.record(self._mover.stream)
         self._arrived[index % WINDOW].record(self._mover.stream)
 
     def receive(self, index: int, targets: np.ndarray) -> None:

@@ -124,7 +124,7 @@ class TcpServer:
         """One fetch: the other connection, and other readers, have their turn after it."""
         reader, *rest = router.recv_multipart()
         try:
-            blocks, _ = decode_fetch(rest[0] if rest else b"", self._pool, self._at_most)
+            blocks = decode_fetch(rest[0] if rest else b"", self._pool, self._at_most)
         except (TransferError, msgspec.DecodeError) as error:
             log.warning("a reader is not answered: %s", error)
             return
@@ -160,8 +160,8 @@ class TcpReceiver(Receiver):
             self.close()
             raise
 
-    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray, messages: tuple[int, ...]) -> None:
-        self._lines[index % len(self._lines)].send(encode_fetch(blocks, messages))
+    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
+        self._lines[index % len(self._lines)].send(encode_fetch(blocks))
 
     def receive(self, index: int, targets: np.ndarray) -> None:
         message = self._lines[index % len(self._lines)].receive(STALLED_S)
