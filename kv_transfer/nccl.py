@@ -41,7 +41,6 @@ FETCH_BYTES = 160 * 2**20
 """One message: 450 us of NVLink, beside which the 20 of its own count little."""
 EDGE_BYTES = 16 * 2**20
 BUFFERS = 2
-FIRST_BYTES = 2**20
 MEETING_S = 30.0
 """The library may have to be loaded, and it looks for networks."""
 SPIN_S = 0.001
@@ -99,33 +98,31 @@ class _NcclEnd:
         self._most = blocks_per_fetch(pool, self.fetch_bytes)
         self._mover = GpuMover(pool, WINDOW * self._most, PEER_PROGRAMS)
         device = self._mover.stream.device
+        self._buffers = torch.empty(BUFFERS, self._most * pool.block_bytes, dtype=torch.uint8, device=device)
         self._within = np.arange(self._most) * pool.block_bytes
         # A peer waits at the other end: steps beside it must not hold nccl up.
         self._wire = torch.cuda.Stream(device, priority=-1)
         self._copied = [torch.cuda.Event() for _ in range(BUFFERS)]
         self._crossed = [torch.cuda.Event() for _ in range(BUFFERS)]
-        size = self._most * pool.block_bytes
-        self._communicator, address = self._meet(meeting, rank, BUFFERS * size)
-        self._buffers = [address + i * size for i in range(BUFFERS)]
+        self._communicator = self._meet(meeting, rank)
 
-    def _meet(self, meeting: bytes, rank: int, num_bytes: int) -> tuple[Communicator, int]:
-        """Meet the other and connect, which takes most of a second; so many bytes of memory that messages cross from
-        and into. NCCL can't be told to give that up, so a thread does it, which stays behind where the peer halts
-        meanwhile."""
-        met: Future[tuple[Communicator, int]] = Future()
-        args = (met, meeting, rank, num_bytes, self._wire)
-        threading.Thread(target=_meet, args=args, name="nccl", daemon=True).start()
+    def _meet(self, meeting: bytes, rank: int) -> Communicator:
+        """Meet the other and connect, which takes most of a second. NCCL can't be told to give that up, so a thread
+        does it, which stays behind where the peer dies meanwhile."""
+        met: Future[Communicator] = Future()
+        byte = torch.empty(1, dtype=torch.uint8, device=self._wire.device)
+        threading.Thread(target=_meet, args=(met, meeting, rank, byte, self._wire), name="nccl", daemon=True).start()
         try:
             with _as_transfer_error():
                 self._wait(met.done, MEETING_S)
-                found = met.result()
+                communicator = met.result()
                 crossed = torch.cuda.Event()
                 crossed.record(self._wire)
                 self._wait(crossed.query, STALLED_S)
         except BaseException:
-            met.add_done_callback(lambda met: _abort(met, self._wire))
+            met.add_done_callback(_abort)
             raise
-        return found
+        return communicator
 
     def _wait(self, ended: Callable[[], bool], at_most_s: float) -> None:
         """Until something has ended, not beyond the peer's end."""
@@ -140,7 +137,7 @@ class _NcclEnd:
 
     def _buffer(self, index: int, count: int) -> tuple[int, int, np.ndarray]:
         """Fetch `index` of `count` blocks: the address of its buffer, its bytes, and where each block lies in it."""
-        address = self._buffers[index % BUFFERS]
+        address = self._buffers[index % BUFFERS].data_ptr()
         return address, count * self._pool.block_bytes, address + self._within[:count]
 
     def _rows(self, index: int, count: int) -> range:
@@ -153,9 +150,6 @@ class _NcclEnd:
         with _as_transfer_error():
             self._communicator.abort()
         self._mover.finish()
-        self._wire.synchronize()
-        with _as_transfer_error():
-            self._communicator.free()
 
 
 class NcclSender(_NcclEnd, Sender):
@@ -202,34 +196,25 @@ class NcclReceiver(_NcclEnd, Receiver):
         self._wait(self._arrived[index % WINDOW].query, STALLED_S)
 
 
-def _meet(
-    met: Future[tuple[Communicator, int]], meeting: bytes, rank: int, num_bytes: int, wire: torch.cuda.Stream
-) -> None:
-    """As a thread: a first message crosses, large enough that both sides open each other's memory for it."""
+def _meet(met: Future[Communicator], meeting: bytes, rank: int, byte: torch.Tensor, wire: torch.cuda.Stream) -> None:
+    """As a thread: one byte crosses. It has nothing that would be missed if it stayed for good."""
     try:
         torch.cuda.set_device(wire.device)
         communicator = Communicator(meeting, rank)
         try:
-            address = communicator.memory(num_bytes)
-            (communicator.send if rank == OWNER else communicator.recv)(address, min(FIRST_BYTES, num_bytes), wire)
+            (communicator.send if rank == OWNER else communicator.recv)(byte.data_ptr(), 1, wire)
         except NcclError:
-            _give_up(communicator, wire)
+            communicator.abort()
             raise
-        met.set_result((communicator, address))
+        met.set_result(communicator)
     except Exception as error:
         met.set_exception(error)
 
 
-def _abort(met: Future[tuple[Communicator, int]], wire: torch.cuda.Stream) -> None:
+def _abort(met: Future[Communicator]) -> None:
     """Nobody waited for it."""
     if met.exception() is None:
-        _give_up(met.result()[0], wire)
-
-
-def _give_up(communicator: Communicator, wire: torch.cuda.Stream) -> None:
-    communicator.abort()
-    wire.synchronize()
-    communicator.free()
+        met.result().abort()
 
 
 @contextlib.contextmanager

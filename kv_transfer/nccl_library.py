@@ -64,21 +64,6 @@ class Communicator:
             rank,
             ctypes.byref(config),
         )
-        self._memory: list[ctypes.c_void_p] = []
-
-    def memory(self, num_bytes: int) -> int:
-        """The address of so much memory of this thread's device, until `free`.
-
-        Messages between two of these go straight from one to the other, without the library's own buffers. The first
-        large one waits for the other rank, as the first of all does.
-        """
-        memory, registration = ctypes.c_void_p(), ctypes.c_void_p()
-        size = ctypes.c_size_t(num_bytes)
-        _call("ncclMemAlloc", ctypes.byref(memory), size)
-        self._memory.append(memory)
-        _call("ncclCommRegister", self._handle, memory, size, ctypes.byref(registration))
-        assert memory.value is not None
-        return memory.value
 
     def send(self, address: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
         """Enqueue a message to the other. The first operation connects, for which it waits for the other's."""
@@ -97,11 +82,6 @@ class Communicator:
     def abort(self) -> None:
         """End at once, with whatever is under way on this side."""
         _call("ncclCommAbort", self._handle)
-
-    def free(self) -> None:
-        """Give its memory back, after `abort` and once nothing on the device uses it."""
-        while self._memory:
-            _call("ncclMemFree", self._memory.pop())
 
 
 @functools.cache
