@@ -98,7 +98,7 @@ def fetch_sizes(count: int, most: int, edge: int) -> list[int]:
     each of the next for four times as many as the one before, and the last ones likewise: so none waits long until its
     blocks are gathered, and the end until they are scattered."""
     ends: list[int] = []
-    while edge and edge < most and 4 * edge <= count - 2 * sum(ends):
+    while 0 < edge < most and 3 * edge <= count - 2 * sum(ends):
         ends.append(edge)
         edge *= 4
     inner = count - 2 * sum(ends)

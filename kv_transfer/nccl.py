@@ -177,10 +177,24 @@ class NcclReceiver(_NcclEnd, Receiver):
     def __init__(self, pool: Pool, meeting: bytes, connection: socket.socket) -> None:
         super().__init__(pool, meeting, READER, connection)
         self._arrived = [torch.cuda.Event() for _ in range(WINDOW)]
+        self._asked_last: tuple[int, np.ndarray] | None = None
 
     def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
+        # The owner takes longer over its part than this side: it hears of a fetch before the one ahead is dealt with.
         self._connection.send(encode_fetch(blocks))
-        rows, (address, size, places) = self._rows(index, len(blocks)), self._buffer(index, len(blocks))
+        self._enqueue_last()
+        self._asked_last = index, targets
+
+    def receive(self, index: int, targets: np.ndarray) -> None:
+        self._enqueue_last()
+        self._wait(self._arrived[index % WINDOW].query, STALLED_S)
+
+    def _enqueue_last(self) -> None:
+        """The receipt of the fetch that was asked for last."""
+        if self._asked_last is None:
+            return
+        (index, targets), self._asked_last = self._asked_last, None
+        rows, (address, size, places) = self._rows(index, len(targets)), self._buffer(index, len(targets))
         copied, crossed = self._copied[index % BUFFERS], self._crossed[index % BUFFERS]
         self._wire.wait_event(copied)
         with _as_transfer_error():
@@ -191,9 +205,6 @@ class NcclReceiver(_NcclEnd, Receiver):
         self._mover.launch(rows)
         copied.record(self._mover.stream)
         self._arrived[index % WINDOW].record(self._mover.stream)
-
-    def receive(self, index: int, targets: np.ndarray) -> None:
-        self._wait(self._arrived[index % WINDOW].query, STALLED_S)
 
 
 def _meet(met: Future[Communicator], meeting: bytes, rank: int, byte: torch.Tensor, wire: torch.cuda.Stream) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from baton.proto.supervision import die_with_parent
 
@@ -56,7 +56,7 @@ class Server:
         self._process.wait()
 
 
-def bench(count: int, input_len: int, output_len: int, rate: float, *more: str) -> dict[str, float]:
+def bench(count: int, input_len: int, output_len: int, rate: float, *more: str) -> dict[str, Any]:
     """`baton bench serve`'s figures; `more`: of its options."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         lengths = ["--random-input-len", str(input_len), "--random-output-len", str(output_len)]
@@ -64,7 +64,7 @@ def bench(count: int, input_len: int, output_len: int, rate: float, *more: str) 
         load = ["--num-prompts", str(count), "--request-rate", str(rate), "--disable-tqdm"]
         target = ["--port", str(PORT), "--model", "bench", "--output-json", file.name]
         subprocess.run([*BATON, "bench", "serve", *target, *work, *load, *more], check=True, stdout=subprocess.DEVNULL)
-        figures: dict[str, float] = json.loads(Path(file.name).read_text())
+        figures: dict[str, Any] = json.loads(Path(file.name).read_text())
     if figures["completed"] < count:
         raise SystemExit(f"only {figures['completed']} of {count} requests succeeded")
     return figures

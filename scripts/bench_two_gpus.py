@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from bench_gpu_served import Server, bench
 from bench_transfer import SPLIT, Figures, WatchedServer, handoffs
 
@@ -145,14 +146,29 @@ def serving(args: argparse.Namespace, workers: list[str], sweep: tuple[float, ..
         bench(max(2, int(scale.seconds)), input_len, output_len, 16)  # clocks and caches
         for input_len, output_len, rate in works:
             count = round(rate * scale.seconds)
-            found = bench(count, input_len, output_len, rate, *TARGETS, "--metric-percentiles", "50,90,99")
+            found = bench(
+                count, input_len, output_len, rate, *TARGETS, "--metric-percentiles", "50,90,99", "--save-detailed"
+            )
             found["share inside both targets"] = found["request_goodput"] * found["duration"] / count
+            found |= gaps(found.pop("itls"))
+            for name in ("ttfts", "input_lens", "output_lens", "errors"):
+                del found[name]
             figures[f"{input_len} / {output_len} at {rate:g} req/s"] = found
             print(args.step, input_len, output_len, rate, short(found), flush=True)
             (args.out / f"{args.step}.json").write_text(json.dumps(figures, indent=1))
     inside = [rate for (_, _, rate), found in zip(works, list(figures.values())[1:], strict=True) if good(found)]
     figures["highest rate with enough inside both targets, any lengths, req/s"] = max(inside, default=0)
     return figures
+
+
+def gaps(itls: list[list[float]]) -> Figures:
+    """What P99 ITL is made of, in milliseconds: one gap in as many as a request has tokens spans its handoff."""
+    first, later = [each[0] for each in itls], [gap for each in itls for gap in each[1:]]
+    return {
+        f"{name} gaps, {percent} %, ms": float(np.percentile(values, percent)) * 1e3
+        for name, values in (("first", first), ("later", later))
+        for percent in (1, 50, 99, 99.8)
+    }
 
 
 def good(found: dict[str, float]) -> bool:
@@ -162,7 +178,8 @@ def good(found: dict[str, float]) -> bool:
 def short(found: dict[str, float]) -> str:
     """The columns of the table."""
     columns = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "p99_itl_ms", "share inside both targets")
-    return " / ".join(f"{found[column]:.2f}" for column in columns)
+    gaps = ("first gaps, 1 %, ms", "first gaps, 50 %, ms", "later gaps, 99 %, ms", "later gaps, 99.8 %, ms")
+    return " / ".join(f"{found[column]:.2f}" for column in (*columns, *gaps))
 
 
 @dataclass(frozen=True)

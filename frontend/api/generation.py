@@ -211,13 +211,15 @@ class Events:
         return data
 
     def _events(self, index: int, output: Output) -> bytes:
-        """Of one choice; none while its text may still change."""
+        """Of one choice. A token has its event although its text is yet to come, or never comes: who times a stream
+        takes events for tokens, as those of vLLM are. Where text is read for reasoning and calls it may be none."""
         choice = self._choices[index]
         delta = choice.take(output, self._reader)
         if held := self._held.pop(index, None):
             held.extend(delta)
             delta = held
-        if not (delta.brings or self._job.wishes.per_token):
+        by_token = self._job.wishes.per_token or (self._job.plan is None and bool(delta.token_ids))
+        if not (delta.brings or by_token):
             self._held[index] = delta
             return b""
         first = index not in self._begun

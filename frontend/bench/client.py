@@ -124,6 +124,7 @@ class Client:
 
 
 class _Delta(msgspec.Struct, gc=False):
+    role: str | None = None
     content: str | None = None
 
 
@@ -199,6 +200,9 @@ class StreamTimer:
 
 
 def _has_token(choice: _Choice, first: bool) -> bool:
-    """Whether a chunk brings output. A role alone does not; an end does if nothing came before it."""
-    text = choice.text or (choice.delta and choice.delta.content)
-    return bool(text) or (first and choice.finish_reason is not None)
+    """Whether a chunk stands for a token, whose text may be empty. A role alone does not, nor does an end without text
+    unless nothing came before it."""
+    text = choice.text if choice.delta is None else choice.delta.content
+    if text or choice.finish_reason is not None:
+        return bool(text) or first
+    return text is not None and (choice.delta is None or choice.delta.role is None)

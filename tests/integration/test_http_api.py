@@ -120,6 +120,21 @@ def test_a_stream_says_what_the_whole_answer_says(served: Deployment) -> None:
         assert [value for choice in choices for value in choice["logprobs"][name]] == values
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_tokens_without_text_have_their_events(path: str, served: Deployment) -> None:
+    hidden = {"0": 100}  # the end of a text, which is not shown
+    fields = body(logit_bias=hidden, max_tokens=64, stream_options={"continuous_usage_stats": True})
+    if path == "/v1/chat/completions":
+        fields["messages"] = MESSAGES
+        del fields["prompt"]
+    chunks = events(served, path, fields)
+    told = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert told == sorted(told)
+    assert len(set(told)) > 8  # several may have come at once
+    assert told[-1] == 64
+    assert not any(chunk["choices"][0].get("text") for chunk in chunks)
+
+
 def test_usage_comes_last_or_with_every_chunk(served: Deployment) -> None:
     options = {"include_usage": True}
     *chunks, last = events(served, "/v1/completions", body(stream_options=options))

@@ -52,6 +52,23 @@ def test_a_role_is_no_token_and_carriage_returns_and_comments_do_not_matter() ->
 
 
 @pytest.mark.parametrize(
+    ("choice", "tokens"),
+    [
+        ('{"text": ""}', 1),
+        ('{"delta": {"content": ""}}', 1),
+        ('{"delta": {"content": "x"}, "finish_reason": "length"}', 1),
+        ('{"text": "", "finish_reason": "stop"}', 0),
+        ('{"delta": {}, "finish_reason": "stop"}', 0),
+        ('{"delta": {"reasoning": "x"}}', 0),
+    ],
+)
+def test_a_token_without_text_counts_and_an_end_without_text_does_not(choice: str, tokens: int) -> None:
+    data = f'data: {{"choices": [{choice}]}}\n\n'.encode()
+    result = timed(EVENTS[0], data, b"data: [DONE]\n\n").result()
+    assert (result.itl_s, result.output_tokens) == ([pytest.approx(1)] * tokens, 1 + tokens)
+
+
+@pytest.mark.parametrize(
     ("pieces", "error"),
     [
         (EVENTS[:2], "the stream ended early"),
