@@ -1,6 +1,6 @@
 """kill -9 of either side of a handoff at a random moment, again and again: no request lost, no token changed.
 
-Three kills by default; `scripts/test -k test_kills --kills 200` for more.
+Three kills by default; `scripts/test tests/integration/test_kills.py --kills 200` for more.
 """
 
 import concurrent.futures
