@@ -87,6 +87,7 @@ class CudaIpcLink(Link):
         self._mover.finish()
 
     def close(self) -> None:
+        self._mover.finish()  # where a copy has failed halfway
         self._mapped.close()
 
 

@@ -38,7 +38,7 @@ from baton.kv_transfer.nccl_library import Communicator, NcclError, unique_id
 
 OWNER, READER = 0, 1
 FETCH_BYTES = 160 * 2**20
-"""One message: 450 us of NVLink, beside which the 20 of its own count little."""
+"""One message: 450 us of NVLink, beside which the 20 of its own count little. Each end of a pair has BUFFERS of it."""
 EDGE_BYTES = 16 * 2**20
 BUFFERS = 2
 MEETING_S = 30.0
@@ -73,7 +73,10 @@ class NcclTransport(Transport):
     def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> FetchLink:
         assert connection is not None  # it works within one host
         (meeting,) = attach(connection, self.name).channel
-        return FetchLink(self._pool, NcclReceiver(self._pool, bytes.fromhex(meeting), connection))
+        try:
+            return FetchLink(self._pool, NcclReceiver(self._pool, bytes.fromhex(meeting), connection))
+        except torch.OutOfMemoryError as error:
+            raise TransferError(f"no memory for its buffers: {str(error).splitlines()[0]}") from error
 
     def serve(self, connection: socket.socket) -> None:
         meeting = unique_id()
@@ -147,9 +150,12 @@ class _NcclEnd:
 
     def close(self) -> None:
         """End the pair and what it has under way; when this returns nothing writes to the pool any more."""
-        with _as_transfer_error():
-            self._communicator.abort()
-        self._mover.finish()
+        try:
+            with _as_transfer_error():
+                self._communicator.abort()
+        finally:
+            self._mover.finish()
+            self._wire.synchronize()
 
 
 class NcclSender(_NcclEnd, Sender):

@@ -3,7 +3,7 @@
 torch.distributed has the same operations, but takes longer to enqueue one than NVLink takes for 32 MiB, and its groups
 come with files and threads of their own. A communicator here is a blocking one: to make it, and its first operation,
 wait for the other rank; later ones are enqueued at once. One that does not block would start a thread for each
-operation, which takes longer than the bytes of a piece (docs/performance.md).
+operation, which takes longer than many a message (docs/performance.md).
 """
 
 import ctypes

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -163,11 +164,12 @@ def serving(args: argparse.Namespace, workers: list[str], sweep: tuple[float, ..
 
 def gaps(itls: list[list[float]]) -> Figures:
     """What P99 ITL is made of, in milliseconds: one gap in as many as a request has tokens spans its handoff."""
-    first, later = [each[0] for each in itls], [gap for each in itls for gap in each[1:]]
+    first, later = [gap for each in itls for gap in each[:1]], [gap for each in itls for gap in each[1:]]
     return {
         f"{name} gaps, {percent} %, ms": float(np.percentile(values, percent)) * 1e3
         for name, values in (("first", first), ("later", later))
         for percent in (1, 50, 99, 99.8)
+        if values
     }
 
 
@@ -179,7 +181,7 @@ def short(found: dict[str, float]) -> str:
     """The columns of the table."""
     columns = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "p99_itl_ms", "share inside both targets")
     gaps = ("first gaps, 1 %, ms", "first gaps, 50 %, ms", "later gaps, 99 %, ms", "later gaps, 99.8 %, ms")
-    return " / ".join(f"{found[column]:.2f}" for column in (*columns, *gaps))
+    return " / ".join(f"{found.get(column, math.nan):.2f}" for column in (*columns, *gaps))
 
 
 @dataclass(frozen=True)

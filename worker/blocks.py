@@ -70,6 +70,9 @@ class Blocks:
         """What the keeper has said since the last call."""
         return []
 
+    def tend(self) -> None:
+        """When there is nothing to drain: send what the keeper's socket has not taken yet."""
+
     def send(self, message: Swap | Withdraw | Prompts) -> None:
         """Ask or tell the keeper."""
         raise AssertionError("there is no keeper to ask")
@@ -138,6 +141,10 @@ class SharedBlocks(Blocks):
         """See Blocks. Raises RuntimeError when the keeper has ended."""
         self._check_alive()
         return [message for message, _ in self._channel.drain() if isinstance(message, Swapped | Prompts)]
+
+    def tend(self) -> None:
+        """See Blocks."""
+        self._channel.tend()
 
     def send(self, message: Swap | Withdraw | Prompts) -> None:
         """See Blocks."""

@@ -155,7 +155,9 @@ class Session:
         for _incarnation, owner in self._owners.values():
             for answer, _frames in self._read(owner):
                 self._batcher.handle(answer, (), now)
-        if not self._arrived.isdisjoint(self._backend.blocks.sources):
+        if self._arrived.isdisjoint(self._backend.blocks.sources):
+            self._backend.blocks.tend()
+        else:
             for said in self._backend.blocks.drain():
                 self._batcher.handle(said, (), now)
         for cancel in self._tokens.cancels(self._arrived):

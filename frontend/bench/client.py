@@ -126,6 +126,15 @@ class Client:
 class _Delta(msgspec.Struct, gc=False):
     role: str | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+
+    @property
+    def text(self) -> str | None:
+        """What is written, as far as it matters here: whether it is nothing yet, or no chunk of text."""
+        written = self.content or self.reasoning or self.reasoning_content or ("call" if self.tool_calls else None)
+        return written or self.content
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -170,7 +179,6 @@ class StreamTimer:
     def result(self) -> Result:
         """What is known once the answer has ended."""
         result = self._result
-        result.latency_s = self._latest - self.started
         result.output_tokens = result.output_tokens or self._chunks
         if not result.error and not self._ended:
             result.error = "the stream ended early"
@@ -189,6 +197,8 @@ class StreamTimer:
         if event.usage is not None:
             self._result.input_tokens = event.usage.prompt_tokens
             self._result.output_tokens = event.usage.completion_tokens
+        if event.choices:
+            self._result.latency_s = now - self.started
         if not event.choices or not _has_token(event.choices[0], first=self._chunks == 0):
             return
         self._chunks += 1
@@ -202,7 +212,7 @@ class StreamTimer:
 def _has_token(choice: _Choice, first: bool) -> bool:
     """Whether a chunk stands for a token, whose text may be empty. A role alone does not, nor does an end without text
     unless nothing came before it."""
-    text = choice.text if choice.delta is None else choice.delta.content
+    text = choice.text if choice.delta is None else choice.delta.text
     if text or choice.finish_reason is not None:
         return bool(text) or first
     return text is not None and (choice.delta is None or choice.delta.role is None)

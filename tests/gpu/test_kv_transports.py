@@ -90,6 +90,10 @@ class TestNcclBetweenGpus(BetweenGpusSuite):
     kept = frozenset({"socket:[#]"})  # ncclCommAbort leaves one, as of NCCL 2.28
 
 
+class TestNcclInManyMessages(TestNcclBetweenGpus):
+    kind, peer_kind = "small cuda:0 nccl", "small cuda:1 nccl"
+
+
 @functools.cache
 def meet(kind: str, peer_kind: str) -> None:
     """Once in this process: libraries keep what the first pair has opened."""

@@ -40,12 +40,15 @@ class Side:
     """A worker in this process. `pool.tensor` starts with `content(incarnation)`.
 
     A kind is a transport after its device: 'shm', 'cuda tcp', 'cuda:1 nccl'; 'far tcp' and 'far cuda tcp' have no Unix
-    sockets for their peers, only TCP endpoints that want the key in `folder`.
+    sockets for their peers, only TCP endpoints that want the key in `folder`. 'small cuda:1 nccl' fetches 8 blocks at a
+    time, so that a pull is many messages.
     """
 
     def __init__(self, kind: str, folder: Path, name: str, incarnation: int, layout: KVLayout = LAYOUT) -> None:
         far = kind.startswith("far ")
-        device, _, transport = kind.removeprefix("far ").rpartition(" ")
+        device, _, transport = kind.removeprefix("far ").removeprefix("small ").rpartition(" ")
+        if transport == "nccl":
+            _size_fetches(small=kind.startswith("small "))
         self.pool = _open_pool(device, layout)
         self.network = Network(LOOPBACK, load_key(str(folder / FILE_NAME))) if far else Network()
         if layout.groups == LAYOUT.groups:
@@ -83,6 +86,15 @@ class Side:
         self.source.close()
         self.network.close()
         self.pool.close()
+
+
+def _size_fetches(small: bool) -> None:
+    from baton.kv_transfer import nccl
+
+    ends = nccl._NcclEnd
+    ends.fetch_bytes, ends.edge_bytes = nccl.FETCH_BYTES, nccl.EDGE_BYTES
+    if small:
+        ends.fetch_bytes, ends.edge_bytes = 8 * GROUP.block_bytes, GROUP.block_bytes
 
 
 def _open_pool(device: str, layout: KVLayout) -> Any:

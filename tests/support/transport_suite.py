@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import re
 import threading
 from collections import Counter
@@ -75,6 +76,13 @@ class TransportSuite:
         done = reader.pull(owner.peer, source, target)
         assert done == PullDone(1, ok=True, transport=self.kind.split()[-1], num_bytes=5 * GROUP.block_bytes)
         expected = content(22)
+        expected[target] = content(11)[source]
+        assert torch.equal(reader.blocks(), expected)
+
+    def test_a_pull_of_the_whole_pool(self, reader: Side, owner: Child) -> None:
+        source, target = random.sample(range(NUM_BLOCKS), NUM_BLOCKS), random.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+        assert reader.pull(owner.peer, source, target).ok
+        expected = torch.empty_like(content(22))
         expected[target] = content(11)[source]
         assert torch.equal(reader.blocks(), expected)
 

@@ -59,13 +59,16 @@ def test_a_role_is_no_token_and_carriage_returns_and_comments_do_not_matter() ->
         ('{"delta": {"content": "x"}, "finish_reason": "length"}', 1),
         ('{"text": "", "finish_reason": "stop"}', 0),
         ('{"delta": {}, "finish_reason": "stop"}', 0),
-        ('{"delta": {"reasoning": "x"}}', 0),
+        ('{"delta": {"reasoning": "x"}}', 1),
+        ('{"delta": {"reasoning_content": "x", "content": null}}', 1),
+        ('{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]}}', 1),
     ],
 )
 def test_a_token_without_text_counts_and_an_end_without_text_does_not(choice: str, tokens: int) -> None:
     data = f'data: {{"choices": [{choice}]}}\n\n'.encode()
     result = timed(EVENTS[0], data, b"data: [DONE]\n\n").result()
     assert (result.itl_s, result.output_tokens) == ([pytest.approx(1)] * tokens, 1 + tokens)
+    assert result.latency_s == pytest.approx(2)
 
 
 @pytest.mark.parametrize(
