@@ -3,7 +3,7 @@
 import logging
 import os
 import select
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -66,12 +66,9 @@ class Blocks:
     def take_note(self, key: str, data: bytes) -> None:
         """For later processes."""
 
-    def drain(self) -> list[Swapped | Prompts]:
-        """What the keeper has said since the last call."""
+    def drain(self, ready: Container[object] | None = None) -> list[Swapped | Prompts]:
+        """What the keeper has said since the last call; `ready`: as of Dealer.drain, of `sources`."""
         return []
-
-    def tend(self) -> None:
-        """When there is nothing to drain: send what the keeper's socket has not taken yet."""
 
     def send(self, message: Swap | Withdraw | Prompts) -> None:
         """Ask or tell the keeper."""
@@ -137,14 +134,11 @@ class SharedBlocks(Blocks):
         _, (frame,) = self._wait(Share)
         return np.frombuffer(frame, dtype=np.int32).tolist()
 
-    def drain(self) -> list[Swapped | Prompts]:
+    def drain(self, ready: Container[object] | None = None) -> list[Swapped | Prompts]:
         """See Blocks. Raises RuntimeError when the keeper has ended."""
-        self._check_alive()
-        return [message for message, _ in self._channel.drain() if isinstance(message, Swapped | Prompts)]
-
-    def tend(self) -> None:
-        """See Blocks."""
-        self._channel.tend()
+        if ready is None or self._pidfd in ready:
+            self._check_alive()
+        return [message for message, _ in self._channel.drain(ready) if isinstance(message, Swapped | Prompts)]
 
     def send(self, message: Swap | Withdraw | Prompts) -> None:
         """See Blocks."""

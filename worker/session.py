@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Session:
         stem = Path(config.run_dir) / f"{config.name}-{self._incarnation:014x}"
         self._poller = zmq.Poller()
         self._arrived: set[Any] = set()
-        """What was readable at the turn's begin: to ask every socket in vain would take most of a turn."""
+        """What was readable at the turn's begin."""
         self._me_bytes = identity(config.name, self._incarnation)
         greeting = Greeting(backend.layout, config.name, self._incarnation, backend.pool_blocks)
         self._source, self._sink = backend.open_transport(stem.with_suffix(".kv"), greeting, network)
@@ -147,19 +147,16 @@ class Session:
 
     def _receive(self) -> None:
         now = time.monotonic()
-        for message, frames in self._read(self._scheduler):
+        for message, frames in self._scheduler.drain(self._arrived):
             self._dispatch[type(message)](message, frames)
-        for _peer, lease_message, _frames in self._read(self._peers):
+        for _peer, lease_message, _frames in self._peers.drain(self._arrived):
             self._batcher.handle(lease_message, (), now)
             self._load_due = True
         for _incarnation, owner in self._owners.values():
-            for answer, _frames in self._read(owner):
+            for answer, _frames in owner.drain(self._arrived):
                 self._batcher.handle(answer, (), now)
-        if self._arrived.isdisjoint(self._backend.blocks.sources):
-            self._backend.blocks.tend()
-        else:
-            for said in self._backend.blocks.drain():
-                self._batcher.handle(said, (), now)
+        for said in self._backend.blocks.drain(self._arrived):
+            self._batcher.handle(said, (), now)
         for cancel in self._tokens.cancels(self._arrived):
             self._batcher.handle(cancel, (), now)
         for done in self._sink.completed():
@@ -168,12 +165,6 @@ class Session:
             self._batcher.handle(done, (), now)
         for compiled in self._backend.grammars.completed():
             self._batcher.handle(compiled, (), now)
-
-    def _read(self, channel: Dealer[Any] | Router[Any]) -> Iterable[Any]:
-        if channel.socket in self._arrived:
-            return channel.drain()
-        channel.tend()
-        return ()
 
     def _compute(self) -> None:
         for result in self._device.results():

@@ -69,13 +69,11 @@ class TokenPlane:
         """When `beat` has something to do; infinity without links."""
         return min((link.sent_at for link in self._links.values()), default=float("inf")) + BEAT_INTERVAL_S
 
-    def cancels(self, arrived: Container[zmq.Socket]) -> Iterator[CancelStream]:
-        """What the frontends no longer want, on those of the sockets where something has arrived."""
+    def cancels(self, ready: Container[object]) -> Iterator[CancelStream]:
+        """What the frontends no longer want; `ready`: as of Dealer.drain."""
         for link in self._links.values():
-            link.dealer.tend()
-            if link.dealer.socket in arrived:
-                for message, _frames in link.dealer.drain():
-                    yield message
+            for message, _frames in link.dealer.drain(ready):
+                yield message
 
     def close(self) -> None:
         """Close every link."""

@@ -130,12 +130,6 @@ class _Delta(msgspec.Struct, gc=False):
     reasoning_content: str | None = None
     tool_calls: list[msgspec.Raw] | None = None
 
-    @property
-    def text(self) -> str | None:
-        """What is written, as far as it matters here: whether it is nothing yet, or no chunk of text."""
-        written = self.content or self.reasoning or self.reasoning_content or ("call" if self.tool_calls else None)
-        return written or self.content
-
 
 class _Choice(msgspec.Struct, gc=False):
     text: str | None = None
@@ -212,7 +206,8 @@ class StreamTimer:
 def _has_token(choice: _Choice, first: bool) -> bool:
     """Whether a chunk stands for a token, whose text may be empty. A role alone does not, nor does an end without text
     unless nothing came before it."""
-    text = choice.text if choice.delta is None else choice.delta.text
-    if text or choice.finish_reason is not None:
-        return bool(text) or first
-    return text is not None and (choice.delta is None or choice.delta.role is None)
+    delta = choice.delta or _Delta(content=choice.text)
+    written = bool(delta.content or delta.reasoning or delta.reasoning_content or delta.tool_calls)
+    if written or choice.finish_reason is not None:
+        return written or first
+    return delta.content is not None and delta.role is None
