@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from baton.kernels import vector_math
 from baton.proto.config import WorkerConfig
 from baton.worker.attention import choose_ops
 from baton.worker.attention.model import Model
@@ -26,6 +27,7 @@ class LoadedModel:
 
     def __init__(self, config: WorkerConfig, device: torch.device, shared: SharedMemory | None = None) -> None:
         """With `shared` the weights lie there, where another process may have loaded them."""
+        vector_math.settle()
         directory = Path(config.model.path)
         model_json = loader.read_config(directory)
         model_class, config_class = find_model(model_json)

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from baton.kernels import vector_math
+
 
 @dataclass(frozen=True)
 class Greedy:
@@ -24,6 +26,7 @@ class Reference:
     def __init__(
         self, model_dir: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa"
     ) -> None:
+        vector_math.settle()
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation=attention)
         self._model = model.eval().to(device)
         self._device = device

@@ -2,12 +2,14 @@
 
 import json
 import random
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from baton.kernels.cpu.build import BuildError, build
 from baton.proto.logprobs import PromptLogprobs
@@ -28,6 +30,10 @@ CONFIG = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
+
+VECTOR_MATH = {"acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "expm1", "lgamma"}
+VECTOR_MATH |= {"log", "log10", "log1p", "log2", "sin", "sinh", "sqrt", "tan", "tanh"}
+"""torch's operations that oneMKL computes."""
 
 
 @pytest.fixture
@@ -55,6 +61,31 @@ def test_a_stream_has_the_same_bits_alone_and_batched_whole_and_chunked(
     for index, prompt in enumerate(prompts):
         alone = make_driver(dummy, load_format="dummy", block_size=48).generate([prompt], params, chunk=100)
         assert (alone[0][0], alone[1][0]) == (together[0][index], together[1][index])
+
+
+class Calls(TorchDispatchMode):
+    """Elements of the first argument of each call of a torch operation, in order, by the operation's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: defaultdict[str, list[int]] = defaultdict(list)
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if args and isinstance(args[0], torch.Tensor):
+            self.sizes[func.overloadpacket.__name__].append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def test_vector_functions_are_first_called_by_one_thread(dummy: Path, make_driver: Callable[..., Any]) -> None:
+    """torch shares out calls of more than 2,048 elements, and the first must not be: see vector_math."""
+    with Calls() as calls:
+        make_driver(dummy, load_format="dummy").generate([[1, 2, 3]], SamplingParams(max_tokens=2, temperature=1.0))
+    shared_out = {name for name, sizes in calls.sizes.items() if max(sizes) > 2048}
+    assert {"cos", "sin"} <= shared_out
+    for name in shared_out & VECTOR_MATH:
+        assert calls.sizes[name][0] == 1, name
 
 
 def test_a_resumed_stream_goes_on_as_if_undisturbed(dummy: Path, make_driver: Callable[..., Any]) -> None:
