@@ -24,6 +24,8 @@ pytestmark = pytest.mark.gpu
 VOCAB = 3000
 MAX_TOKENS = 40
 TIE = 1e-3
+GROWTH_MB = 256.0
+"""Of four workers together. The context of one process that stayed would be 500."""
 SPLIT = ("--prefill", "1", "--decode", "1", "--device", "cuda", "--gpus", "0", "--dtype", "float32")
 
 
@@ -73,6 +75,13 @@ def complete_all(deployment: Deployment, prompts: list[list[int]]) -> list[list[
         prompts, max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True, return_token_ids=True
     )
     return [answer["choices"][0]["token_ids"] for answer in answers]
+
+
+def free_mb(deployment: Deployment, prompts: list[list[int]]) -> float:
+    """What the GPU has left once these have been served."""
+    complete_all(deployment, prompts)
+    deployment.wait_idle()
+    return torch.cuda.mem_get_info()[0] / 2**20
 
 
 NO_CACHE = "--no-enable-prefix-caching"
@@ -133,4 +142,8 @@ def test_kills_lose_no_request_and_change_no_token(smollm2: Path, request: pytes
     flags = ("--prefill", "2", "--decode", "2", *SPLIT[4:], "--num-blocks", "2000", "--max-num-seqs", "64", NO_CACHE)
     with Deployment(*flags, model=str(smollm2)) as deployment:
         workers = ["decode-0", "prefill-0", "decode-1", "prefill-1"]
+        before = free_mb(deployment, prompts)
         kill_in_place(deployment, workers, prompts, request.config.getoption("--kills"))
+        after = free_mb(deployment, prompts)
+    print(f"free on the GPU: {before:.0f} -> {after:.0f} MB")
+    assert before - after < GROWTH_MB
