@@ -236,13 +236,18 @@ class Launcher:
         if child.leaving and self._serving:
             self._on_left(child)
             return
-        delay = self._policies[child.name].died(time.monotonic())
-        hopeless = child.failure is not None and child.failure.user_error
-        if hopeless or delay is None or not self._serving:
-            self._ending.set_result(Ending(EXIT_USER_ERROR if hopeless else EXIT_FAILED, child.obituary()))
+        if child.failure is not None and child.failure.user_error:
+            self._ending.set_result(Ending(EXIT_USER_ERROR, child.obituary()))
+        else:
+            self._restart(child.spec, child.obituary())
+
+    def _restart(self, spec: ProcessSpec, obituary: str) -> None:
+        delay = self._policies[spec.name].died(time.monotonic())
+        if delay is None or not self._serving:
+            self._ending.set_result(Ending(EXIT_FAILED, obituary))
             return
-        log.warning("%s; starting it again %s", child.obituary(), f"in {delay:.0f} s" if delay else "now")
-        restart = self._loop.create_task(self._start_again(child.spec, delay))
+        log.warning("%s; starting it again %s", obituary, f"in {delay:.0f} s" if delay else "now")
+        restart = self._loop.create_task(self._start_again(spec, delay))
         self._restarts.add(restart)
         restart.add_done_callback(self._restarts.discard)
 
@@ -255,7 +260,10 @@ class Launcher:
         for each in bereaved:
             await each.exited.wait()
         await asyncio.sleep(delay_s)
-        self._start(spec)
+        try:
+            self._start(spec.again)
+        except OSError as error:  # no memory for it, or no space for its configuration
+            self._restart(spec, f"{spec.name}: can't be started: {error}")
 
     def _on_left(self, child: Child) -> None:
         del self._children[child.name]

@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+
+import msgspec
 
 from baton.proto import mps
 from baton.proto.config import FrontendConfig, KeeperConfig, SchedulerConfig, ServeConfig, WorkerConfig
@@ -40,17 +42,29 @@ class ProcessSpec:
     """Name of the process that has its memory; both are gone before that one is started again."""
     standby: bool = False
     """A second process waits, with everything imported, to take the place of this one."""
+    config_again: ChildConfig | None = None
+    """What it is given when it is started again; None: the same."""
 
     @property
     def name(self) -> str:
         """As in process titles, logs and metrics."""
         return self.config.name
 
+    @property
+    def again(self) -> "ProcessSpec":
+        """As it is started another time."""
+        return replace(self, config=self.config_again or self.config)
+
 
 def specs(config: ServeConfig) -> list[ProcessSpec]:
     """Everything that `baton serve` starts, in the order of starting."""
+    # Only at first does it wait for all: by the time it is started again an operator may have removed some.
     scheduler = ProcessSpec(
-        config.scheduler, _module("baton.scheduler_proc.main"), StopOrder.SCHEDULER, thread_environment(1)
+        config.scheduler,
+        _module("baton.scheduler_proc.main"),
+        StopOrder.SCHEDULER,
+        thread_environment(1),
+        config_again=msgspec.structs.replace(config.scheduler, expected_workers=0),
     )
     keepers = {keeper.endpoint: keeper_spec(keeper) for keeper in config.keepers}
     alone = [worker.device for worker in config.workers] == ["cpu"]

@@ -3,6 +3,8 @@
 FAILED_STARTS = 3
 """So many deaths in a row before being ready, and the cause is not chance."""
 LONGEST_DELAY_S = 30.0
+MANY_DEATHS = 10
+"""More make no difference."""
 STABLE_S = 60.0
 """A process that was ready for so long has made up for its earlier deaths."""
 
@@ -30,5 +32,5 @@ class RestartPolicy:
         if self._failed_starts >= FAILED_STARTS:
             return None
         delay = 0.0 if self._deaths == 0 else min(2.0 ** (self._deaths - 1), LONGEST_DELAY_S)
-        self._deaths += 1
+        self._deaths = min(self._deaths + 1, MANY_DEATHS)
         return delay

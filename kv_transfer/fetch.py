@@ -112,7 +112,7 @@ def encode_fetch(blocks: np.ndarray) -> bytes:
 
 
 def decode_fetch(data: bytes | memoryview, pool: Pool, at_most: int) -> np.ndarray:
-    """The blocks that a reader asks for, int32 [n]. Raises TransferError or msgspec.DecodeError when it must not."""
+    """The blocks that a reader asks for, int32 [n]. Raises TransferError, or one of UNDECODABLE, when it must not."""
     asked = msgspec.msgpack.decode(data, type=Fetch).blocks
     blocks = np.frombuffer(asked[: len(asked) // 4 * 4], dtype="<i4")
     if not 0 < len(blocks) <= at_most or not 0 <= blocks.min() <= blocks.max() < pool.num_blocks:

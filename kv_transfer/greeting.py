@@ -19,6 +19,7 @@ import msgspec
 from baton.kv_transfer.contract import TransferError
 from baton.kv_transfer.line import Line
 from baton.proto.address import reachable
+from baton.proto.errors import UNDECODABLE
 from baton.proto.layout import KVLayout
 from baton.proto.messages import Peer
 from baton.proto.network import Network
@@ -156,7 +157,7 @@ class _GreetedFar(Greeted):
 def _read_answer(data: bytes | memoryview, owner: Peer) -> Greeting:
     try:
         answer = msgspec.msgpack.decode(data, type=Greeting | Refusal)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise TransferError(f"{owner.worker} gave an answer that can't be read: {error}") from error
     if isinstance(answer, Refusal):
         raise TransferError(answer.reason)

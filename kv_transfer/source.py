@@ -19,6 +19,7 @@ import zmq
 
 from baton.kv_transfer.contract import Source, TransferError, Transport
 from baton.kv_transfer.greeting import CONNECT_TIMEOUT_S, GREETING_BYTES, SCHEME, Attach, Greeting, Refusal
+from baton.proto.errors import UNDECODABLE
 from baton.proto.network import Network
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class _TcpDoor:
             reader, *rest = self._router.recv_multipart()
             try:
                 greeting = msgspec.msgpack.decode(rest[0] if rest else b"", type=Greeting)
-            except msgspec.DecodeError as error:
+            except UNDECODABLE as error:
                 log.warning("a reader's greeting failed: %s", error)
                 continue
             self._router.send_multipart([reader, msgspec.msgpack.encode(_answer(self._me, greeting))])
@@ -159,7 +160,7 @@ class _UnixDoor:
             welcome = isinstance(answer, Greeting)
             descriptors = [self._memfd] if welcome and self._memfd >= 0 else []
             socket.send_fds(connection, [msgspec.msgpack.encode(answer)], descriptors)
-        except (OSError, KeyError, msgspec.DecodeError) as error:
+        except (OSError, KeyError, *UNDECODABLE) as error:
             log.warning("a reader's greeting failed: %s", error)
             return False
         return welcome
@@ -204,7 +205,7 @@ def _serve_reader(transport: Transport, connection: socket.socket) -> None:
     with connection:
         try:
             transport.serve(connection)
-        except (OSError, TransferError, msgspec.DecodeError) as error:
+        except (OSError, TransferError, *UNDECODABLE) as error:
             log.warning("a reader is served no longer: %s", error)
         except Exception:
             log.exception("a reader is served no longer")

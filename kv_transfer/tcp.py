@@ -33,6 +33,7 @@ from baton.kv_transfer.fetch import (
 from baton.kv_transfer.line import Line
 from baton.kv_transfer.movers import HostMover
 from baton.kv_transfer.staging import Staging
+from baton.proto.errors import UNDECODABLE
 from baton.proto.network import Network
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ class TcpServer:
         reader, *rest = router.recv_multipart()
         try:
             blocks = decode_fetch(rest[0] if rest else b"", self._pool, self._at_most)
-        except (TransferError, msgspec.DecodeError) as error:
+        except (TransferError, *UNDECODABLE) as error:
             log.warning("a reader is not answered: %s", error)
             return
         # A ROUTER drops what its reader does not take, or is no longer there to take; the reader gives up by itself.

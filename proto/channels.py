@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import zmq
 
+from baton.proto.errors import UNDECODABLE
 from baton.proto.messages import Message
 from baton.proto.network import Network, Refusals
 
@@ -89,7 +90,7 @@ class _Channel(Generic[M]):
     def _decode(self, frame: zmq.Frame, sender: str) -> M | None:
         try:
             return self._decoder.decode(frame.buffer)
-        except msgspec.DecodeError as error:
+        except UNDECODABLE as error:
             self.malformed += 1
             log.error("refused a message from %s: %s", sender, error)
             return None

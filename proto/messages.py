@@ -359,6 +359,8 @@ class WorkerHello(Message):
     """Where its pid means something (proto/host.py)."""
     distant: bool = False
     """It speaks to the scheduler over TCP: what has no TCP endpoint is out of its reach."""
+    epoch: int = 0
+    """The highest that it has obeyed: the scheduler commands with a higher one."""
 
 
 class WhoAreYou(Message):

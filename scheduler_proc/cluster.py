@@ -62,16 +62,15 @@ class Cluster:
     """All streams of the cluster and everybody in it. Methods return instructions to be carried out in order."""
 
     def __init__(self, config: SchedulerConfig, epoch: int) -> None:
-        """`epoch` must be higher than any earlier scheduler's."""
-        self.epoch = epoch
-        self.registry = Registry()
+        """`epoch` is another than any earlier scheduler's, and had better be higher."""
+        self.registry = Registry(epoch)
         self.streams: dict[Sid, Stream] = {}
         self.queue = AdmissionQueue()
         self._config = config
         self._outbox = Outbox()
-        self._legs = Legs(epoch, self.registry, self._outbox)
+        self._legs = Legs(self.registry, self._outbox)
         self._policy = make_policy(config.placement.policy)
-        self._orders = Orders(epoch, self.registry, self._outbox)
+        self._orders = Orders(self.registry, self._outbox)
         self._membership = Membership(
             config, epoch, self.registry, self._outbox, self._orders, self._worker_lost, self._frontend_lost
         )

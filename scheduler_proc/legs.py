@@ -14,8 +14,7 @@ from baton.scheduler_proc.stream import Leg, State, Stream
 class Legs:
     """Owns cmd_seq, the streams listed at each worker, and the promises made to it."""
 
-    def __init__(self, epoch: int, registry: Registry, outbox: Outbox) -> None:
-        self._epoch = epoch
+    def __init__(self, registry: Registry, outbox: Outbox) -> None:
         self._registry = registry
         self._outbox = outbox
         self._cmd_seq = 0
@@ -25,7 +24,7 @@ class Legs:
         assert stream.params is not None
         self._cmd_seq += 1
         command = StartPrefill(
-            epoch=self._epoch,
+            epoch=self._registry.epoch,
             cmd_seq=self._cmd_seq,
             sid=stream.sid,
             attempt=stream.attempt,
@@ -47,7 +46,7 @@ class Legs:
         assert stream.handoff is not None
         self._cmd_seq += 1
         command = StartDecode(
-            epoch=self._epoch,
+            epoch=self._registry.epoch,
             cmd_seq=self._cmd_seq,
             sid=stream.sid,
             attempt=stream.attempt,
@@ -97,7 +96,7 @@ class Legs:
         """Free what a worker holds for this attempt and older ones."""
         if worker in self._registry.workers:
             self._cmd_seq += 1
-            self._outbox.send(worker, CancelCommand(self._epoch, self._cmd_seq, sid, attempt))
+            self._outbox.send(worker, CancelCommand(self._registry.epoch, self._cmd_seq, sid, attempt))
 
     def _leg(self, worker: Worker, cmd_seq: int, now: float) -> Leg:
         return Leg(worker.identity, cmd_seq, sent_at=now)

@@ -82,15 +82,20 @@ class Scheduler:
         self._router.close()
 
     def _drain(self) -> None:
+        scrapes: list[tuple[bytes, int]] = []
         for sender, message, frames in self._router.drain():
             match message:
                 case MetricsRequest():
-                    self._metrics.set_queued(len(self._cluster.queue))
-                    self._router.send(sender, MetricsReply(message.request, self._metrics.text()))
+                    scrapes.append((sender, message.request))
                 case ClockRequest():
                     self._router.send(sender, ClockReply(message.sent_s, time.monotonic(), self._clock_space))
                 case _:
                     self._carry_out(self._cluster.handle(sender, message, frames, time.monotonic()))
+        if scrapes:  # once for all: with many workers it takes as long as some hundred messages
+            self._metrics.set_queued(len(self._cluster.queue))
+            text = self._metrics.text()
+            for sender, request in scrapes:
+                self._router.send(sender, MetricsReply(request, text))
 
     def _carry_out(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:

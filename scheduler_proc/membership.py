@@ -78,11 +78,15 @@ class Membership:
         known = self._registry.workers.get(sender)
         if known is not None:
             known.heard_at = now
-            self._outbox.send(sender, Welcome(self._epoch))
+            self._outbox.send(sender, Welcome(self._registry.epoch))
             return known
         earlier = self._registry.worker_named(hello.worker)
         if earlier is not None:
             self.lost(earlier.identity, "a newer incarnation has registered", now)
+        if hello.epoch > self._registry.epoch:
+            why = "has obeyed a scheduler that started at a later time: was the clock set back?"
+            self._outbox.log(f"{hello.worker} {why}", logging.WARNING)
+            self._registry.epoch = hello.epoch + 1
         worker = Worker(sender, hello, joined_at=now, heard_at=now)
         self._join(worker, hello.pid, hello.pid_space)
         self._orders.joined(worker)
@@ -121,7 +125,8 @@ class Membership:
         self._registry.add(member)
         self._changed = True
         self._asked.pop(member.identity, None)
-        self._outbox.send(member.identity, Welcome(self._epoch))
+        epoch = self._registry.epoch if isinstance(member, Worker) else self._epoch
+        self._outbox.send(member.identity, Welcome(epoch))
         if pid:
             self._outbox.add(Watch(member.identity, pid, pid_space))
 

@@ -1,7 +1,8 @@
 """The cluster's metrics, as Prometheus reads them.
 
 Gauges and token counters come from workers' Loads, request metrics from the ledgers that frontends send with Close.
-Every series exists, as 0, from the moment its worker joins; a worker's gauges end when it leaves, its counters stay.
+Every series exists, as 0, from the moment its worker joins; a worker's gauges end when it leaves, its counters stay
+until DEPARTED others have left after it.
 """
 
 from collections import Counter as Counts
@@ -12,6 +13,9 @@ from baton.proto.config import KV_TRANSFERS
 from baton.proto.lifecycle import HANDOFF_PARTS, Outcome, Role, Stage, handoff_parts
 from baton.proto.messages import Close, Load, Retry
 from baton.scheduler_proc.instructions import LoadReport, WorkerJoined, WorkerLeft
+
+DEPARTED = 64
+"""Workers that have left and whose counters are still there. With a name for each start they would add up."""
 
 WORKER_LABELS = ("worker", "role")
 SCHEDULER_LABELS = ("scheduler", "scheduler")
@@ -79,6 +83,8 @@ class Metrics:
             registry=self._registry,
         )
         self._roles: dict[str, str] = {}
+        self._departed: dict[str, None] = {}
+        """Names of workers, those that left first first."""
         self._counted: dict[str, tuple[int, Load]] = {}  # worker -> its incarnation and last report
         for outcome in Outcome:
             self._requests.labels(outcome.value)
@@ -111,6 +117,9 @@ class Metrics:
                     gauge.remove(event.worker, event.role)
                 for transport in TRANSPORTS if event.role != Role.PREFILL else ():
                     self._links.remove(transport, event.worker, event.role)
+                self._departed[event.worker] = None
+                if len(self._departed) > DEPARTED:
+                    self._forget(next(iter(self._departed)))
             case LoadReport():
                 self._load(event)
             case Retry():
@@ -121,6 +130,7 @@ class Metrics:
     def _joined(self, event: WorkerJoined) -> None:
         labels = (event.worker, event.role)
         self._roles[event.worker] = event.role
+        self._departed.pop(event.worker, None)
         for gauge in self._gauges.values():
             gauge.labels(*labels)
         for source in ("computed", "cached", "pulled", "generated"):
@@ -139,6 +149,14 @@ class Metrics:
                 self._moved.labels(transport, *labels)
             for stage in HANDOFF_PARTS:
                 self._handoff_stages.labels(stage.value, *labels)
+
+    def _forget(self, worker: str) -> None:
+        counters = (self._tokens, self._vectors, self._preemptions, self._moved, self._handoff_stages, self._tpot)
+        for metric in (*counters, *self._spans.values()):
+            metric.remove_by_labels({"worker": worker})
+        del self._departed[worker]
+        self._roles.pop(worker, None)
+        self._counted.pop(worker, None)
 
     def _load(self, event: LoadReport) -> None:
         load, labels = event.load, (event.worker, event.role)

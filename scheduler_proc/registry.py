@@ -184,7 +184,10 @@ class Frontend:
 class Registry:
     """Members by identity, in the order in which they joined."""
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        """Of what workers are sent: this start of the scheduler, or higher where one of them has obeyed a higher one,
+        as after a clock was set back."""
         self.workers: dict[bytes, Worker] = {}
         self.frontends: dict[bytes, Frontend] = {}
         self._gone: dict[bytes, str] = {}

@@ -122,7 +122,8 @@ class Batcher:
         self._leased: dict[int, Request] = {}
         self._tombstones = Tombstones(lease.remember_s)
         self._arrivals = 0
-        self._epoch = 0
+        self.epoch = 0
+        """The highest that a command had."""
         self._last_cmd_seq = 0
         self.computed_tokens = 0
         self.generated_tokens = 0
@@ -163,11 +164,11 @@ class Batcher:
 
     def _obey(self, epoch: int) -> None:
         """A restarted scheduler counts its commands from the beginning."""
-        if epoch > self._epoch:
-            self._epoch, self._last_cmd_seq = epoch, 0
+        if epoch > self.epoch:
+            self.epoch, self._last_cmd_seq = epoch, 0
 
     def _command(self, command: Command, frames: tuple[bytes | memoryview, ...], now: float) -> None:
-        if command.epoch < self._epoch:
+        if command.epoch < self.epoch:
             return
         self._obey(command.epoch)
         self._last_cmd_seq = max(self._last_cmd_seq, command.cmd_seq)

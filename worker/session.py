@@ -86,7 +86,6 @@ class Session:
         self._tokens = TokenPlane(network, self._poller, config.name, self._incarnation, self._clock)
         self._batcher = backend.new_batcher(self._me)
         self._settings = Settings(role=config.role)
-        self._epoch = 0
         self._fenced = False
         self._welcome = False
         self._hello_at = -HELLO_INTERVAL_S
@@ -252,11 +251,10 @@ class Session:
             log.info("registered with the scheduler")
             self._supervised.ready()
         self._welcome = True
-        self._epoch = max(self._epoch, message.epoch)
         self._batcher.handle(message, (), time.monotonic())
 
     def _on_configure(self, message: Configure, _frames: Body) -> None:
-        if message.epoch < self._epoch:
+        if message.epoch < self._batcher.epoch:
             return
         before, self._settings = self._settings, message.settings
         if before.cache_flushes != self._settings.cache_flushes:
@@ -297,6 +295,7 @@ class Session:
             host=socket.gethostname(),
             pid_space=pid_space(),
             distant=self._distant,
+            epoch=self._batcher.epoch,
         )
         self._scheduler.send(hello)
         self._batcher.resend_ready()

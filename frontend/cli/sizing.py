@@ -103,16 +103,18 @@ def _fit_length(args: argparse.Namespace, model: ModelSize, pool: int) -> Plan:
     return Plan(capacity, pool_bytes, note, logging.WARNING if given else logging.INFO)
 
 
-def available_memory() -> int:
-    """Bytes that this machine, or this container, can still give."""
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this machine, or this container, can still give. Files that were read, weights above all, are charged
+    to a container too, and given up when anything else needs the memory."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        charged = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except OSError:
         return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    return free if limit == "max" else min(free, int(limit) - used + int(charged["inactive_file"]))
 
 
 def _count_stored(directory: Path) -> int:

@@ -3,7 +3,7 @@
 import argparse
 import asyncio
 import logging
-import os
+import secrets
 import socket
 import sys
 
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="", metavar="IP", help="where others reach this worker; default: towards a tcp:// scheduler"
     )
     network_args.add_key_argument(parser)
-    parser.add_argument("--name", default="", help="unique in the cluster; default: from role and process id")
+    parser.add_argument(
+        "--name", default="", help="unique in the cluster; default: from role, host and a random number"
+    )
     engine_args.add_model_arguments(parser)
     engine_args.add_worker_arguments(parser)
     engine_args.add_kv_transfer_arguments(parser)
@@ -58,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
     if args.kv_transfer == "local" and args.role != Role.UNIFIED:
         raise UserError("--kv-transfer local needs a pool that workers share; one that joins has a pool of its own")
     scheduler, network = network_args.join(args)
-    # A pid is unique on its host alone, and a socket's path must stay short.
+    # A number of its own, since containers share pids and the begin of their names; a socket's path must stay short.
     here = "" if is_local(scheduler) else f"{socket.gethostname().partition('.')[0][:12]}-"
-    name = args.name or f"{args.role}-{here}{os.getpid()}"
+    name = args.name or f"{args.role}-{here}{secrets.token_hex(3)}"
     directory = engine_args.resolve_model(args)
     plan = sizing.plan(args, sizing.read_model_size(directory, args.dtype, args.load_format), num_workers=1)
     name_process(f"launcher of {name}")

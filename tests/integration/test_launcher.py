@@ -155,6 +155,22 @@ def test_a_dead_child_is_started_again() -> None:
         assert running.finish() == 0
 
 
+def test_what_can_not_be_started_again_now_is_tried_once_more() -> None:
+    with deployment("scheduler=serve", "worker=serve") as running:
+        running.read_until("ready")
+        (first,) = [int(line.split()[1]) for line in running.lines if line.startswith("worker ")]
+        config = running.run_dir / "worker.json"
+        config.unlink()
+        config.mkdir()
+        os.kill(first, signal.SIGKILL)
+        while "worker: can't be started: " not in running.read_until(""):
+            pass
+        config.rmdir()
+        assert int(running.read_until("worker ").split()[1]) != first
+        running.process.terminate()
+        assert running.finish() == 0
+
+
 def test_a_keeper_is_started_again_only_when_all_who_had_its_memory_are_gone() -> None:
     with deployment("keeper=serve", "worker=stubborn:keeper", "frontend=serve") as running:
         running.read_until("ready")

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
+from baton.frontend import processes
 from baton.frontend.cli import bench_serve, engine_args, network_args, rpc_args, serve, sizing
 from baton.frontend.cli.main import COMMANDS, OneLineParser, main
 from baton.frontend.run_dir import RunDir
@@ -355,6 +357,25 @@ def test_a_context_beyond_the_models_is_refused(model: Path) -> None:
 def test_too_little_memory_is_told(model: Path) -> None:
     with pytest.raises(UserError, match="too little memory: 2 workers need"):
         plan(model, "--kv-cache-memory-bytes", "100T")
+
+
+def test_memory_of_a_container_is_free_where_files_that_were_read_fill_it(tmp_path: Path) -> None:
+    whole = sizing.available_memory(tmp_path)
+    (tmp_path / "memory.current").write_text("900000000\n")
+    (tmp_path / "memory.stat").write_text("anon 100000000\nfile 800000000\ninactive_file 700000000\n")
+    for limit, free in (("1000000000", 800000000), ("max", whole)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert sizing.available_memory(tmp_path) == pytest.approx(free, rel=0.2)
+
+
+def test_a_restarted_scheduler_waits_for_nobody_whom_an_operator_may_have_removed(model: Path) -> None:
+    args = parse(str(model), "--prefill", "2", "--decode", "1")
+    with RunDir() as run_dir:
+        config = serve.serve_config(args, model, sizing.Plan(256, 4096), serve.worker_roles(args), run_dir)
+    (scheduler,) = [spec for spec in processes.specs(config) if spec.name == config.scheduler.name]
+    assert scheduler.config == config.scheduler
+    assert scheduler.again.config == msgspec.structs.replace(config.scheduler, expected_workers=0)
+    assert [spec.again for spec in processes.specs(config)[1:]] == processes.specs(config)[1:]
 
 
 def test_several_frontends_need_a_port_to_share(model: Path) -> None:

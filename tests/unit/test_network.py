@@ -157,6 +157,35 @@ def test_refusals_that_nobody_has_read_hold_up_no_message(network: Network) -> N
         router.close()
 
 
+UNREADABLE = {
+    "no message": b"\xc1",
+    "text that is no UTF-8": b"\x93\xa8CloseAck\xa2\xff\xfe\x01",
+    "nested beyond all measure": b"\x93\xa8CloseAck\x92\x01\x02" + b"\x91" * 5000 + b"\x01",
+}
+
+
+@pytest.mark.parametrize("frame", UNREADABLE.values(), ids=UNREADABLE)
+def test_what_can_not_be_read_is_counted_and_the_next_message_heard(frame: bytes, tmp_path: Path) -> None:
+    network = Network()
+    router: Router = Router(network, f"ipc://{tmp_path}/socket", CloseAck)
+    dealer: Dealer = Dealer(network, router.address, b"peer:1", CloseAck)
+    try:
+        dealer.socket.send(frame)
+        dealer.send(CloseAck((1, 2)))
+        heard: list[CloseAck] = []
+        while not heard:
+            assert router.socket.poll(ANSWER_MS)
+            heard = [message for _, message, _ in router.drain()]
+        assert (heard, router.malformed) == ([CloseAck((1, 2))], 1)
+        router.socket.send_multipart([b"peer:1", frame])
+        assert dealer.socket.poll(ANSWER_MS)
+        assert (list(dealer.drain()), dealer.malformed) == ([], 1)
+    finally:
+        dealer.close(0)
+        router.close(0)
+        network.close()
+
+
 def test_beyond_loopback_nothing_listens_or_connects_without_a_key() -> None:
     network = Network("10.1.2.3")
     with pytest.raises(UserError, match=r"tcp://10\.1\.2\.3:\*: beyond loopback a key is needed"):

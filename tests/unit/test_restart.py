@@ -12,6 +12,14 @@ def test_first_restart_is_at_once_and_later_ones_back_off() -> None:
     assert delays == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, LONGEST_DELAY_S, LONGEST_DELAY_S, LONGEST_DELAY_S]
 
 
+def test_a_process_that_dies_for_days_is_started_again_every_time() -> None:
+    policy = RestartPolicy()
+    for now in range(2000):
+        policy.became_ready(now)
+        delay = policy.died(now + 0.5)
+    assert delay == LONGEST_DELAY_S
+
+
 def test_a_long_ready_time_makes_up_for_earlier_deaths() -> None:
     policy = RestartPolicy()
     for now in range(3):

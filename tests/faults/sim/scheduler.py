@@ -1,6 +1,5 @@
 """The scheduler process: the real cluster between simulated sockets."""
 
-import itertools
 from collections.abc import Callable
 
 from baton.proto.config import SchedulerConfig
@@ -20,14 +19,13 @@ class Scheduler(Process):
         super().__init__(world, "scheduler")
         self._network = network
         self._config = config
-        self._epochs = itertools.count(1)
         self.cluster: Cluster | None = None
         self._watched: dict[str, bytes] = {}
 
     def start(self) -> None:
-        """A new epoch that knows nobody."""
+        """A new epoch that knows nobody, by a clock that may have been set back."""
         self.alive = True
-        self.cluster = Cluster(self._config, next(self._epochs))
+        self.cluster = Cluster(self._config, self.world.rng.randrange(1, 2**40))
         self._watched.clear()
         self._network.bind(self, "scheduler", self._on_message)
         self.turn()

@@ -258,6 +258,7 @@ class Worker(Process):
             max_num_batched_tokens=spec.batch.max_num_batched_tokens,
             holdings=batcher.holdings(),
             settings=self._settings,
+            epoch=batcher.epoch,
         )
         self._to_scheduler(hello)
         batcher.resend_ready()
@@ -374,6 +375,8 @@ class Worker(Process):
                 batcher.handle(message, (), self.world.now)
             case WhoAreYou():
                 self._hello(batcher)
+            case Configure() if message.epoch < batcher.epoch:
+                return
             case Configure():
                 before, self._settings = self._settings, message.settings
                 if before.cache_flushes != message.settings.cache_flushes:

@@ -78,6 +78,7 @@ class Bench:
         distant: bool = False,
         kv_endpoint: str = "unix:/kv",
         shared_pool: str = "",
+        epoch: int = 0,
     ) -> bytes:
         """A worker says hello; its role is the first part of its name."""
         me = identity(name, incarnation)
@@ -99,6 +100,7 @@ class Bench:
             settings=settings,
             pid_space="here",
             distant=distant,
+            epoch=epoch,
         )
         self.tell(me, hello)
         return me

@@ -28,6 +28,16 @@ def test_a_worker_is_welcomed_with_the_epoch_and_watched(bench: Bench) -> None:
     assert Watch(worker, 12, "here") in bench.instructions
 
 
+def test_a_worker_that_obeyed_a_scheduler_of_a_later_time_is_commanded_with_a_higher_epoch(bench: Bench) -> None:
+    bench.frontend()
+    other = bench.worker("unified-0")
+    worker = bench.worker("unified-1", epoch=9)
+    assert bench.sent(Welcome, worker) == [Welcome(10)]
+    for n in (1, 2):
+        bench.submit(n)
+    assert [command.epoch for to in (other, worker) for command in bench.sent(StartPrefill, to)] == [10, 10]
+
+
 def test_whoever_is_unknown_is_asked_once_in_a_while(bench: Bench, idle: Load) -> None:
     stranger = identity("unified-0", 3)
     for _ in range(3):

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from baton.proto.messages import Close, KVLink, Ledger, Load, Retry
 from baton.scheduler_proc.instructions import LoadReport, WorkerJoined, WorkerLeft
-from baton.scheduler_proc.metrics import Metrics
+from baton.scheduler_proc.metrics import DEPARTED, Metrics
 
 STAGES = {
     "received": 1.0,
@@ -146,3 +146,16 @@ def test_retries_and_the_schedulers_own_queue_are_counted(metrics: Metrics) -> N
     metrics.set_queued(3)
     assert value(metrics, "baton_retries_total") == 1
     assert value(metrics, "baton_requests_waiting", worker="scheduler") == 3
+
+
+def test_counters_of_workers_that_left_end_once_many_have_left_since(metrics: Metrics, idle: Load) -> None:
+    lines = metrics.text().count("\n")
+    for i in range(3 * DEPARTED):
+        metrics.observe(WorkerJoined(f"decode-{i}", "decode"))
+        load = msgspec.structs.replace(idle, generated_tokens=1)
+        metrics.observe(LoadReport(f"decode-{i}", i, "decode", load))
+        metrics.observe(WorkerLeft(f"decode-{i}", "decode"))
+    names = {labels["worker"] for _, labels, _ in samples(metrics) if "worker" in labels}
+    assert names == {"prefill-0", "scheduler", *(f"decode-{i}" for i in range(2 * DEPARTED, 3 * DEPARTED))}
+    assert value(metrics, "baton_tokens_total", source="generated") == DEPARTED
+    assert metrics.text().count("\n") < (DEPARTED + 1) * lines

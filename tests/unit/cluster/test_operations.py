@@ -193,6 +193,21 @@ def test_a_restarted_scheduler_goes_on_with_what_workers_are(make_bench) -> None
     assert not bench.cluster.operator.worker("decode-0").active
 
 
+def test_what_an_earlier_scheduler_was_told_holds_for_the_next_incarnation_too(make_bench) -> None:
+    bench = make_bench()
+    bench.worker("decode-0", settings=Settings(role="decode", duty=Duty.DRAINING))
+    bench.worker("decode-0", incarnation=2)
+    assert settings_sent(bench, identity("decode-0", 2)) == [Settings(role="decode", duty=Duty.DRAINING)]
+
+
+def test_an_order_holds_for_what_it_changed_only(bench) -> None:
+    bench.worker("w0", role="decode")
+    bench.cluster.operator.flush("w0")
+    bench.tell(identity("w0", 1), Goodbye("w0", 1))
+    bench.worker("w0", role="prefill", incarnation=2)
+    assert bench.cluster.operator.worker("w0").role == "prefill"
+
+
 def test_only_a_drained_worker_is_removed_without_force(split) -> None:
     operator = split.cluster.operator
     assert "drain it first" in refused(Why.FAILED_PRECONDITION, lambda: operator.remove("decode-0", False))
