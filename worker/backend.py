@@ -89,9 +89,15 @@ def backend_class(config: WorkerConfig) -> Callable[[WorkerConfig], Backend]:
 
 
 def fill_batch(config: WorkerConfig, own: BatchConfig) -> WorkerConfig:
-    """`config` with the device's `own` values where its batch leaves them to it."""
+    """`config` with the device's `own` values where its batch leaves them to it. Raises UserError where a step has no
+    token for each of its streams: the last ones would never have one."""
     batch = config.batch
-    max_num_seqs = batch.max_num_seqs or own.max_num_seqs
+    max_num_seqs = batch.max_num_seqs or min(own.max_num_seqs, batch.max_num_batched_tokens or own.max_num_seqs)
+    if 0 < batch.max_num_batched_tokens < max_num_seqs:
+        raise UserError(
+            f"--max-num-batched-tokens {batch.max_num_batched_tokens} is below --max-num-seqs {max_num_seqs}: a step "
+            "needs a token for each stream"
+        )
     filled = msgspec.structs.replace(
         batch,
         max_num_seqs=max_num_seqs,

@@ -116,6 +116,7 @@ class Batcher:
             self.outbox,
             self._kv_ready,
             self._forget,
+            self._steps.has_room_beside_waiting,
         )
         self._gate = GrammarGate(self.outbox)
         self._requests: dict[tuple[Sid, str], Request] = {}
@@ -283,7 +284,11 @@ class Batcher:
         self._publish(request)
         request.tokens += rows.tokens
         request.first_rows = rows
-        self._gate.enter(request, self._steps.arrive)
+        if len(request.tokens) < self._max_model_len:
+            self._gate.enter(request, self._steps.arrive)
+        else:  # the owner's limit is higher
+            self._emit(request, (), (), FinishReason.LENGTH)
+            self._over(request, ended=True)
 
     def _fail(self, request: Request, message: str) -> None:
         """End a stream that can't go on, and tell its client why."""

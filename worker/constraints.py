@@ -163,6 +163,8 @@ class Constraints:
                 problems[row] = self._settle_end(masks.words[row], matcher, params, output_index)
         for row, stream in enumerate(streams):
             stream.restrict(masks.words[row])
+            if row not in matchers and output_indices[row] < stream.params.min_tokens:
+                _clear(masks.words[row], stream.params.stop_token_ids)
             if problem := problems.get(row) or (None if masks.words[row].any() else _NOTHING_LEFT):
                 masks.words[row] = self._all
                 masks.failed[int(indices[row])] = problem

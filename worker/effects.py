@@ -74,7 +74,14 @@ class Emit:
 
 @dataclass(slots=True, frozen=True)
 class Compile:
-    """Compile a grammar, away from the loop; answered by a Compiled."""
+    """Compile a grammar, away from the loop, and keep it until as many Releases; answered by a Compiled."""
+
+    grammar: str
+
+
+@dataclass(slots=True, frozen=True)
+class Release:
+    """One request less needs this grammar."""
 
     grammar: str
 
@@ -87,4 +94,4 @@ class Compiled:
     error: str = ""
 
 
-Effect = ToScheduler | ToOwner | ToHolder | ToKeeper | Emit | Pull | Compile
+Effect = ToScheduler | ToOwner | ToHolder | ToKeeper | Emit | Pull | Compile | Release

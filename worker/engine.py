@@ -11,7 +11,7 @@ from baton.proto.hashing import hash_chain, pack_hashes
 from baton.proto.messages import CancelStream, Peer, SamplingParams, Sid, StartPrefill
 from baton.worker.backend import open_backend
 from baton.worker.batcher import Batcher
-from baton.worker.effects import Compiled, Emit
+from baton.worker.effects import Compiled, Emit, Release
 from baton.worker.plan import StepResult
 
 
@@ -46,6 +46,7 @@ class Engine:
         hashes = pack_hashes(hash_chain(tokens)) if hashes is None else hashes
         self._batcher.handle(command, (tokens.tobytes(), hashes), time.monotonic())
         if params.grammar:
+            self._backend.grammars.hold(params.grammar)
             error = self._backend.grammars.matcher(params.grammar).exception()
             self._batcher.handle(Compiled(params.grammar, str(error or "")), (), time.monotonic())
 
@@ -62,9 +63,11 @@ class Engine:
         if not self._in_flight:
             return []
         self._batcher.complete(self._in_flight.popleft()(), time.monotonic())
-        rows = [effect for effect in self._batcher.outbox if isinstance(effect, Emit)]
-        self._batcher.outbox.clear()
-        return rows
+        effects, self._batcher.outbox[:] = list(self._batcher.outbox), []
+        for effect in effects:
+            if isinstance(effect, Release):
+                self._backend.grammars.release(effect.grammar)
+        return [effect for effect in effects if isinstance(effect, Emit)]
 
     @property
     def batcher(self) -> Batcher:

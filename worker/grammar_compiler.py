@@ -4,8 +4,10 @@ The first grammar also loads the tokenizer's vocabulary, so that a worker that n
 """
 
 import os
-from collections import OrderedDict, deque
+import threading
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +21,11 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_KEPT = 256
-"""Compiled grammars; the one that was not asked for longest goes first."""
+"""Compiled grammars beside those that a request needs; the one that was not asked for longest goes first."""
 
 
 class GrammarCompiler:
-    """Grammar to matcher. `request`, `fileno` and `completed` are for a loop, `matcher` is for whoever can wait.
+    """Grammar to matcher. `matcher` is for whoever can wait, from any thread; the rest is for a loop.
 
     Owns a thread and a descriptor; close() ends them.
     """
@@ -32,13 +34,35 @@ class GrammarCompiler:
         self._model, self._vocab_size = model, vocab_size
         self._tokenizer: LLTokenizer | None = None
         self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._holders: Counter[str] = Counter()
+        self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._completed: deque[Compiled] = deque()
         self._done = os.eventfd(0, os.EFD_NONBLOCK)
 
     def request(self, grammar: str) -> None:
-        """Compile it, or find it; `completed` tells when it is there."""
+        """Compile it, or find it, and keep it until it is released; `completed` tells when it is there."""
+        self.hold(grammar)
         self.matcher(grammar).add_done_callback(lambda future: self._complete(grammar, future))
+
+    def hold(self, grammar: str) -> None:
+        """Keep it, once it is compiled, for one request more."""
+        with self._lock:
+            self._holders[grammar] += 1
+
+    def release(self, grammar: str) -> None:
+        """For one request less."""
+        with self._lock:
+            self._holders[grammar] -= 1
+            if not self._holders[grammar]:
+                del self._holders[grammar]
+                self._evict()
+
+    def release_all(self) -> None:
+        """No request is left."""
+        with self._lock:
+            self._holders.clear()
+            self._evict()
 
     def fileno(self) -> int:
         """Readable while `completed` has something to return."""
@@ -54,13 +78,19 @@ class GrammarCompiler:
 
     def matcher(self, grammar: str) -> "Future[LLMatcher]":
         """The grammar's matcher at its start: copy it, never advance it. Holds GrammarError when there is none."""
-        future = self._kept.get(grammar)
-        if future is None:
-            future = self._kept[grammar] = self._thread.submit(self._compile, grammar)
-            if len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(grammar)
+        with self._lock:
+            future = self._kept.get(grammar)
+            if future is None:
+                future = self._kept[grammar] = self._thread.submit(self._compile, grammar)
+            self._kept.move_to_end(grammar)
+            self._evict()
         return future
+
+    def _evict(self) -> None:
+        beyond = len(self._kept) - len(self._holders) - MAX_KEPT
+        unused = (grammar for grammar in self._kept if grammar not in self._holders)
+        for grammar in list(islice(unused, max(0, beyond))):
+            del self._kept[grammar]
 
     @property
     def vocabulary(self) -> "LLTokenizer":

@@ -3,12 +3,13 @@
     ask ─► Compile ─► (a thread) ─► Compiled ─► whoever waits at the gate is admitted
     enter: at once when the answer has come, else State.COMPILING
 
-Asking happens when the request arrives, entering when it could run: a decode leg pulls its KV meanwhile.
+Asking happens when the request arrives, entering when it could run: a decode leg pulls its KV meanwhile. The grammar is
+kept until the request is over, since it may leave its slot and come back.
 """
 
 from collections.abc import Callable
 
-from baton.worker.effects import Compile, Compiled, Effect
+from baton.worker.effects import Compile, Compiled, Effect, Release
 from baton.worker.request import Request, State
 
 
@@ -19,6 +20,8 @@ class GrammarGate:
         self._outbox = outbox
         self._asked: dict[str, list[Request]] = {}
         self._waiting: dict[Request, Callable[[Request], None]] = {}
+        self._holders: set[Request] = set()
+        """Requests whose grammar is kept for them."""
 
     def __len__(self) -> int:
         """Requests that could run if their grammar were there."""
@@ -28,6 +31,7 @@ class GrammarGate:
         """Have the request's grammar compiled, if it has one."""
         if grammar := request.params.grammar:
             self._asked.setdefault(grammar, []).append(request)
+            self._holders.add(request)
             self._outbox.append(Compile(grammar))
 
     def enter(self, request: Request, admit: Callable[[Request], None]) -> None:
@@ -54,3 +58,6 @@ class GrammarGate:
         asked = self._asked.get(request.params.grammar, [])
         if request in asked:
             asked.remove(request)
+        if request in self._holders:
+            self._holders.remove(request)
+            self._outbox.append(Release(request.params.grammar))

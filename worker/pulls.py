@@ -37,7 +37,10 @@ class Orphan:
 
 
 class Pulls:
-    """Decode legs whose KV is still elsewhere. `ready` receives each one whose KV is here and confirmed."""
+    """Decode legs whose KV is still elsewhere. `ready` receives each one whose KV is here and confirmed.
+
+    `has_room`: whether so many blocks are more than those need that run, or ran and wait to go on.
+    """
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Pulls:
         outbox: list[Effect],
         ready: Callable[[Request], None],
         failed: Callable[[Request], None],
+        has_room: Callable[[int], bool],
     ) -> None:
         self._me = me
         self._pool = pool
@@ -60,6 +64,7 @@ class Pulls:
         self._outbox = outbox
         self._ready = ready
         self._failed = failed
+        self._has_room = has_room
         self._unreserved: deque[Request] = deque()
         self._by_lease: dict[tuple[int, int], Request] = {}  # (owner incarnation, lease)
         self._transfers: dict[int, Request] = {}
@@ -95,7 +100,8 @@ class Pulls:
             if owner is not None:
                 known = owner.blocks[:full]
                 self._pool.share(known)
-            blocks = self._pool.allocate(-(-remote.total // self._block_size) - len(known), for_pull=True)
+            fresh = -(-remote.total // self._block_size) - len(known)
+            blocks = self._pool.allocate(fresh, for_pull=True) if self._has_room(fresh) else None
             if blocks is None:
                 self._pool.release(known)
                 return

@@ -85,6 +85,7 @@ class Session:
         self._owners: dict[str, tuple[int, Dealer[ToHolder]]] = {}  # worker -> its incarnation, and the socket to it
         self._tokens = TokenPlane(network, self._poller, config.name, self._incarnation, self._clock)
         self._batcher = backend.new_batcher(self._me)
+        backend.grammars.release_all()  # whose requests were the incarnation's before
         self._settings = Settings(role=config.role)
         self._fenced = False
         self._welcome = False
@@ -197,6 +198,8 @@ class Session:
                     self._sink.start(effect)
                 case effects.Compile():
                     self._backend.grammars.request(effect.grammar)
+                case effects.Release():
+                    self._backend.grammars.release(effect.grammar)
         self._batcher.outbox.clear()
         self._tokens.send(rows, now)
         self._tokens.beat(now)

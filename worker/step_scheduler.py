@@ -7,12 +7,12 @@
 
 Several that begin alike compute it once: the others stay waiting until it has settled (shared_prompts.py).
 
-A step takes running streams first, so that none waits for a newcomer's prompt, then fills its token budget with chunks
-of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). With `prompts_first`
-it is the other way round. At most `depth` steps are in flight; their results come back in order. While streams run, the
-next one is planned when the device is about to need it (lead.py), or later where another worker's prompts need the
-device more (device_share.py). A stream whose next token depends on its last one by more than the model (a grammar, bad
-words) is planned again only once that one is known, so at depth 2 it enters every other step.
+A step takes streams that decode first, so that none waits for a prompt, whatever its rank, then fills its token budget
+with chunks of prompts in order of arrival; while streams run the budget follows a target time (step_costs.py). With
+`prompts_first` it is the other way round. At most `depth` steps are in flight; their results come back in order. While
+streams run, the next one is planned when the device is about to need it (lead.py), or later where another worker's
+prompts need the device more (device_share.py). A stream whose next token depends on its last one by more than the model
+(a grammar, bad words) is planned again only once that one is known, so at depth 2 it enters every other step.
 """
 
 import math
@@ -58,6 +58,8 @@ class InFlight:
     """What it should take; 0 when that is not known."""
     follows: bool
     """It was planned while another was in flight."""
+    copied: list[int]
+    """Blocks that it copies before it computes anything, one reference taken on each."""
 
     @property
     def has_prompts(self) -> bool:
@@ -126,14 +128,15 @@ class StepScheduler:
         planned: list[Planned] = []
         budget = self._budget(now)
         preemptions = self.preemptions
-        running = list(self.running)
+        decoding, prompts = [r for r in self.running if _decodes(r)], [r for r in self.running if not _decodes(r)]
         if self._prompts_first:
-            prompts, running = [r for r in running if not _decodes(r)], [r for r in running if _decodes(r)]
             budget = self._add_rows(prompts, budget, rows, planned)
             budget = self._admit_prompts(budget, rows, planned, now)
-        budget = self._add_rows(running, budget, rows, planned)
+        budget = self._add_rows(decoding, budget, rows, planned)
         while self.kv_here and self._admit_decode(self.kv_here[0]):
             budget -= self._add_row(self.kv_here.popleft(), max(budget, 1), rows, planned)
+        if not self._prompts_first:
+            budget = self._add_rows(prompts, budget, rows, planned)
         if self.preemptions == preemptions:
             self._admit_prompts(budget, rows, planned, now)
         if not rows:
@@ -145,7 +148,8 @@ class StepScheduler:
                 item.request.stepped = True
                 item.request.ledger.stages[Stage.STEPPED] = now
         plan = StepPlan(self._step, rows, self._new_slots, self._copies)
-        step = InFlight(plan, planned, self._expected_s(planned), follows=bool(self._in_flight))
+        copied = [source for source, _ in self._copies]
+        step = InFlight(plan, planned, self._expected_s(planned), bool(self._in_flight), copied)
         self._in_flight.append(step)
         self._lead.planned(now, step.expected_s)
         return plan
@@ -180,6 +184,10 @@ class StepScheduler:
     def _has_room(self, blocks: int) -> bool:
         """Each running stream may soon want a block; without the spare, admission and preemption would alternate."""
         return blocks + len(self.running) <= self._pool.num_free
+
+    def has_room_beside_waiting(self, blocks: int) -> bool:
+        """Whether another stream may have so many blocks: those that were preempted come back before it."""
+        return self._has_room(blocks) and not any(request.preemptions for request in self.waiting)
 
     def _decoding(self) -> list[Request]:
         """Streams whose next token a step would compute."""
@@ -411,9 +419,9 @@ class StepScheduler:
         """The owner fills its last block with tokens of its own: the step copies it before it computes anything."""
         full = request.published
         if full * self._block_size < request.reusable:
+            self._pool.share([owner.blocks[full]])
             self._copies.append((owner.blocks[full], request.blocks[full]))
             request.scheduled = request.settled = request.reusable
-            owner.last_step = self._step + 1
 
     def _admit_decode(self, request: Request) -> bool:
         if not self._free_slots:
@@ -467,6 +475,7 @@ class StepScheduler:
         if step.plan.step != result.step:
             raise AssertionError(f"result of step {result.step} arrived while step {step.plan.step} was the oldest")
         self._pool.step_completed(result.step)
+        self._pool.release(step.copied, self._step if self._in_flight else 0)
         self._measure(step, result)
         return step.planned
 

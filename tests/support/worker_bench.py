@@ -42,6 +42,7 @@ class Bench:
         first_block: int = 0,
         shared_pool: str = "",
         shares_device: bool = False,
+        max_model_len: int = 4096,
     ) -> None:
         self.now = 100.0
         self.me = Peer(name, incarnation, f"ipc://{name}", f"shm:{name}", shared_pool)
@@ -49,7 +50,7 @@ class Bench:
         self.batcher = Batcher(
             self.me,
             range(first_block, first_block + num_blocks),
-            max_model_len=4096,
+            max_model_len=max_model_len,
             cache=CacheConfig(block_size=BLOCK, num_blocks=num_blocks, enable_prefix_caching=caching),
             batch=BatchConfig(budget, max_num_seqs, target_itl_ms, prompts_first, depth),
             lease=LeaseConfig(),
@@ -83,6 +84,7 @@ class Bench:
         attempt: int = 1,
         prompt_len: int = 0,
         salt: str = "",
+        priority: int = 0,
         **params: object,
     ) -> list[effects.Effect]:
         self.cmd_seq += 1
@@ -96,6 +98,7 @@ class Bench:
             params=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
             reply_to="ipc://frontend",
             continue_decode=not hand_over,
+            priority=priority,
         )
         self.frames[sid(n)] = (tokens.tobytes(), pack_hashes(hash_chain(tokens, *([salt] if salt else []))))
         return self.handle(command, self.frames[sid(n)])

@@ -77,6 +77,40 @@ def test_a_long_prompt_is_computed_in_chunks_beside_running_streams() -> None:
     assert [(row.start, row.num_tokens) for row in plan.rows] == [(11, 1), (31, 31)]
 
 
+def test_a_prompt_that_ranks_before_running_streams_does_not_stop_them() -> None:
+    bench = Bench(num_blocks=400, budget=16)
+    bench.prefill(1, PROMPT[:5], max_tokens=200)
+    bench.step()
+    bench.prefill(2, list(range(500)), max_tokens=3, priority=-1)
+    for _ in range(40):
+        assert len(tokens(bench.step(), 1)) == 1
+
+
+def test_legs_that_keep_coming_do_not_starve_a_stream_that_was_preempted() -> None:
+    """A decode worker whose pool is full, with two more legs always waiting for it."""
+    owner = Bench("prefill-0", incarnation=1, num_blocks=4000, budget=4096)
+    reader = Bench("decode-0", incarnation=2, num_blocks=40, budget=256)
+    finished: list[int] = []
+    started, last_token, longest_wait = 0, {}, 0
+    for step in range(1500):
+        out = reader.step()
+        if len(reader.batcher._pulls) < 2:
+            started += 1
+            owner.prefill(started, [started * 1000 + i for i in range(60)], max_tokens=120, hand_over=True)
+            (done,) = to_scheduler(owner.run(), PrefillDone)
+            out += reader.decode(owner, done, max_tokens=120)
+        owner.now = reader.now
+        for row in carry(reader, owner, out):
+            if isinstance(row, effects.Emit):
+                n = row.sid[1]
+                longest_wait = max(longest_wait, step - last_token.get(n, step))
+                last_token[n] = step
+                finished += [n] if row.finish else []
+    assert reader.batcher._steps.preemptions
+    assert len(finished) > 0.8 * started
+    assert longest_wait < 300
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_with_prompts_first_streams_enter_what_prompts_leave_of_a_step(depth: int) -> None:
     bench = Bench(budget=32, depth=depth, prompts_first=True)
@@ -332,6 +366,20 @@ def test_a_lease_of_an_earlier_incarnation_is_gone() -> None:
     (answer,) = restarted.handle(opened)
     assert isinstance(answer, effects.ToHolder)
     assert isinstance(answer.message, Gone)
+
+
+def test_a_leg_that_arrives_at_this_workers_limit_ends_there() -> None:
+    owner = Bench("prefill-0", incarnation=1)
+    reader = Bench("decode-0", incarnation=2, max_model_len=len(PROMPT) + 1)
+    owner.prefill(1, PROMPT, max_tokens=9, hand_over=True)
+    (done,) = to_scheduler(owner.run(), PrefillDone)
+    out = carry(reader, owner, reader.decode(owner, done, max_tokens=9)) + reader.run()
+    assert tokens(out, 1) == [1040]
+    finish = rows(out, 1)[-1].finish
+    assert finish is not None
+    assert (finish.reason, finish.final) == ("length", 1)
+    assert [end.leg for end in to_scheduler(out, Ended)] == ["prefill", "decode"]
+    assert reader.batcher.pool.num_used == 0
 
 
 def test_both_legs_on_one_worker_move_no_byte() -> None:

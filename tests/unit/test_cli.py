@@ -20,11 +20,12 @@ from baton.frontend.cli.main import COMMANDS, OneLineParser, main
 from baton.frontend.run_dir import RunDir
 from baton.proto import __version__
 from baton.proto import config as config_tree
-from baton.proto.config import ModelConfig, NetworkConfig, RpcConfig, ServeConfig, WorkerConfig
+from baton.proto.config import BatchConfig, ModelConfig, NetworkConfig, RpcConfig, ServeConfig, WorkerConfig
 from baton.proto.curve import load_key
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
-from baton.worker.backend import open_backend
+from baton.worker.backend import fill_batch, open_backend
+from baton.worker.cpu_backend import OWN as CPU_OWN
 
 LOCAL_DECODE = "--role decode --scheduler ipc:///s --kv-transfer local --no-enable-prefix-caching"
 LLAMA = {
@@ -376,6 +377,19 @@ def test_a_restarted_scheduler_waits_for_nobody_whom_an_operator_may_have_remove
     assert scheduler.config == config.scheduler
     assert scheduler.again.config == msgspec.structs.replace(config.scheduler, expected_workers=0)
     assert [spec.again for spec in processes.specs(config)[1:]] == processes.specs(config)[1:]
+
+
+def test_a_step_has_a_token_for_each_stream() -> None:
+    def filled(**given: int) -> tuple[int, int]:
+        config = WorkerConfig("w", "unified", ModelConfig("m", ("m",)), batch=BatchConfig(**given))
+        batch = fill_batch(config, CPU_OWN).batch
+        return batch.max_num_batched_tokens, batch.max_num_seqs
+
+    assert filled(max_num_batched_tokens=48) == (48, 48)
+    assert filled(max_num_seqs=1000) == (1000, 1000)
+    assert filled(max_num_batched_tokens=48, max_num_seqs=4) == (48, 4)
+    with pytest.raises(UserError, match="--max-num-batched-tokens 48 is below --max-num-seqs 64"):
+        filled(max_num_batched_tokens=48, max_num_seqs=64)
 
 
 def test_several_frontends_need_a_port_to_share(model: Path) -> None:

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from baton.proto.config import ModelConfig
 from baton.proto.messages import SamplingParams
 from baton.worker.constraints import Constraints, Masks
-from baton.worker.grammar_compiler import GrammarCompiler
+from baton.worker.grammar_compiler import MAX_KEPT, GrammarCompiler
 from baton.worker.plan import Row, SlotInit
 
 LETTERS = "abc"
@@ -193,6 +193,32 @@ def test_a_grammar_that_does_not_compile_is_told_to_the_loop(compiler: GrammarCo
         answers |= {answer.grammar: answer.error for answer in compiler.completed()}
     assert "regex" in answers[grammar_of("(")]
     assert answers[grammar_of("a")] == ""
+
+
+def test_a_grammar_is_kept_as_long_as_a_request_needs_it(compiler: GrammarCompiler) -> None:
+    needed = grammar_of("abc")
+    compiler.request(needed)
+    first = compiler.matcher(needed)
+
+    def ask_for_others(pattern: str) -> None:
+        for i in range(MAX_KEPT + 2):
+            compiler.matcher(grammar_of(f"{pattern}{{{i + 1}}}")).result()
+
+    ask_for_others("a")
+    assert compiler.matcher(needed) is first
+    compiler.release(needed)
+    ask_for_others("b")
+    assert compiler.matcher(needed) is not first
+
+
+def test_min_tokens_that_leave_no_token_end_the_stream_with_the_reason(constraints: Constraints) -> None:
+    a = PIECES.index("a")
+    given = SamplingParams(
+        max_tokens=9, min_tokens=3, allowed_token_ids=(a, EOS), bad_words=((a, a),), stop_token_ids=(EOS,)
+    )
+    take(constraints, 0, given, [a])
+    rows = [decode_row(0, [a])]
+    assert "leave no token" in masks_of(constraints, rows).failed_rows(rows)[0]
 
 
 def test_allowed_token_ids_are_the_only_ones_and_bad_words_are_taken_out(constraints: Constraints) -> None:

@@ -4,7 +4,7 @@ import pytest
 from support.worker_bench import Bench, carry, rows, sid, to_scheduler, tokens
 
 from baton.proto.messages import CancelStream, Ended, PrefillDone
-from baton.worker.effects import Compile, Compiled
+from baton.worker.effects import Compile, Compiled, Release
 from baton.worker.plan import StepResult
 
 PROMPT = list(range(40))
@@ -35,6 +35,15 @@ def test_a_grammar_that_does_not_compile_ends_its_streams_with_the_reason() -> N
     assert to_scheduler(out, Ended) == [Ended(sid(1), 1, "prefill"), Ended(sid(2), 1, "prefill")]
     assert bench.run() == []
     assert bench.batcher.holdings() == ()
+
+
+def test_each_request_lets_go_of_its_grammar_once_when_it_is_over() -> None:
+    bench = Bench()
+    for n in (1, 2, 3):
+        assert Compile(GRAMMAR) in bench.prefill(n, PROMPT, grammar=GRAMMAR)
+    bench.handle(Compiled(GRAMMAR))
+    assert bench.handle(CancelStream(sid(1), 1)).count(Release(GRAMMAR)) == 1
+    assert bench.run().count(Release(GRAMMAR)) == 2
 
 
 def test_a_cancelled_stream_is_not_admitted_when_its_grammar_comes() -> None:

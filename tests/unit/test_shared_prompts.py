@@ -1,7 +1,7 @@
 """Streams that begin alike compute, or pull, it once and share its blocks."""
 
 import pytest
-from support.worker_bench import Bench, carry, rows, sid, to_scheduler, tokens
+from support.worker_bench import BLOCK, Bench, carry, rows, sid, to_scheduler, tokens
 
 from baton.kv_transfer.contract import Pull, PullDone
 from baton.proto.logprobs import entry_bytes
@@ -89,11 +89,34 @@ def test_the_block_that_is_copied_is_given_to_no_pull_before_the_step_has_passed
         bench.prefill(n, PROMPT)
     bench.step()
     bench.launch()
-    source = bench.batcher._requests[sid(1), "prefill"].blocks[FULL]
+    ((source, _target),) = bench.in_flight[0].copies
     bench.handle(CancelStream(sid(1), 1))
+    assert source not in free_for_a_pull(bench)
+    bench.finish()
+    assert source in free_for_a_pull(bench)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_nor_when_it_was_filled_and_its_stream_ended_meanwhile(caching: bool) -> None:
+    last = 3 * BLOCK
+    bench = Bench(num_blocks=9, depth=2, caching=caching, token_of=lambda position: 7 if position == last else 1)
+    bench.prefill(1, PROMPT, max_tokens=60, stop_token_ids=(7,))
+    while not [row for row in bench.launch().rows if row.start == last - 1]:
+        bench.finish()
+    bench.prefill(2, PROMPT, max_tokens=60)
+    ((source, _target),) = bench.launch().copies
+    bench.finish()
+    assert source not in free_for_a_pull(bench)
+    bench.finish()
+    assert source in free_for_a_pull(bench)
+
+
+def free_for_a_pull(bench: Bench) -> list[int]:
     pool = bench.batcher.pool
-    assert pool.num_free - pool.num_free_for_pull == 1
-    assert source in [block for _, block in pool._fenced]
+    blocks = pool.allocate(pool.num_free_for_pull, for_pull=True)
+    assert blocks is not None
+    pool.release(blocks)
+    return blocks
 
 
 def test_another_salt_shares_nothing() -> None:

@@ -20,14 +20,16 @@ def audit_blocks(batcher: Batcher) -> None:
         owners.update(orphan.blocks)
     for limbo in batcher._swaps._limbo.values():
         owners.update(limbo)
+    copied = Counter(block for step in batcher._steps._in_flight for block in step.copied)
     idle = [*pool._free, *pool._cached, *(block for _, block in pool._fenced)]
     assert len(idle) == len(set(idle)), f"blocks are free twice: {[b for b, n in Counter(idle).items() if n > 1]}"
     for block in pool._references:
-        assert pool._references[block] == owners[block], (
-            f"block {block} has {pool._references[block]} references and {owners[block]} owners"
+        assert pool._references[block] == owners[block] + copied[block], (
+            f"block {block} has {pool._references[block]} references, {owners[block]} owners, {copied[block]} copies"
         )
-    assert set(idle).isdisjoint(owners), f"blocks are free and owned: {set(idle) & set(owners)}"
-    lost = set(pool._references) - set(idle) - set(owners)
+    kept = set(owners) | set(copied)
+    assert set(idle).isdisjoint(kept), f"blocks are free and owned: {set(idle) & kept}"
+    lost = set(pool._references) - set(idle) - kept
     assert not lost, f"blocks are neither free nor owned: {lost}"
     assert len(pool._references) == pool.num_blocks, f"{len(pool._references)} blocks instead of {pool.num_blocks}"
     for request in batcher._requests.values():
