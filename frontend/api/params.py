@@ -387,7 +387,8 @@ def _check_sampling(params: SamplingParams, max_tokens: int | None) -> None:
         )
     if params.min_tokens and params.allowed_token_ids and set(params.allowed_token_ids) <= set(params.stop_token_ids):
         raise bad_request("allowed_token_ids has only tokens that end the output: no min_tokens are met.", "min_tokens")
-    if params.min_tokens < 0 or (max_tokens is not None and params.min_tokens > max_tokens):
+    _within("min_tokens", params.min_tokens, 0, 2**31 - 1)
+    if max_tokens is not None and params.min_tokens > max_tokens:
         raise bad_request(f"min_tokens must be from 0 to max_tokens, got {params.min_tokens}.", "min_tokens")
 
 

@@ -75,6 +75,7 @@ def ids(text: str) -> list[int]:
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"min_tokens": 17}, "min_tokens"),
+        ({"max_tokens": 10**20, "min_tokens": 10**20}, "min_tokens"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"logprobs": 6}, "logprobs"),
@@ -121,6 +122,14 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
         wishes(**fields)
     assert caught.value.body.error.param == param
     assert caught.value.status == (404 if param == "model" else 400)
+
+
+def test_min_tokens_is_bounded_without_max_tokens_too() -> None:
+    for min_tokens in (-1, 2**31, 1e30):
+        request, _ = chat(min_tokens=min_tokens)
+        with pytest.raises(ApiError, match="min_tokens must be") as caught:
+            read_wishes(request, INFO, max_logprobs=5)
+        assert (caught.value.status, caught.value.body.error.param) == (400, "min_tokens")
 
 
 def test_fields_that_ask_for_nothing_are_no_hindrance_to_a_beam_search() -> None:
