@@ -45,35 +45,32 @@ def json_value(scan: Scanner) -> Generator[str | None, None, None]:
 
 def whole_value(scan: Scanner) -> Step[Any]:
     """Consume one JSON value and return it. Raises MalformedError, EndOfTextError."""
-    parts = []
-    for piece in json_value(scan):
-        if piece is None:
-            yield
-        else:
-            parts.append(piece)
-    try:
-        return json.loads("".join(parts))
-    except ValueError as error:
-        raise MalformedError from error
+    return _read((yield from _whole_text(scan)))
 
 
 def arguments(scan: Scanner) -> Finds[None]:
     """Consume a JSON value as arguments; a string is taken to hold the JSON."""
     first = yield from scan.skip_space()
     if first == '"':
-        text = yield from whole_value(scan)
-        yield Arguments(text)
+        yield Arguments((yield from whole_arguments(scan)))
         return
     for piece in json_value(scan):
         yield None if piece is None else Arguments(piece)
+
+
+def whole_arguments(scan: Scanner) -> Step[str]:
+    """As `arguments`, all in one. Raises MalformedError, EndOfTextError."""
+    text = yield from _whole_text(scan)
+    value = _read(text)
+    return value if isinstance(value, str) else text
 
 
 def bare_value(value: str, is_string: bool) -> str:
     """As JSON, a value that a model writes without quotes: one that is no JSON is a string in any case."""
     if not is_string:
         try:
-            json.loads(value)
-        except ValueError:
+            _read(value)
+        except MalformedError:
             pass
         else:
             return value.strip()
@@ -86,8 +83,7 @@ def call_object(scan: Scanner) -> Finds[None]:
     Nothing is yielded before the name is known.
     """
     yield from _expect(scan, "{")
-    begun, given = False, False
-    early: Any = None
+    begun, given, early = False, False, ""
     while (char := (yield from scan.skip_space())) != "}":
         if char == ",":
             scan.take(1)
@@ -101,13 +97,13 @@ def call_object(scan: Scanner) -> Finds[None]:
             yield CallBegins(name)
             begun = True
             if given:
-                yield Arguments(early if isinstance(early, str) else json.dumps(early, ensure_ascii=False))
+                yield Arguments(early)
         elif key in ARGUMENT_KEYS and not given:
             given = True
             if begun:
                 yield from arguments(scan)
             else:
-                early = yield from whole_value(scan)
+                early = yield from whole_arguments(scan)
         else:
             yield from whole_value(scan)
     scan.take(1)
@@ -148,6 +144,26 @@ def call_array(scan: Scanner) -> Finds[None]:
             continue
         yield from call_object(scan)
     scan.take(1)
+
+
+def _whole_text(scan: Scanner) -> Step[str]:
+    """Consume one JSON value and return it as written."""
+    parts = []
+    for piece in json_value(scan):
+        if piece is None:
+            yield
+        else:
+            parts.append(piece)
+    return "".join(parts)
+
+
+def _read(text: str) -> Any:
+    """A JSON value. A string has U+FFFD for half a surrogate pair, which models write and nobody can encode."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError from error
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
 
 
 def _expect(scan: Scanner, char: str) -> Step[None]:
