@@ -1,7 +1,7 @@
 """Tool calls written as JSON, taken apart while they are being written."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Container, Generator
 from typing import Any
 
 from baton.frontend.tools.events import Arguments, CallBegins, Content
@@ -77,10 +77,10 @@ def bare_value(value: str, is_string: bool) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def call_object(scan: Scanner) -> Finds[None]:
+def call_object(scan: Scanner, names: Container[str] | None = None) -> Finds[None]:
     """Consume an object with a name and arguments, in any order. Raises MalformedError, EndOfTextError.
 
-    Nothing is yielded before the name is known.
+    Nothing is yielded before the name is known. `names` that a call may have; None: any.
     """
     yield from _expect(scan, "{")
     begun, given, early = False, False, ""
@@ -92,7 +92,7 @@ def call_object(scan: Scanner) -> Finds[None]:
         yield from _expect(scan, ":")
         if key in NAME_KEYS and not begun:
             name = yield from whole_value(scan)
-            if not isinstance(name, str) or not name:
+            if not isinstance(name, str) or not name or (names is not None and name not in names):
                 raise MalformedError
             yield CallBegins(name)
             begun = True
