@@ -56,7 +56,15 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return  # what follows a refused request
+        # uvicorn would cancel it on any byte, but an empty line, or the body of an answered request, begins no other.
+        keep_alive, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
         super().data_received(data)
+        if keep_alive is None:
+            return
+        if self._is_idle:
+            self.timeout_keep_alive_task = keep_alive
+        else:
+            keep_alive.cancel()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -88,6 +96,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Called for whatever the parser, or one of the methods above, did not take."""
         self._answer(self._refusal or bad_request("this is not a request of HTTP/1.1"))
+
+    @property
+    def _is_idle(self) -> bool:
+        """The last request is answered, and no other has begun."""
+        return self.cycle.response_complete and self._patience is None and not self.transport.is_closing()
 
     def _count(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes

@@ -135,3 +135,29 @@ def test_an_idle_connection_is_closed_in_the_end_and_later_than_clients_would() 
 
     connected(use, msgspec.structs.replace(CONFIG, keep_alive_s=0.02))
     assert CONFIG.keep_alive_s > IDLE_IN_USE_S
+
+
+@pytest.mark.parametrize(
+    ("request_", "dribbled"),
+    [(b"GET / HTTP/1.1\r\n\r\n", b"\r\n"), (b"POST / HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\n", b"x")],
+)
+def test_bytes_that_begin_no_request_do_not_keep_an_idle_connection_open(request_: bytes, dribbled: bytes) -> None:
+    async def use(protocol: BoundedProtocol, transport: Transport) -> None:
+        await answer(protocol, transport, request_)
+        async with asyncio.timeout(10):
+            while not transport.is_closing():
+                protocol.data_received(dribbled)
+                await asyncio.sleep(0)
+
+    connected(use, msgspec.structs.replace(CONFIG, keep_alive_s=0.02))
+
+
+def test_a_request_on_an_idle_connection_ends_its_idleness() -> None:
+    async def use(protocol: BoundedProtocol, transport: Transport) -> None:
+        await answer(protocol, transport, b"GET / HTTP/1.1\r\n\r\n")
+        protocol.data_received(b"\r\n")
+        protocol.data_received(b"GET / HTTP/1.1\r\nA")
+        await transport.closed.wait()
+        assert transport.written.startswith(b"HTTP/1.1 408 ")
+
+    connected(use, msgspec.structs.replace(CONFIG, keep_alive_s=0.01))
