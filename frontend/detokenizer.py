@@ -7,8 +7,12 @@ from typing import Protocol
 from baton.frontend.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
+PROMPT_END_TOKENS = 8
+"""So many tell how the text goes on behind a prompt."""
 _MAX_PENDING_TOKENS = 32
 """A window that has been incomplete for so many tokens is no character in the making."""
+_MAX_CHAR_TOKENS = 4
+"""One for each byte."""
 
 
 class Decoder(Protocol):
@@ -49,15 +53,24 @@ class ByteLevelDecoder:
 
 class WindowDecoder:
     """For all others, whose tokens may look different in company: decodes a window of the latest tokens twice, with and
-    without the new ones, and emits the difference once it does not end inside a character."""
+    without the new ones, and emits the difference once it does not end inside a character.
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, spaces_between_special_tokens: bool) -> None:
+    The first window is the end of the prompt: at the beginning of a text, many decoders leave out a space.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool,
+        spaces_between_special_tokens: bool,
+        prompt_end: Sequence[int],
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._spaces = spaces_between_special_tokens
-        self._last = -1
-        self._window: list[int] = []
-        self._emitted = 0
+        self._last = prompt_end[-1] if prompt_end else -1
+        self._window = self._whole_characters(prompt_end)
+        self._emitted = len(self._window)
         """Tokens of the window whose text is out."""
 
     def feed(self, token: int) -> str:
@@ -84,9 +97,19 @@ class WindowDecoder:
         self._emitted = len(self._window)
         return text[len(before) :]
 
+    def _whole_characters(self, prompt_end: Sequence[int]) -> list[int]:
+        """Without what is not shown, and without the rest of a character that is cut off at the beginning; nothing when
+        the prompt itself ends inside a character."""
+        skipped = self._tokenizer.special_ids if self._skip else frozenset()
+        ids = [id for id in prompt_end if id not in skipped]
+        suffixes = (ids[start:] for start in range(_MAX_CHAR_TOKENS))
+        return next((suffix for suffix in suffixes if not self._decode(suffix).endswith(REPLACEMENT)), [])
+
     def _texts(self) -> tuple[str, str]:
-        before = self._tokenizer.decode(self._window[: self._emitted], skip_special_tokens=False)
-        return before, self._tokenizer.decode(self._window, skip_special_tokens=False)
+        return self._decode(self._window[: self._emitted]), self._decode(self._window)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 class Detokenizer:
@@ -96,19 +119,23 @@ class Detokenizer:
         self,
         tokenizer: Tokenizer,
         *,
+        prompt_end: Sequence[int] = (),
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        """A stop string ends the text before itself, or after it with include_stop; it must end behind the first
-        `min_tokens` tokens."""
+        """`prompt_end`: the last PROMPT_END_TOKENS that the output continues.
+
+        A stop string ends the text before itself, or after it with include_stop; it must end behind the first
+        `min_tokens` tokens.
+        """
         self._decoder: Decoder
         if tokenizer.byte_level:
             self._decoder = ByteLevelDecoder(tokenizer, skip_special_tokens)
         else:
-            self._decoder = WindowDecoder(tokenizer, skip_special_tokens, spaces_between_special_tokens)
+            self._decoder = WindowDecoder(tokenizer, skip_special_tokens, spaces_between_special_tokens, prompt_end)
         self._stop = StopStrings(stop, include_stop) if stop else None
         self._min_tokens = min_tokens
         self.num_tokens = 0

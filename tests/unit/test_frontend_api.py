@@ -310,6 +310,18 @@ def choice(**fields: Any) -> Choice:
     return Choice(0, prompt, wanted.for_prompt(1, INFO, "prompt"), wanted, TOKENIZER)
 
 
+def test_an_output_keeps_the_space_behind_its_prompt() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"▁the": 0, "▁a": 1, "▁cat": 2}))
+    backend.decoder = decoders.Metaspace()
+    tokenizer, request = Tokenizer(backend), completion(prompt=[0], echo=True)
+    wanted = read_wishes(request, INFO, 5)
+    (prompt,) = Prompts(tokenizer, None, INFO).of_completion(request)
+    stream = Choice(0, prompt, wanted.for_prompt(1, INFO, "prompt"), wanted, tokenizer)
+    delta = stream.take(output([1, 2], Outcome.LENGTH), Stops())
+    answer = CompletionFormat("small", wanted, tokenizer).whole([(stream, delta)], Usage(1, 3, 2), Ledger())
+    assert (delta.text, answer.choices[0].text) == (" a cat", "the a cat")
+
+
 def test_eos_counts_but_is_not_text() -> None:
     delta = choice(skip_special_tokens=False).take(output([*ids("a"), EOS], Outcome.STOP), Stops())
     assert (delta.text, delta.token_ids, delta.finish_reason, delta.stop_reason) == (

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from baton.frontend.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
-from baton.frontend.detokenizer import Detokenizer, StopStrings
+from baton.frontend.detokenizer import PROMPT_END_TOKENS, Detokenizer, StopStrings
 from baton.frontend.tokenizer import Tokenizer, load_tokenizer
 from baton.proto.config import ModelConfig
 from baton.proto.errors import UserError
@@ -69,6 +69,35 @@ def test_a_delta_never_shows_half_a_character(tokenizer: Tokenizer, text: str) -
     deltas = [detokenizer.feed([id]) for id in ids]
     assert not any("\ufffd" in delta for delta in deltas)
     assert "".join(deltas) + detokenizer.flush() == tokenizer.decode(ids, skip_special_tokens=False)
+
+
+BYTE_FALLBACK_WORDS = [[BYTE_FALLBACK.id_of(piece) or 0] for piece in ("▁", "▁the", "▁a", "e", "é")]
+BYTE_FALLBACK_WORDS += [[3 + byte for byte in char.encode()] for char in "é語🙂"]
+
+
+@given(st.lists(st.sampled_from(BYTE_FALLBACK_WORDS), min_size=1, max_size=12), st.data())
+@settings(max_examples=500, deadline=None)
+def test_an_output_goes_on_where_its_prompt_ends(words: list[list[int]], data: st.DataObject) -> None:
+    ids = [id for word in words for id in word]
+    cut = data.draw(st.integers(1, len(ids)))
+    prompt = BYTE_FALLBACK.decode(ids[:cut])
+    assume(not prompt.endswith("\ufffd"))
+    detokenizer = Detokenizer(BYTE_FALLBACK, prompt_end=ids[:cut][-PROMPT_END_TOKENS:])
+    text = "".join(detokenizer.feed([id]) for id in ids[cut:]) + detokenizer.flush()
+    assert prompt + text == BYTE_FALLBACK.decode(ids)
+
+
+def test_special_tokens_of_a_prompt_are_no_text_to_go_on_from_when_they_are_not_shown() -> None:
+    bos, the = BYTE_FALLBACK.encode("")[0], BYTE_FALLBACK.id_of("▁the")
+    assert the is not None
+    assert Detokenizer(BYTE_FALLBACK, prompt_end=[bos]).feed([the]) == "the"
+    assert Detokenizer(BYTE_FALLBACK, prompt_end=[the, bos]).feed([the]) == " the"
+
+
+def test_a_prompt_that_ends_inside_a_character_does_not_hold_the_output_back() -> None:
+    smile, the = [3 + byte for byte in "🙂".encode()], BYTE_FALLBACK.id_of("▁the")
+    detokenizer = Detokenizer(BYTE_FALLBACK, prompt_end=smile[:2])
+    assert detokenizer.feed([*smile[2:], the or 0]) + detokenizer.flush() == "\ufffd\ufffd the"
 
 
 def test_a_character_cut_off_by_the_end_becomes_a_replacement() -> None:
