@@ -1,6 +1,8 @@
 """What the API makes of requests and of tokens, without a cluster."""
 
+import asyncio
 import json
+import threading
 from typing import Any
 
 import msgspec
@@ -12,8 +14,8 @@ from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.errors import ApiError, outcome_error
 from baton.frontend.api.formats import ChatFormat, CompletionFormat
 from baton.frontend.api.params import Wishes, read_wishes
-from baton.frontend.api.prompts import Prompts
-from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, parse
+from baton.frontend.api.prompts import MAX_TOKENIZED_CHARS, Prompts
+from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, TokenizeRequest, parse
 from baton.frontend.api.responses import Usage, encode
 from baton.frontend.chat_template import ChatTemplate
 from baton.frontend.engine_client import Output
@@ -252,6 +254,28 @@ def test_a_prompt_that_can_not_be_continued_is_refused(prompt: Any) -> None:
 def test_a_hopelessly_long_text_is_refused_before_it_is_tokenised() -> None:
     with pytest.raises(ApiError, match="maximum context length"):
         PROMPTS.of_completion(completion(prompt="x" * 10_000_000))
+
+
+def tokenize(**fields: Any) -> tuple[TokenizeRequest, dict[str, Any]]:
+    return parse(json.dumps(fields).encode(), TokenizeRequest)[:2]
+
+
+@pytest.mark.parametrize("max_model_len", [100, 2**30])
+def test_a_text_that_is_only_to_be_tokenised_is_bounded_too(max_model_len: int) -> None:
+    text = "x" * (MAX_TOKENIZED_CHARS + 1)
+    prompts = Prompts(TOKENIZER, TEMPLATE, msgspec.structs.replace(INFO, max_model_len=max_model_len))
+    for fields in ({"prompt": text}, {"messages": [{"role": "user", "content": text}]}):
+        with pytest.raises(ApiError) as caught:
+            prompts.of_tokenize(*tokenize(**fields))
+        assert (caught.value.status, caught.value.body.error.param) == (400, *fields)
+
+
+def test_what_is_tokenised_may_be_longer_than_the_context_and_is_written_in_a_thread() -> None:
+    def write(ids: list[int], pieces: list[str] | None) -> tuple[int, list[str] | None, bool]:
+        return len(ids), pieces, threading.current_thread() is threading.main_thread()
+
+    request = tokenize(prompt="x" * 150, return_token_strs=True)
+    assert asyncio.run(PROMPTS.tokenize(*request, write)) == (150, ["x"] * 150, False)
 
 
 def test_a_conversation_is_rendered_and_the_final_message_may_be_continued() -> None:
