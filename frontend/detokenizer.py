@@ -175,7 +175,7 @@ class StopStrings:
     """Looks for the stop string that is complete first in a text that comes in pieces."""
 
     def __init__(self, stop: Sequence[str], include: bool) -> None:
-        self._stop = tuple(stop)
+        self._beginnings = [_Beginning(text) for text in stop]
         self._include = include
         self._held = ""
         self.found: str | None = None
@@ -185,28 +185,50 @@ class StopStrings:
 
         Without `search` none is complete, but one may have begun that a later text completes.
         """
-        old, text = len(self._held), self._held + text
-        found = ((text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stop) if search else ()
-        matches = [(at, stop) for at, stop in found if at >= 0]
-        if matches:
-            at, self.found = min(matches, key=lambda match: match[0] + len(match[1]))
+        old, held = len(self._held), self._held + text
+        ends = [(each.feed(text, search), each.stop) for each in self._beginnings]
+        complete = [(old + end, stop) for end, stop in ends if end is not None]
+        if complete:
+            end, self.found = min(complete, key=lambda match: match[0])
             self._held = ""
-            return text[: at + len(self.found)] if self._include else text[:at]
-        keep = self._partial(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return held[:end] if self._include else held[: end - len(self.found)]
+        sure = len(held) - max(each.length for each in self._beginnings)
+        self._held = held[sure:]
+        return held[:sure]
 
     def flush(self) -> str:
         """The held text, when nothing follows that could complete a stop string."""
         text, self._held = self._held, ""
         return text
 
-    def _partial(self, text: str) -> int:
-        """Length of the longest end of `text` that is the beginning of a stop string."""
-        longest = 0
-        for stop in self._stop:
-            for size in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:size]):
-                    longest = size
-                    break
-        return longest
+
+class _Beginning:
+    """How much of one stop string the text ends with, by the algorithm of Knuth, Morris and Pratt: the mean work per
+    character does not grow with the stop string."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.length = 0
+        self._borders = [0, 0]
+        """Of each beginning that the text has had, by length: how long its longest end is that is a beginning, too."""
+
+    def feed(self, text: str, search: bool) -> int | None:
+        """Where in this text the stop string is complete for the first time, after which no more is fed; None: nowhere.
+        Without `search` one that is complete may only be the beginning of another."""
+        if not self.length and self.stop[0] not in text:
+            return None
+        for end, char in enumerate(text, 1):
+            self.length = self._extended(self.length, char)
+            if self.length == len(self._borders):
+                self._borders.append(self._extended(self._borders[-1], char))
+            if self.length == len(self.stop):
+                if search:
+                    return end
+                self.length = self._borders[self.length]
+        return None
+
+    def _extended(self, length: int, char: str) -> int:
+        """How much of the stop string a text ends with that ended with so much of it before this character."""
+        while length and self.stop[length] != char:
+            length = self._borders[length]
+        return length + (self.stop[length] == char)

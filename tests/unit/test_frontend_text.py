@@ -4,6 +4,7 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -133,6 +134,39 @@ def test_stop_strings_are_found_wherever_the_text_is_cut(text: str, stop: list[s
     at, first = min(found, key=lambda match: match[0] + len(match[1]))
     assert search.found == first
     assert out == seen[: at + len(first) if include else at]
+
+
+@given(
+    st.lists(st.text("ab", max_size=5), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_stop_string_that_began_without_search_may_end_with_it(pieces: list[str], stop: list[str]) -> None:
+    search = StopStrings(stop, include=True)
+    before = "".join(search.feed(piece, search=False) for piece in pieces)
+    text = "".join(pieces)
+    held = text.removeprefix(before)
+    assert any(one.startswith(held) and one != held for one in stop) or not held
+    for one in stop:
+        assert not any(text.endswith(one[:size]) for size in range(len(held) + 1, len(one)))
+
+
+def test_looking_for_stop_strings_is_linear_in_the_text() -> None:
+    """Work is counted, not timed: characters of the stop string that are looked at."""
+
+    class Counted(str):
+        __slots__ = ()
+
+        def __getitem__(self, index: Any) -> str:
+            looked_at.append(index)
+            return super().__getitem__(index)
+
+    looked_at: list[Any] = []
+    for text in ("a" * 2000, ("a" * 99 + "c") * 20, ("b" + "a" * 99) * 20):
+        looked_at.clear()
+        search = StopStrings([Counted("b" + "a" * 200 + "c"), Counted("a" * 100 + "b")], include=False)
+        assert "".join(map(search.feed, text)) + search.flush() == text
+        assert len(looked_at) < 10 * len(text)
 
 
 def test_only_what_may_become_a_stop_string_is_held_back() -> None:
