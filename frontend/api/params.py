@@ -96,6 +96,11 @@ class Wishes:
         return self.return_token_ids or self.logprobs is not None
 
     @property
+    def has_logprobs(self) -> bool:
+        """The answer has log-probabilities, of output or prompt."""
+        return self.logprobs is not None or self.prompt_logprobs is not None
+
+    @property
     def prompt_only(self) -> bool:
         """Nothing is asked for but the echo. A token is computed all the same: the prompt's end is its place."""
         return self.max_tokens == 0

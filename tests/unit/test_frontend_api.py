@@ -13,10 +13,17 @@ from tokenizers import decoders, models, pre_tokenizers
 from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.errors import ApiError, outcome_error
 from baton.frontend.api.formats import ChatFormat, CompletionFormat
+from baton.frontend.api.generation import Generator, Job
 from baton.frontend.api.params import Wishes, read_wishes
 from baton.frontend.api.prompts import MAX_TOKENIZED_CHARS, Prompts
-from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, TokenizeRequest, parse
-from baton.frontend.api.responses import Usage, encode
+from baton.frontend.api.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    StreamOptions,
+    TokenizeRequest,
+    parse,
+)
+from baton.frontend.api.responses import Completion, Usage, encode
 from baton.frontend.chat_template import ChatTemplate
 from baton.frontend.engine_client import Output
 from baton.frontend.instructions import Finished
@@ -397,6 +404,24 @@ def test_a_stream_that_ends_badly_is_an_error(outcome: Outcome, code: str, statu
     assert error is not None
     assert (error.status, error.body.error.message) == (status, "why")
     assert ("Retry-After" in error.headers) == (status in (429, 503))
+
+
+class Threads(CompletionFormat):
+    """Notes where an answer is written."""
+
+    def whole(self, *args: Any) -> Completion:
+        self.main = threading.current_thread() is threading.main_thread()
+        return super().whole(*args)
+
+
+@pytest.mark.parametrize(("fields", "main"), [({}, True), ({"logprobs": 0}, False), ({"prompt_logprobs": 0}, False)])
+def test_a_whole_answer_with_log_probabilities_is_written_in_a_thread(fields: dict[str, Any], main: bool) -> None:
+    wanted = wishes(**fields)
+    format = Threads("small", wanted, TOKENIZER)
+    unused: Any = None
+    generator = Generator(unused, PROMPTS, unused, unused, INFO, 5)
+    asyncio.run(generator.whole(Job([], wanted, format, StreamOptions(), False, 0.0)))
+    assert format.main == main
 
 
 def test_logprobs_of_completions_have_four_lists() -> None:

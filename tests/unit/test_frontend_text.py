@@ -309,6 +309,13 @@ def test_decoding_is_linear_in_the_number_of_tokens() -> None:
     assert looked_up == ids
 
 
+def test_a_token_is_decoded_alone_once() -> None:
+    for tokenizer, id in ((BYTE_LEVEL, BYTE_LEVEL.encode("überword")[0]), (BYTE_FALLBACK, BYTE_FALLBACK.id_of("▁the"))):
+        assert id is not None
+        assert tokenizer.token(id) == tokenizer.decode([id], skip_special_tokens=False)
+        assert tokenizer.token(id) is tokenizer.token(id)
+
+
 @pytest.mark.parametrize("work", [lambda t: t.encode("a quick hand " * 20_000), lambda t: t.decode([70] * 500_000)])
 def test_other_threads_run_while_one_tokenises(work: Callable[[Tokenizer], object]) -> None:
     thread = threading.Thread(target=work, args=(BYTE_LEVEL,))
