@@ -7,8 +7,12 @@ from typing import Protocol
 from baton.frontend.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
+PROMPT_END_TOKENS = 8
+"""So many tell how the text goes on behind a prompt."""
 _MAX_PENDING_TOKENS = 32
 """A window that has been incomplete for so many tokens is no character in the making."""
+_MAX_CHAR_TOKENS = 4
+"""One for each byte."""
 
 
 class Decoder(Protocol):
@@ -49,15 +53,24 @@ class ByteLevelDecoder:
 
 class WindowDecoder:
     """For all others, whose tokens may look different in company: decodes a window of the latest tokens twice, with and
-    without the new ones, and emits the difference once it does not end inside a character."""
+    without the new ones, and emits the difference once it does not end inside a character.
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, spaces_between_special_tokens: bool) -> None:
+    The first window is the end of the prompt: at the beginning of a text, many decoders leave out a space.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool,
+        spaces_between_special_tokens: bool,
+        prompt_end: Sequence[int],
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._spaces = spaces_between_special_tokens
-        self._last = -1
-        self._window: list[int] = []
-        self._emitted = 0
+        self._last = prompt_end[-1] if prompt_end else -1
+        self._window = self._whole_characters(prompt_end)
+        self._emitted = len(self._window)
         """Tokens of the window whose text is out."""
 
     def feed(self, token: int) -> str:
@@ -84,9 +97,19 @@ class WindowDecoder:
         self._emitted = len(self._window)
         return text[len(before) :]
 
+    def _whole_characters(self, prompt_end: Sequence[int]) -> list[int]:
+        """Without what is not shown, and without the rest of a character that is cut off at the beginning; nothing when
+        the prompt itself ends inside a character."""
+        skipped = self._tokenizer.special_ids if self._skip else frozenset()
+        ids = [id for id in prompt_end if id not in skipped]
+        suffixes = (ids[start:] for start in range(_MAX_CHAR_TOKENS))
+        return next((suffix for suffix in suffixes if not self._decode(suffix).endswith(REPLACEMENT)), [])
+
     def _texts(self) -> tuple[str, str]:
-        before = self._tokenizer.decode(self._window[: self._emitted], skip_special_tokens=False)
-        return before, self._tokenizer.decode(self._window, skip_special_tokens=False)
+        return self._decode(self._window[: self._emitted]), self._decode(self._window)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 class Detokenizer:
@@ -96,19 +119,23 @@ class Detokenizer:
         self,
         tokenizer: Tokenizer,
         *,
+        prompt_end: Sequence[int] = (),
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        """A stop string ends the text before itself, or after it with include_stop; it must end behind the first
-        `min_tokens` tokens."""
+        """`prompt_end`: the last PROMPT_END_TOKENS that the output continues.
+
+        A stop string ends the text before itself, or after it with include_stop; it must end behind the first
+        `min_tokens` tokens.
+        """
         self._decoder: Decoder
         if tokenizer.byte_level:
             self._decoder = ByteLevelDecoder(tokenizer, skip_special_tokens)
         else:
-            self._decoder = WindowDecoder(tokenizer, skip_special_tokens, spaces_between_special_tokens)
+            self._decoder = WindowDecoder(tokenizer, skip_special_tokens, spaces_between_special_tokens, prompt_end)
         self._stop = StopStrings(stop, include_stop) if stop else None
         self._min_tokens = min_tokens
         self.num_tokens = 0
@@ -148,7 +175,7 @@ class StopStrings:
     """Looks for the stop string that is complete first in a text that comes in pieces."""
 
     def __init__(self, stop: Sequence[str], include: bool) -> None:
-        self._stop = tuple(stop)
+        self._beginnings = [_Beginning(text) for text in stop]
         self._include = include
         self._held = ""
         self.found: str | None = None
@@ -158,28 +185,50 @@ class StopStrings:
 
         Without `search` none is complete, but one may have begun that a later text completes.
         """
-        old, text = len(self._held), self._held + text
-        found = ((text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stop) if search else ()
-        matches = [(at, stop) for at, stop in found if at >= 0]
-        if matches:
-            at, self.found = min(matches, key=lambda match: match[0] + len(match[1]))
+        old, held = len(self._held), self._held + text
+        ends = [(each.feed(text, search), each.stop) for each in self._beginnings]
+        complete = [(old + end, stop) for end, stop in ends if end is not None]
+        if complete:
+            end, self.found = min(complete, key=lambda match: match[0])
             self._held = ""
-            return text[: at + len(self.found)] if self._include else text[:at]
-        keep = self._partial(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return held[:end] if self._include else held[: end - len(self.found)]
+        sure = len(held) - max(each.length for each in self._beginnings)
+        self._held = held[sure:]
+        return held[:sure]
 
     def flush(self) -> str:
         """The held text, when nothing follows that could complete a stop string."""
         text, self._held = self._held, ""
         return text
 
-    def _partial(self, text: str) -> int:
-        """Length of the longest end of `text` that is the beginning of a stop string."""
-        longest = 0
-        for stop in self._stop:
-            for size in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:size]):
-                    longest = size
-                    break
-        return longest
+
+class _Beginning:
+    """How much of one stop string the text ends with, by the algorithm of Knuth, Morris and Pratt: the mean work per
+    character does not grow with the stop string."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.length = 0
+        self._borders = [0, 0]
+        """Of each beginning that the text has had, by length: how long its longest end is that is a beginning, too."""
+
+    def feed(self, text: str, search: bool) -> int | None:
+        """Where in this text the stop string is complete for the first time, after which no more is fed; None: nowhere.
+        Without `search` one that is complete may only be the beginning of another."""
+        if not self.length and self.stop[0] not in text:
+            return None
+        for end, char in enumerate(text, 1):
+            self.length = self._extended(self.length, char)
+            if self.length == len(self._borders):
+                self._borders.append(self._extended(self._borders[-1], char))
+            if self.length == len(self.stop):
+                if search:
+                    return end
+                self.length = self._borders[self.length]
+        return None
+
+    def _extended(self, length: int, char: str) -> int:
+        """How much of the stop string a text ends with that ended with so much of it before this character."""
+        while length and self.stop[length] != char:
+            length = self._borders[length]
+        return length + (self.stop[length] == char)

@@ -25,7 +25,8 @@ REQUEST_ID_HEADERS = (b"x-request-id", b"request-id")
 """Of an answer. Anthropic's clients look for the second."""
 MAX_HEADERS = 256
 MAX_REQUEST_ID = 128
-_errors_only = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+_errors_only = log.getChild("uvicorn")
 _errors_only.setLevel(logging.ERROR)  # uvicorn has a warning for every request that is no HTTP
 _NOT_IN_IDS = re.compile(rb"[^A-Za-z0-9._:/+=@-]")
 
@@ -34,16 +35,26 @@ class BoundedProtocol(HttpToolsProtocol):
     """One connection."""
 
     def __init__(
-        self, *args: Any, max_header_bytes: int, head_timeout_s: float, keep_alive_s: float, **kwargs: Any
+        self,
+        *args: Any,
+        max_header_bytes: int,
+        head_timeout_s: float,
+        keep_alive_s: float,
+        stalled_client_s: float,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.timeout_keep_alive = keep_alive_s  # type: ignore[assignment]  # an int, it says; any number will do
         self.logger = _errors_only
         self._max_header_bytes = max_header_bytes
         self._head_timeout_s = head_timeout_s
+        self._stalled_client_s = stalled_client_s
         self._head_bytes = 0
         self._refusal: ApiError | None = None
         self._patience: asyncio.TimerHandle | None = None
+        """For the head of a request."""
+        self._unread: asyncio.TimerHandle | None = None
+        """For a client that does not read."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -51,12 +62,29 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return  # what follows a refused request
+        # uvicorn would cancel it on any byte, but an empty line, or the body of an answered request, begins no other.
+        keep_alive, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
         super().data_received(data)
+        if keep_alive is None:
+            return
+        if self._is_idle:
+            self.timeout_keep_alive_task = keep_alive
+        else:
+            keep_alive.cancel()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -89,6 +117,11 @@ class BoundedProtocol(HttpToolsProtocol):
         """Called for whatever the parser, or one of the methods above, did not take."""
         self._answer(self._refusal or bad_request("this is not a request of HTTP/1.1"))
 
+    @property
+    def _is_idle(self) -> bool:
+        """The last request is answered, and no other has begun."""
+        return self.cycle.response_complete and self._patience is None and not self.transport.is_closing()
+
     def _count(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes
         if self._head_bytes > self._max_header_bytes:
@@ -115,6 +148,23 @@ class BoundedProtocol(HttpToolsProtocol):
         elif not self.transport.is_closing():
             self._answer(ApiError(408, f"the headers did not arrive within {self._head_timeout_s:.0f} s"))
 
+    def _watch_reader(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(self._stalled_client_s, self._check_reader, unread)
+
+    def _check_reader(self, unread: int) -> None:
+        """A whole answer lies in the transport's buffer, and a transport that is closed keeps it until it is read."""
+        if self.transport.get_write_buffer_size() < unread:
+            self._watch_reader()
+        else:
+            log.warning("a client has read nothing for %.0f s: its connection is aborted", self._stalled_client_s)
+            self.transport.abort()
+
+    def _stop_watching(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
     def _answer(self, error: ApiError) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.close()  # in the middle of another answer
@@ -134,6 +184,7 @@ def protocol_factory(config: FrontendConfig) -> Any:
         max_header_bytes=config.max_header_bytes,
         head_timeout_s=config.head_timeout_s,
         keep_alive_s=config.keep_alive_s,
+        stalled_client_s=config.stalled_client_s,
     )
 
 

@@ -87,9 +87,11 @@ class Api:
         """Token ids of a prompt or of a rendered conversation."""
         wanted, raw = await self._reader.read(TokenizeRequest, scope, receive)
         check_model(wanted.model, self._info)
-        ids = await self._prompts.tokenize(wanted, raw)
-        pieces = [self._prompts.tokenizer.piece(id) or "" for id in ids] if wanted.return_token_strs else None
-        answer = json_answer(responses.TokenizeResponse(len(ids), self._info.max_model_len, ids, pieces))
+
+        def written(ids: list[int], pieces: list[str] | None) -> bytes:
+            return responses.encode(responses.TokenizeResponse(len(ids), self._info.max_model_len, ids, pieces))
+
+        answer = json_answer(await self._prompts.tokenize(wanted, raw, written))
         await answer(scope, receive, send)
 
     async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:

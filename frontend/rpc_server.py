@@ -128,16 +128,18 @@ class Inference:
         return self._messages.vectors(job, done)
 
     async def tokenize(self, request: Any, _context: Context) -> Any:
-        raw = _present(request, ("model", "add_special_tokens")) | {"prompt": request.text}
+        raw = _present(request, ("model", "add_special_tokens", "return_token_strs")) | {"prompt": request.text}
+        limit = self._info.max_model_len
+
+        def written(ids: list[int], pieces: list[str] | None) -> Any:
+            return self._messages.new("TokenizeResponse", token_ids=ids, token_strs=pieces, max_model_len=limit)
+
         try:
             wanted, _unknown = read(raw, TokenizeRequest)
             check_model(wanted.model, self._info)
-            ids = await self._prompts.tokenize(wanted, raw)
+            return await self._prompts.tokenize(wanted, raw, written)
         except ApiError as error:
             raise _failure(error) from error
-        pieces = [self._prompts.tokenizer.piece(id) or "" for id in ids] if request.return_token_strs else []
-        limit = self._info.max_model_len
-        return self._messages.new("TokenizeResponse", token_ids=ids, token_strs=pieces, max_model_len=limit)
 
     async def detokenize(self, request: Any, _context: Context) -> Any:
         try:

@@ -39,6 +39,7 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.spelling = _Spelling(backend)
         """Token id -> what it adds to the text, as bytes when they are not whole characters; only if byte_level."""
+        self._texts = _Texts(backend)
         self._bos_id = self._missing_bos()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -71,7 +72,7 @@ class Tokenizer:
 
     def token(self, id: int) -> str:
         """One token as its own text, for logprobs."""
-        return self.decode([id], skip_special_tokens=False)
+        return self._texts[id]
 
     def piece(self, id: int) -> str | None:
         """The token as the vocabulary spells it, e.g. 'Ġthe'."""
@@ -132,6 +133,18 @@ class _Spelling(dict[int, str | bytes]):
             spelling = data
         self[id] = spelling
         return spelling
+
+
+class _Texts(dict[int, str]):
+    """Each token decoded alone; filled as ids are looked up."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+
+    def __missing__(self, id: int) -> str:
+        text: str = self._backend.decode([id], skip_special_tokens=False)
+        self[id] = text
+        return text
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:

@@ -35,8 +35,6 @@ class Block:
     """Of the tool, in a call."""
     call_id: str = ""
     parts: list[str] = field(default_factory=list)
-    logprobs: Logprobs = field(default_factory=list)
-    """Of a text's tokens, when asked for."""
 
     @property
     def text(self) -> str:
@@ -58,6 +56,7 @@ class Grows:
     block: Block
     text: str
     logprobs: Logprobs
+    """Of a text's tokens, when asked for."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,6 @@ class Blocks:
         assert self._open is not None
         logprobs, self._logprobs = self._logprobs, []
         self._open.parts.append(text)
-        self._open.logprobs += logprobs
         yield Grows(self._open, text, logprobs)
 
     def _close(self) -> Iterator[Change]:

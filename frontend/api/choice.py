@@ -8,7 +8,7 @@ import msgspec
 from baton.frontend.api.errors import outcome_error
 from baton.frontend.api.params import Wishes
 from baton.frontend.api.prompts import Prompt
-from baton.frontend.detokenizer import Detokenizer
+from baton.frontend.detokenizer import PROMPT_END_TOKENS, Detokenizer
 from baton.frontend.engine_client import Output
 from baton.frontend.instructions import Finished
 from baton.frontend.tokenizer import Tokenizer
@@ -106,6 +106,7 @@ class Choice:
         self._stop_ids = frozenset(params.stop_token_ids)
         self._detokenizer = Detokenizer(
             tokenizer,
+            prompt_end=prompt.ids[-PROMPT_END_TOKENS:].tolist(),
             skip_special_tokens=wishes.skip_special_tokens,
             spaces_between_special_tokens=wishes.spaces_between_special_tokens,
             stop=wishes.stop,

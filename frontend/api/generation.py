@@ -129,8 +129,8 @@ class Generator:
         def written() -> bytes:
             return encode(job.format.whole(done, usage_of(job, choices), _ledger(job, choices)))
 
-        # Those of a long prompt take a second or two, for which the event loop must not be held up.
-        return written() if job.wishes.sampling.prompt_logprobs < 0 else await self._prompts.in_thread(written)
+        # Log-probabilities take up to seconds, for which the event loop must not be held up.
+        return await self._prompts.in_thread(written) if job.wishes.has_logprobs else written()
 
     async def beams(self, job: Job) -> list[tuple[Choice, Delta]]:
         """The answers of a beam search, which has none before its end. Raises ApiError."""

@@ -96,6 +96,11 @@ class Wishes:
         return self.return_token_ids or self.logprobs is not None
 
     @property
+    def has_logprobs(self) -> bool:
+        """The answer has log-probabilities, of output or prompt."""
+        return self.logprobs is not None or self.prompt_logprobs is not None
+
+    @property
     def prompt_only(self) -> bool:
         """Nothing is asked for but the echo. A token is computed all the same: the prompt's end is its place."""
         return self.max_tokens == 0
@@ -387,7 +392,8 @@ def _check_sampling(params: SamplingParams, max_tokens: int | None) -> None:
         )
     if params.min_tokens and params.allowed_token_ids and set(params.allowed_token_ids) <= set(params.stop_token_ids):
         raise bad_request("allowed_token_ids has only tokens that end the output: no min_tokens are met.", "min_tokens")
-    if params.min_tokens < 0 or (max_tokens is not None and params.min_tokens > max_tokens):
+    _within("min_tokens", params.min_tokens, 0, 2**31 - 1)
+    if max_tokens is not None and params.min_tokens > max_tokens:
         raise bad_request(f"min_tokens must be from 0 to max_tokens, got {params.min_tokens}.", "min_tokens")
 
 

@@ -26,6 +26,9 @@ SHORT_IDS = 4096
 MAX_SALT = 1024
 """Characters of a cache_salt: the roots that salts make are remembered."""
 
+MAX_TOKENIZED_CHARS = 4 * 2**20
+"""Of a text that is not to be continued: some seconds of a thread, and ten times as much JSON when each is a token."""
+
 _TEXT_PARTS = ("text", "input_text", "output_text")
 """Names that OpenAI's APIs have for a part of a message that is text."""
 
@@ -102,14 +105,28 @@ class Prompts:
                 found.append(spaced)
         return tuple(dict.fromkeys(found))
 
-    async def tokenize(self, request: TokenizeRequest, raw: dict[str, Any]) -> list[int]:
-        """Token ids for /tokenize. Raises ApiError."""
+    async def tokenize(
+        self, request: TokenizeRequest, raw: dict[str, Any], write: Callable[[list[int], list[str] | None], T]
+    ) -> T:
+        """What `write` makes of the answer to /tokenize, which is long: all of it in a thread. Raises ApiError."""
+        return await self._run(lambda: write(*self.of_tokenize(request, raw)))
+
+    def of_tokenize(self, request: TokenizeRequest, raw: dict[str, Any]) -> tuple[list[int], list[str] | None]:
+        """Token ids and, when asked for, how the vocabulary spells them. Raises ApiError."""
         if (request.prompt is None) == (request.messages is None):
             raise bad_request("give either prompt or messages.")
         if request.prompt is None:
-            return await self._run(lambda: self._chat_ids(request, raw))
-        text, special = request.prompt, request.add_special_tokens is not False
-        return await self._run(lambda: self.tokenizer.encode(text, special))
+            text, special, param = self._render(request, raw), request.add_special_tokens is True, "messages"
+        else:
+            text, special, param = request.prompt, request.add_special_tokens is not False, "prompt"
+        if len(text) > MAX_TOKENIZED_CHARS:
+            raise bad_request(
+                f"the text has {len(text)} characters; at most {MAX_TOKENIZED_CHARS} are tokenised at once. Send it in "
+                "parts.",
+                param,
+            )
+        ids = self._encode(text, special, param)
+        return ids, [self.tokenizer.piece(id) or "" for id in ids] if request.return_token_strs else None
 
     async def detokenize(self, ids: list[int]) -> str:
         """Text for /detokenize. Raises ApiError."""
@@ -151,8 +168,8 @@ class Prompts:
             return [read(prompt)]
         return [read(item) for item in prompt]
 
-    def _chat_ids(self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any]) -> list[int]:
-        cut = self._cut(request) if isinstance(request, ChatCompletionRequest) else None
+    def _chat_ids(self, request: ChatCompletionRequest, raw: dict[str, Any]) -> list[int]:
+        cut = self._cut(request)
         text = self._render(request, raw, cut)
         return self._encode(text, request.add_special_tokens is True, "messages", cut)
 
@@ -194,7 +211,7 @@ class Prompts:
         return ids
 
     def _render(
-        self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any], cut: Truncation | None
+        self, request: ChatCompletionRequest | TokenizeRequest, raw: dict[str, Any], cut: Truncation | None = None
     ) -> str:
         if self._template is None:
             raise bad_request(

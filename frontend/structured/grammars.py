@@ -125,8 +125,9 @@ def _check_counts(schema: Any) -> None:
         for item in schema:
             _check_counts(item)
     if isinstance(schema, dict):
-        least = schema.get("minProperties")
-        if isinstance(least, int) and least > max(len(schema.get("required") or ()), 1):
+        least, required = schema.get("minProperties"), schema.get("required")
+        num_required = len(required) if isinstance(required, list) else 0
+        if isinstance(least, int) and least > max(num_required, 1):
             raise GrammarError("minProperties can be enforced up to the number of required properties")
         for value in schema.values():
             _check_counts(value)

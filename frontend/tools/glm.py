@@ -46,8 +46,8 @@ class GlmParser(ToolParser):
         for tool in self.tools:
             function = tool.get("function") or {}
             if function.get("name") == name:
-                properties: dict[str, Any] = (function.get("parameters") or {}).get("properties") or {}
-                return properties
+                properties = (function.get("parameters") or {}).get("properties")
+                return properties if isinstance(properties, dict) else {}
         return {}
 
 

@@ -1,7 +1,7 @@
 """Tool calls written as JSON, taken apart while they are being written."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Container, Generator
 from typing import Any
 
 from baton.frontend.tools.events import Arguments, CallBegins, Content
@@ -45,49 +45,45 @@ def json_value(scan: Scanner) -> Generator[str | None, None, None]:
 
 def whole_value(scan: Scanner) -> Step[Any]:
     """Consume one JSON value and return it. Raises MalformedError, EndOfTextError."""
-    parts = []
-    for piece in json_value(scan):
-        if piece is None:
-            yield
-        else:
-            parts.append(piece)
-    try:
-        return json.loads("".join(parts))
-    except ValueError as error:
-        raise MalformedError from error
+    return _read((yield from _whole_text(scan)))
 
 
 def arguments(scan: Scanner) -> Finds[None]:
     """Consume a JSON value as arguments; a string is taken to hold the JSON."""
     first = yield from scan.skip_space()
     if first == '"':
-        text = yield from whole_value(scan)
-        yield Arguments(text)
+        yield Arguments((yield from whole_arguments(scan)))
         return
     for piece in json_value(scan):
         yield None if piece is None else Arguments(piece)
+
+
+def whole_arguments(scan: Scanner) -> Step[str]:
+    """As `arguments`, all in one. Raises MalformedError, EndOfTextError."""
+    text = yield from _whole_text(scan)
+    value = _read(text)
+    return value if isinstance(value, str) else text
 
 
 def bare_value(value: str, is_string: bool) -> str:
     """As JSON, a value that a model writes without quotes: one that is no JSON is a string in any case."""
     if not is_string:
         try:
-            json.loads(value)
-        except ValueError:
+            _read(value)
+        except MalformedError:
             pass
         else:
             return value.strip()
     return json.dumps(value, ensure_ascii=False)
 
 
-def call_object(scan: Scanner) -> Finds[None]:
+def call_object(scan: Scanner, names: Container[str] | None = None) -> Finds[None]:
     """Consume an object with a name and arguments, in any order. Raises MalformedError, EndOfTextError.
 
-    Nothing is yielded before the name is known.
+    Nothing is yielded before the name is known. `names` that a call may have; None: any.
     """
     yield from _expect(scan, "{")
-    begun, given = False, False
-    early: Any = None
+    begun, given, early = False, False, ""
     while (char := (yield from scan.skip_space())) != "}":
         if char == ",":
             scan.take(1)
@@ -96,18 +92,18 @@ def call_object(scan: Scanner) -> Finds[None]:
         yield from _expect(scan, ":")
         if key in NAME_KEYS and not begun:
             name = yield from whole_value(scan)
-            if not isinstance(name, str) or not name:
+            if not isinstance(name, str) or not name or (names is not None and name not in names):
                 raise MalformedError
             yield CallBegins(name)
             begun = True
             if given:
-                yield Arguments(early if isinstance(early, str) else json.dumps(early, ensure_ascii=False))
+                yield Arguments(early)
         elif key in ARGUMENT_KEYS and not given:
             given = True
             if begun:
                 yield from arguments(scan)
             else:
-                early = yield from whole_value(scan)
+                early = yield from whole_arguments(scan)
         else:
             yield from whole_value(scan)
     scan.take(1)
@@ -148,6 +144,26 @@ def call_array(scan: Scanner) -> Finds[None]:
             continue
         yield from call_object(scan)
     scan.take(1)
+
+
+def _whole_text(scan: Scanner) -> Step[str]:
+    """Consume one JSON value and return it as written."""
+    parts = []
+    for piece in json_value(scan):
+        if piece is None:
+            yield
+        else:
+            parts.append(piece)
+    return "".join(parts)
+
+
+def _read(text: str) -> Any:
+    """A JSON value. A string has U+FFFD for half a surrogate pair, which models write and nobody can encode."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError from error
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
 
 
 def _expect(scan: Scanner, char: str) -> Step[None]:

@@ -115,5 +115,7 @@ def test_logprobs_go_with_the_text_that_their_tokens_bring() -> None:
         Delta(pieces=[token(5), CallPart(0, "}")]),
         Delta(pieces=[token(6), Content("c")]),
     ]
-    texts = [block for block in blocks_of(deltas) if block.kind is Kind.TEXT]
-    assert [[id for id, _ in block.logprobs] for block in texts] == [[2, 3], [6]]
+    following = Blocks()
+    grown = [change for delta in deltas for change in following.take(delta) if isinstance(change, Grows)]
+    texts = [change for change in grown if change.block.kind is Kind.TEXT]
+    assert [[id for id, _ in change.logprobs] for change in texts] == [[2, 3], [6]]

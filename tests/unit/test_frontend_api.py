@@ -1,6 +1,8 @@
 """What the API makes of requests and of tokens, without a cluster."""
 
+import asyncio
 import json
+import threading
 from typing import Any
 
 import msgspec
@@ -11,10 +13,17 @@ from tokenizers import decoders, models, pre_tokenizers
 from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.errors import ApiError, outcome_error
 from baton.frontend.api.formats import ChatFormat, CompletionFormat
+from baton.frontend.api.generation import Generator, Job
 from baton.frontend.api.params import Wishes, read_wishes
-from baton.frontend.api.prompts import Prompts
-from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, parse
-from baton.frontend.api.responses import Usage, encode
+from baton.frontend.api.prompts import MAX_TOKENIZED_CHARS, Prompts
+from baton.frontend.api.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    StreamOptions,
+    TokenizeRequest,
+    parse,
+)
+from baton.frontend.api.responses import Completion, Usage, encode
 from baton.frontend.chat_template import ChatTemplate
 from baton.frontend.engine_client import Output
 from baton.frontend.instructions import Finished
@@ -75,6 +84,7 @@ def ids(text: str) -> list[int]:
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"min_tokens": 17}, "min_tokens"),
+        ({"max_tokens": 10**20, "min_tokens": 10**20}, "min_tokens"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"logprobs": 6}, "logprobs"),
@@ -121,6 +131,14 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
         wishes(**fields)
     assert caught.value.body.error.param == param
     assert caught.value.status == (404 if param == "model" else 400)
+
+
+def test_min_tokens_is_bounded_without_max_tokens_too() -> None:
+    for min_tokens in (-1, 2**31, 1e30):
+        request, _ = chat(min_tokens=min_tokens)
+        with pytest.raises(ApiError, match="min_tokens must be") as caught:
+            read_wishes(request, INFO, max_logprobs=5)
+        assert (caught.value.status, caught.value.body.error.param) == (400, "min_tokens")
 
 
 def test_fields_that_ask_for_nothing_are_no_hindrance_to_a_beam_search() -> None:
@@ -245,6 +263,28 @@ def test_a_hopelessly_long_text_is_refused_before_it_is_tokenised() -> None:
         PROMPTS.of_completion(completion(prompt="x" * 10_000_000))
 
 
+def tokenize(**fields: Any) -> tuple[TokenizeRequest, dict[str, Any]]:
+    return parse(json.dumps(fields).encode(), TokenizeRequest)[:2]
+
+
+@pytest.mark.parametrize("max_model_len", [100, 2**30])
+def test_a_text_that_is_only_to_be_tokenised_is_bounded_too(max_model_len: int) -> None:
+    text = "x" * (MAX_TOKENIZED_CHARS + 1)
+    prompts = Prompts(TOKENIZER, TEMPLATE, msgspec.structs.replace(INFO, max_model_len=max_model_len))
+    for fields in ({"prompt": text}, {"messages": [{"role": "user", "content": text}]}):
+        with pytest.raises(ApiError) as caught:
+            prompts.of_tokenize(*tokenize(**fields))
+        assert (caught.value.status, caught.value.body.error.param) == (400, *fields)
+
+
+def test_what_is_tokenised_may_be_longer_than_the_context_and_is_written_in_a_thread() -> None:
+    def write(ids: list[int], pieces: list[str] | None) -> tuple[int, list[str] | None, bool]:
+        return len(ids), pieces, threading.current_thread() is threading.main_thread()
+
+    request = tokenize(prompt="x" * 150, return_token_strs=True)
+    assert asyncio.run(PROMPTS.tokenize(*request, write)) == (150, ["x"] * 150, False)
+
+
 def test_a_conversation_is_rendered_and_the_final_message_may_be_continued() -> None:
     def rendered(**fields: Any) -> str:
         return TOKENIZER.decode(PROMPTS.of_chat(*chat(**fields)).ids.tolist())
@@ -301,6 +341,18 @@ def choice(**fields: Any) -> Choice:
     return Choice(0, prompt, wanted.for_prompt(1, INFO, "prompt"), wanted, TOKENIZER)
 
 
+def test_an_output_keeps_the_space_behind_its_prompt() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"▁the": 0, "▁a": 1, "▁cat": 2}))
+    backend.decoder = decoders.Metaspace()
+    tokenizer, request = Tokenizer(backend), completion(prompt=[0], echo=True)
+    wanted = read_wishes(request, INFO, 5)
+    (prompt,) = Prompts(tokenizer, None, INFO).of_completion(request)
+    stream = Choice(0, prompt, wanted.for_prompt(1, INFO, "prompt"), wanted, tokenizer)
+    delta = stream.take(output([1, 2], Outcome.LENGTH), Stops())
+    answer = CompletionFormat("small", wanted, tokenizer).whole([(stream, delta)], Usage(1, 3, 2), Ledger())
+    assert (delta.text, answer.choices[0].text) == (" a cat", "the a cat")
+
+
 def test_eos_counts_but_is_not_text() -> None:
     delta = choice(skip_special_tokens=False).take(output([*ids("a"), EOS], Outcome.STOP), Stops())
     assert (delta.text, delta.token_ids, delta.finish_reason, delta.stop_reason) == (
@@ -352,6 +404,24 @@ def test_a_stream_that_ends_badly_is_an_error(outcome: Outcome, code: str, statu
     assert error is not None
     assert (error.status, error.body.error.message) == (status, "why")
     assert ("Retry-After" in error.headers) == (status in (429, 503))
+
+
+class Threads(CompletionFormat):
+    """Notes where an answer is written."""
+
+    def whole(self, *args: Any) -> Completion:
+        self.main = threading.current_thread() is threading.main_thread()
+        return super().whole(*args)
+
+
+@pytest.mark.parametrize(("fields", "main"), [({}, True), ({"logprobs": 0}, False), ({"prompt_logprobs": 0}, False)])
+def test_a_whole_answer_with_log_probabilities_is_written_in_a_thread(fields: dict[str, Any], main: bool) -> None:
+    wanted = wishes(**fields)
+    format = Threads("small", wanted, TOKENIZER)
+    unused: Any = None
+    generator = Generator(unused, PROMPTS, unused, unused, INFO, 5)
+    asyncio.run(generator.whole(Job([], wanted, format, StreamOptions(), False, 0.0)))
+    assert format.main == main
 
 
 def test_logprobs_of_completions_have_four_lists() -> None:

@@ -4,15 +4,16 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from baton.frontend.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
-from baton.frontend.detokenizer import Detokenizer, StopStrings
+from baton.frontend.detokenizer import PROMPT_END_TOKENS, Detokenizer, StopStrings
 from baton.frontend.tokenizer import Tokenizer, load_tokenizer
 from baton.proto.config import ModelConfig
 from baton.proto.errors import UserError
@@ -71,6 +72,35 @@ def test_a_delta_never_shows_half_a_character(tokenizer: Tokenizer, text: str) -
     assert "".join(deltas) + detokenizer.flush() == tokenizer.decode(ids, skip_special_tokens=False)
 
 
+BYTE_FALLBACK_WORDS = [[BYTE_FALLBACK.id_of(piece) or 0] for piece in ("▁", "▁the", "▁a", "e", "é")]
+BYTE_FALLBACK_WORDS += [[3 + byte for byte in char.encode()] for char in "é語🙂"]
+
+
+@given(st.lists(st.sampled_from(BYTE_FALLBACK_WORDS), min_size=1, max_size=12), st.data())
+@settings(max_examples=500, deadline=None)
+def test_an_output_goes_on_where_its_prompt_ends(words: list[list[int]], data: st.DataObject) -> None:
+    ids = [id for word in words for id in word]
+    cut = data.draw(st.integers(1, len(ids)))
+    prompt = BYTE_FALLBACK.decode(ids[:cut])
+    assume(not prompt.endswith("\ufffd"))
+    detokenizer = Detokenizer(BYTE_FALLBACK, prompt_end=ids[:cut][-PROMPT_END_TOKENS:])
+    text = "".join(detokenizer.feed([id]) for id in ids[cut:]) + detokenizer.flush()
+    assert prompt + text == BYTE_FALLBACK.decode(ids)
+
+
+def test_special_tokens_of_a_prompt_are_no_text_to_go_on_from_when_they_are_not_shown() -> None:
+    bos, the = BYTE_FALLBACK.encode("")[0], BYTE_FALLBACK.id_of("▁the")
+    assert the is not None
+    assert Detokenizer(BYTE_FALLBACK, prompt_end=[bos]).feed([the]) == "the"
+    assert Detokenizer(BYTE_FALLBACK, prompt_end=[the, bos]).feed([the]) == " the"
+
+
+def test_a_prompt_that_ends_inside_a_character_does_not_hold_the_output_back() -> None:
+    smile, the = [3 + byte for byte in "🙂".encode()], BYTE_FALLBACK.id_of("▁the")
+    detokenizer = Detokenizer(BYTE_FALLBACK, prompt_end=smile[:2])
+    assert detokenizer.feed([*smile[2:], the or 0]) + detokenizer.flush() == "\ufffd\ufffd the"
+
+
 def test_a_character_cut_off_by_the_end_becomes_a_replacement() -> None:
     ids = BYTE_LEVEL.encode("鬱")
     assert len(ids) == 3
@@ -104,6 +134,39 @@ def test_stop_strings_are_found_wherever_the_text_is_cut(text: str, stop: list[s
     at, first = min(found, key=lambda match: match[0] + len(match[1]))
     assert search.found == first
     assert out == seen[: at + len(first) if include else at]
+
+
+@given(
+    st.lists(st.text("ab", max_size=5), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_stop_string_that_began_without_search_may_end_with_it(pieces: list[str], stop: list[str]) -> None:
+    search = StopStrings(stop, include=True)
+    before = "".join(search.feed(piece, search=False) for piece in pieces)
+    text = "".join(pieces)
+    held = text.removeprefix(before)
+    assert any(one.startswith(held) and one != held for one in stop) or not held
+    for one in stop:
+        assert not any(text.endswith(one[:size]) for size in range(len(held) + 1, len(one)))
+
+
+def test_looking_for_stop_strings_is_linear_in_the_text() -> None:
+    """Work is counted, not timed: characters of the stop string that are looked at."""
+
+    class Counted(str):
+        __slots__ = ()
+
+        def __getitem__(self, index: Any) -> str:
+            looked_at.append(index)
+            return super().__getitem__(index)
+
+    looked_at: list[Any] = []
+    for text in ("a" * 2000, ("a" * 99 + "c") * 20, ("b" + "a" * 99) * 20):
+        looked_at.clear()
+        search = StopStrings([Counted("b" + "a" * 200 + "c"), Counted("a" * 100 + "b")], include=False)
+        assert "".join(map(search.feed, text)) + search.flush() == text
+        assert len(looked_at) < 10 * len(text)
 
 
 def test_only_what_may_become_a_stop_string_is_held_back() -> None:
@@ -244,6 +307,13 @@ def test_decoding_is_linear_in_the_number_of_tokens() -> None:
     tokenizer.spelling = Counted()  # type: ignore[assignment]
     Detokenizer(tokenizer).feed(ids)
     assert looked_up == ids
+
+
+def test_a_token_is_decoded_alone_once() -> None:
+    for tokenizer, id in ((BYTE_LEVEL, BYTE_LEVEL.encode("überword")[0]), (BYTE_FALLBACK, BYTE_FALLBACK.id_of("▁the"))):
+        assert id is not None
+        assert tokenizer.token(id) == tokenizer.decode([id], skip_special_tokens=False)
+        assert tokenizer.token(id) is tokenizer.token(id)
 
 
 @pytest.mark.parametrize("work", [lambda t: t.encode("a quick hand " * 20_000), lambda t: t.decode([70] * 500_000)])

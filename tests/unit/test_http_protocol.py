@@ -23,13 +23,23 @@ class Transport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.written = b""
+        self.unread = [0]
+        """Bytes that the client has not read, each time that somebody asks; the last number stays."""
         self.closed = asyncio.Event()
+        self.aborted = False
 
     def write(self, data: Any) -> None:
         self.written += data
 
     def close(self) -> None:
         self.closed.set()
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.close()
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread.pop(0) if len(self.unread) > 1 else self.unread[0]
 
     def is_closing(self) -> bool:
         return self.closed.is_set()
@@ -135,3 +145,50 @@ def test_an_idle_connection_is_closed_in_the_end_and_later_than_clients_would() 
 
     connected(use, msgspec.structs.replace(CONFIG, keep_alive_s=0.02))
     assert CONFIG.keep_alive_s > IDLE_IN_USE_S
+
+
+@pytest.mark.parametrize(
+    ("request_", "dribbled"),
+    [(b"GET / HTTP/1.1\r\n\r\n", b"\r\n"), (b"POST / HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\n", b"x")],
+)
+def test_bytes_that_begin_no_request_do_not_keep_an_idle_connection_open(request_: bytes, dribbled: bytes) -> None:
+    async def use(protocol: BoundedProtocol, transport: Transport) -> None:
+        await answer(protocol, transport, request_)
+        async with asyncio.timeout(10):
+            while not transport.is_closing():
+                protocol.data_received(dribbled)
+                await asyncio.sleep(0)
+
+    connected(use, msgspec.structs.replace(CONFIG, keep_alive_s=0.02))
+
+
+def test_a_request_on_an_idle_connection_ends_its_idleness() -> None:
+    async def use(protocol: BoundedProtocol, transport: Transport) -> None:
+        await answer(protocol, transport, b"GET / HTTP/1.1\r\n\r\n")
+        protocol.data_received(b"\r\n")
+        protocol.data_received(b"GET / HTTP/1.1\r\nA")
+        await transport.closed.wait()
+        assert transport.written.startswith(b"HTTP/1.1 408 ")
+
+    connected(use, msgspec.structs.replace(CONFIG, keep_alive_s=0.01))
+
+
+def test_a_connection_whose_client_stops_reading_is_aborted() -> None:
+    async def use(protocol: BoundedProtocol, transport: Transport) -> None:
+        transport.unread = [40, 30, 30]
+        protocol.pause_writing()
+        await asyncio.wait_for(transport.closed.wait(), 10)
+        assert transport.aborted
+        assert transport.unread == [30], "less to read than the last time: the client is slow, but reads"
+
+    connected(use, msgspec.structs.replace(CONFIG, head_timeout_s=20, stalled_client_s=0.01))
+
+
+def test_a_connection_whose_client_reads_again_stays() -> None:
+    async def use(protocol: BoundedProtocol, transport: Transport) -> None:
+        protocol.pause_writing()
+        protocol.resume_writing()
+        await transport.closed.wait()
+        assert not transport.aborted, "closed for want of a request"
+
+    connected(use, msgspec.structs.replace(CONFIG, stalled_client_s=0.01))

@@ -7,10 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from baton.frontend.api.blocks import Logprobs
 from baton.frontend.api.choice import Delta
 from baton.frontend.api.errors import ApiError, bad_request, unavailable
 from baton.frontend.api.requests import ChatCompletionRequest, parse, read
-from baton.frontend.api.responses import encode
+from baton.frontend.api.responses import TokenLogprob, encode
 from baton.frontend.api.responses_api import objects, translate
 from baton.frontend.api.responses_api.answer import ResponseAnswer
 from baton.frontend.api.responses_api.draft import new_response
@@ -21,7 +22,7 @@ from baton.frontend.api.responses_api.window import Messages, fitting
 from baton.frontend.model_info import ModelInfo, SamplingDefaults
 from baton.frontend.tools.events import Content, Reasoning
 from baton.frontend.tools.output import CallPart
-from baton.proto.messages import SamplingParams
+from baton.proto.messages import SamplingParams, TokenLogprobs
 
 INFO = ModelInfo(("m",), 1000, 300, (256,), SamplingDefaults())
 ECHO = SamplingParams(max_tokens=1, seed=1, temperature=0.5, top_p=0.9)
@@ -207,6 +208,27 @@ def test_events_are_numbered_and_the_response_is_what_they_add_up_to() -> None:
         "total_tokens": 12,
     }
     assert events[0].response.output == [], "an earlier event does not change"
+
+
+def test_log_probabilities_are_written_down_once_as_their_text_comes() -> None:
+    spelled: list[int] = []
+
+    def spell(logprobs: Logprobs) -> list[TokenLogprob]:
+        spelled.extend(id for id, _ in logprobs)
+        return [TokenLogprob(str(id), entry.logprob, [], []) for id, entry in logprobs]
+
+    wanted, _ = request()
+    response = ResponseAnswer(new_response("resp_1", wanted, ECHO, INFO), False, spell)
+    deltas = [Delta(str(id), [id], [TokenLogprobs(-1.0, 1, ())]) for id in range(5)]
+    deltas.append(Delta(pieces=[CallPart(0, "{}", "time", "c"), Content("See.")], finish_reason="stop"))
+    for delta in deltas:
+        response.take(delta)
+    assert spelled == [0, 1, 2, 3, 4]
+    response.finish(deltas[-1], COUNTS)
+    first, _, second = response.snapshot().output
+    assert [entry.token for entry in first.content[0].logprobs] == ["0", "1", "2", "3", "4"]
+    assert second.content[0].logprobs == []
+    assert spelled == [0, 1, 2, 3, 4]
 
 
 def test_what_was_cut_off_is_incomplete() -> None:

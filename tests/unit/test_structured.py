@@ -130,6 +130,8 @@ def test_an_escaped_name_can_not_evade_its_property(grammars: Grammars) -> None:
         ({"$ref": "http://example.com/schema.json"}, "$ref"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum"),
         ({"type": "object", "minProperties": 2}, "minProperties"),
+        ({"type": "object", "minProperties": 2, "required": 5}, "minProperties"),
+        ({"type": "object", "minProperties": 1, "required": 5}, "required"),
         ({"type": "object", "patternProperties": {"^a": {}, "b$": {}}}, "patternProperties"),
         ({"type": "string", "minLength": "2"}, "minLength"),
         ({"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True}, "uniqueItems"),

@@ -106,6 +106,12 @@ def test_glm_values_follow_the_tools_schema() -> None:
     assert calls(parse(find_tool_parser("glm47")(TOOLS), "<tool_call>weather</tool_call>")) == [("weather", {})]
 
 
+@pytest.mark.parametrize("properties", [["city"], "city", 5, None])
+def test_glm_properties_that_are_no_object_count_as_none(properties: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"properties": properties}}}]
+    assert calls(parse(find_tool_parser("glm45")(tools), GLM)) == [("weather", {"city": 5, "days": 3})]
+
+
 def test_dsml_arguments_say_whether_they_are_strings() -> None:
     tag = "｜DSML｜"
     call = (
@@ -154,6 +160,43 @@ def test_what_only_looks_like_a_call_stays_text(family: str) -> None:
     for junk in ('[{"arguments": {}}]', '{"nome": 3}', "[3]", "{nonsense}", '{"name": 5}'):
         found = parse(find_tool_parser(family)(), f"a {marker}{junk} b")
         assert text(found).replace(" ", "").startswith(f"a{marker}{junk[:1]}"), (junk, found)
+
+
+@pytest.mark.parametrize(
+    ("written", "call"),
+    [
+        (r'{"name": "f", "arguments": "ok \ud83d"}', ("f", "ok \ufffd")),
+        (r'{"arguments": "ok \ud83d", "name": "f"}', ("f", "ok \ufffd")),
+        (r'{"arguments": {"a": "\ud83d"}, "name": "f"}', ("f", r'{"a": "\ud83d"}')),
+        (r'{"name": "f\ud83d", "arguments": {}}', ("f\ufffd", "{}")),
+        (r'{"name": "f", "arguments": "\ud83d\ude00"}', ("f", "\U0001f600")),
+    ],
+)
+def test_half_a_surrogate_pair_leaves_a_call_that_can_be_encoded(written: str, call: tuple[str, str]) -> None:
+    found = parse(find_tool_parser("hermes")(), f"<tool_call>{written}</tool_call>")
+    assert found == [("call", *call)]
+
+
+DEEP = "[" * 5000 + "]" * 5000
+
+
+def test_a_call_too_deep_to_read_is_text() -> None:
+    written = f'<tool_call>{{"arguments": {DEEP}, "name": "f"}}'
+    assert text(parse(find_tool_parser("hermes")(), written)) == written
+
+
+def test_a_bare_value_too_deep_to_read_is_a_string() -> None:
+    written = f"<tool_call>f<arg_key>k</arg_key><arg_value>{DEEP}</arg_value></tool_call>"
+    assert calls(parse(find_tool_parser("glm45")(), written)) == [("f", {"k": DEEP})]
+
+
+@pytest.mark.parametrize("answer", ['{"name": "Alice", "age": 30}', '{"age": 30, "name": "Alice"} and more'])
+def test_an_answer_in_json_is_no_call_of_llamas_unless_it_names_a_tool(answer: str) -> None:
+    parser = find_tool_parser("llama3_json")(TOOLS)
+    assert parse(parser, *answer) == [("content", answer)]
+    assert calls(parse(parser, '{"name": "weather"}')) == [("weather", {})]
+    after_a_call = parse(parser, f'{{"name": "weather", "parameters": {{}}}}; {answer}')
+    assert (calls(after_a_call), text(after_a_call)) == ([("weather", {})], f"; {answer}")
 
 
 def test_a_call_that_is_cut_short_keeps_what_it_has() -> None:

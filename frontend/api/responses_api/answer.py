@@ -43,6 +43,8 @@ class ResponseAnswer:
         self._blocks = Blocks()
         self._output: list[OutputItem] = []
         self._item_id = ""
+        self._logprobs: list[TokenLogprob] = []
+        """Of the text that began last, written down as it grows: at its end there would be seconds of work."""
         self._number = 0
 
     def snapshot(self) -> ResponsesResponse:
@@ -117,7 +119,7 @@ class ResponseAnswer:
                     yield from self._ends(block, status)
 
     def _begins(self, block: Block) -> Iterator[object]:
-        self._item_id = new_id(_PREFIXES[block.kind])
+        self._item_id, self._logprobs = new_id(_PREFIXES[block.kind]), []
         yield objects.ItemAdded(self._next(), block.index, self._item(block, "in_progress", whole=False))
         if block.kind is Kind.TEXT:
             yield objects.PartAdded(self._next(), self._item_id, block.index, 0, objects.OutputText("", []))
@@ -128,7 +130,9 @@ class ResponseAnswer:
         number, id, index = self._next(), self._item_id, block.index
         match block.kind:
             case Kind.TEXT:
-                return objects.TextDelta(number, id, index, 0, text, self._spell(logprobs))
+                spelled = self._spell(logprobs)
+                self._logprobs += spelled
+                return objects.TextDelta(number, id, index, 0, text, spelled)
             case Kind.REASONING:
                 return objects.ReasoningDelta(number, id, index, 0, text)
             case Kind.CALL:
@@ -153,7 +157,7 @@ class ResponseAnswer:
         id = self._item_id
         match block.kind:
             case Kind.TEXT:
-                texts = [objects.OutputText(block.text, self._spell(block.logprobs))] if whole else []
+                texts = [objects.OutputText(block.text, self._logprobs)] if whole else []
                 return objects.OutputMessage(id=id, content=texts, status=status)
             case Kind.REASONING:
                 thoughts = [objects.ReasoningText(block.text)] if whole else []
