@@ -50,6 +50,8 @@ def load_model_info(config: ModelConfig, tokenizer: Tokenizer) -> ModelInfo:
     eos_id = None if eos_text is None else tokenizer.id_of(eos_text)
     if eos_id is not None:
         eos = {*eos, eos_id}
+    vocab_size = int(model.get("vocab_size") or tokenizer.vocab_size)
+    eos = {id for id in eos if id < vocab_size}  # a tokenizer may know more tokens than its model
     try:
         defaults = _sampling_defaults(generation)
     except msgspec.ValidationError as error:
@@ -57,10 +59,10 @@ def load_model_info(config: ModelConfig, tokenizer: Tokenizer) -> ModelInfo:
     return ModelInfo(
         names=config.served_names,
         max_model_len=max_model_len,
-        vocab_size=int(model.get("vocab_size") or tokenizer.vocab_size),
+        vocab_size=vocab_size,
         eos_ids=tuple(sorted(eos)),
         defaults=defaults,
-        eos_id=eos_id,
+        eos_id=eos_id if eos_id in eos else None,
         generates=not is_headless(model),
     )
 

@@ -260,7 +260,7 @@ class FrontendConfig(Config):
     resend_interval_s: float = 1.0
     """Unanswered Submit and Close are sent again this often."""
     stalled_client_s: float = 60.0
-    """A client that reads nothing for so long while text is waiting is aborted."""
+    """A client that reads nothing for so long, while an answer or a part of one is waiting for it, is aborted."""
     max_request_bytes: int = 16 * 2**20
     """Largest HTTP body."""
     max_pending_bytes: int = 256 * 2**20

@@ -75,6 +75,10 @@ class Membership:
         """The member, new or known; None when it may not join."""
         if not self._may_join(sender, hello.worker, hello.incarnation, hello.protocol, now):
             return None
+        if hello.epoch > self._registry.epoch:
+            why = "has obeyed a scheduler that started at a later time: was the clock set back?"
+            self._outbox.log(f"{hello.worker} {why}", logging.WARNING)
+            self._registry.epoch = hello.epoch + 1
         known = self._registry.workers.get(sender)
         if known is not None:
             known.heard_at = now
@@ -83,10 +87,6 @@ class Membership:
         earlier = self._registry.worker_named(hello.worker)
         if earlier is not None:
             self.lost(earlier.identity, "a newer incarnation has registered", now)
-        if hello.epoch > self._registry.epoch:
-            why = "has obeyed a scheduler that started at a later time: was the clock set back?"
-            self._outbox.log(f"{hello.worker} {why}", logging.WARNING)
-            self._registry.epoch = hello.epoch + 1
         worker = Worker(sender, hello, joined_at=now, heard_at=now)
         self._join(worker, hello.pid, hello.pid_space)
         self._orders.joined(worker)

@@ -240,6 +240,8 @@ class Session:
     # ------------------------------------------------------------------------------------------- scheduler's messages
 
     def _to_batcher(self, message: StartPrefill | StartDecode | CancelCommand, frames: Body) -> None:
+        if message.epoch < self._batcher.epoch:
+            self._hello(time.monotonic())  # which says so, if it is the present scheduler's
         self._batcher.handle(message, frames, time.monotonic())
         self._load_due = True
 

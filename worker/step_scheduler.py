@@ -186,8 +186,9 @@ class StepScheduler:
         return blocks + len(self.running) <= self._pool.num_free
 
     def has_room_beside_waiting(self, blocks: int) -> bool:
-        """Whether another stream may have so many blocks: those that were preempted come back before it."""
-        return self._has_room(blocks) and not any(request.preemptions for request in self.waiting)
+        """Whether another stream may have so many blocks: those that were preempted come back before it, unless what
+        they begin with is what it brings."""
+        return self._has_room(blocks) and not any(r.preemptions and not self._is_awaited(r) for r in self.waiting)
 
     def _decoding(self) -> list[Request]:
         """Streams whose next token a step would compute."""

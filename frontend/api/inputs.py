@@ -7,6 +7,7 @@ import numpy as np
 
 from baton.frontend.api.embedding_requests import EmbeddingRequest, RerankRequest, ScoreRequest
 from baton.frontend.api.errors import bad_request
+from baton.frontend.api.params import check_vocabulary
 from baton.frontend.api.prompts import Prompt, read_salt
 from baton.frontend.model_info import ModelInfo
 from baton.frontend.tokenizer import Side, Tokenizer
@@ -66,6 +67,7 @@ def _prompt(
         raise bad_request(f"input {index} is empty; it needs at least one token.", param)
     _check_length(len(ids), info, param, index)
     tokens = np.array(ids, dtype=np.int32)
+    check_vocabulary((int(tokens.max()),), info, param)
     return Prompt(tokens, pack_hashes(hash_chain(tokens, *cut.salt)))
 
 
@@ -79,9 +81,7 @@ def _encode(text: str, cut: Cut, tokenizer: Tokenizer, info: ModelInfo, param: s
 
 
 def _check(ids: Sequence[int], cut: Cut, info: ModelInfo, param: str) -> Sequence[int]:
-    for id in (min(ids, default=0), max(ids, default=0)):
-        if not 0 <= id < info.vocab_size:
-            raise bad_request(f"token id {id} is out of vocabulary; ids are from 0 to {info.vocab_size - 1}.", param)
+    check_vocabulary(ids, info, param)
     if cut.max_tokens is None:
         return ids
     return ids[: cut.max_tokens] if cut.side == "right" else ids[-cut.max_tokens :]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -186,6 +187,14 @@ def context_room(prompt_len: int, info: ModelInfo, param: str) -> int:
             "context_length_exceeded",
         )
     return room
+
+
+def check_vocabulary(ids: Sequence[int], info: ModelInfo, param: str) -> None:
+    """Raises ApiError for an id that the model has no embedding of, whether a client gives it or a tokenizer that knows
+    more tokens than its model."""
+    for id in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= id < info.vocab_size:
+            raise bad_request(f"token id {id} is out of vocabulary; ids are from 0 to {info.vocab_size - 1}.", param)
 
 
 def read_wishes(request: GenerationRequest, info: ModelInfo, max_logprobs: int) -> Wishes:

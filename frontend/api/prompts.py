@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from baton.frontend.api.errors import ApiError, bad_request
-from baton.frontend.api.params import context_room, output_tokens
+from baton.frontend.api.params import check_vocabulary, context_room, output_tokens
 from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from baton.frontend.chat_template import ChatTemplate, ChatTemplateError
 from baton.frontend.model_info import ModelInfo
@@ -100,6 +100,7 @@ class Prompts:
             spaced = tuple(self.tokenizer.encode(f" {word.lstrip()}", add_special_tokens=False))
             if not first or not spaced:
                 raise bad_request(f"bad_words has {word!r}, which the tokenizer drops.", "bad_words")
+            check_vocabulary((*first, *spaced), self._info, "bad_words")
             found.append(first)
             if spaced[0] != first[0] and len(spaced) == len(first):
                 found.append(spaced)
@@ -149,6 +150,7 @@ class Prompts:
             raise bad_request("the prompt is empty; it needs at least one token.", param)
         context_room(len(ids), self._info, param)
         tokens = np.array(ids, dtype=np.int32)
+        check_vocabulary((int(tokens.max()),), self._info, param)
         return Prompt(tokens, pack_hashes(hash_chain(tokens, *salt)), text)
 
     def _completion_ids(self, request: CompletionRequest) -> list[tuple[list[int], str | None]]:
@@ -202,12 +204,9 @@ class Prompts:
             context_room(num_bytes // self.tokenizer.max_token_bytes, self._info, param)
 
     def _check_ids(self, ids: Any, param: str) -> list[int]:
-        limit = self._info.vocab_size
         if not isinstance(ids, list) or not all(isinstance(id, int) for id in ids):
             raise bad_request("prompt must be a string, a list of strings, of token ids or of lists of those.", param)
-        for id in (min(ids, default=0), max(ids, default=0)):
-            if not 0 <= id < limit:
-                raise bad_request(f"token id {id} is out of vocabulary; ids are from 0 to {limit - 1}.", param)
+        check_vocabulary(ids, self._info, param)
         return ids
 
     def _render(

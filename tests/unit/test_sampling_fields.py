@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.errors import ApiError
 from baton.frontend.api.formats import ChatFormat, CompletionFormat
+from baton.frontend.api.inputs import Cut, prompts_of
 from baton.frontend.api.params import MAX_PROMPT_LOGPROBS, Wishes, read_wishes
 from baton.frontend.api.prompts import Prompts
 from baton.frontend.api.requests import ChatCompletionRequest, CompletionRequest, parse
@@ -158,6 +159,19 @@ def test_a_salt_changes_every_hash_of_the_prompt() -> None:
     for wrong in ("", "s" * 1025):
         with pytest.raises(ApiError, match="cache_salt"):
             hashes(cache_salt=wrong)
+
+
+def test_text_whose_token_the_model_has_no_embedding_of_is_refused() -> None:
+    info = ModelInfo(("small",), 100, EOS, (), SamplingDefaults())
+    prompts, cut = Prompts(TOKENIZER, TEMPLATE, info), Cut(True, None, "right")
+    assert prompts.of_completion(completion(prompt="eos"))
+    for refused in (
+        lambda: prompts.of_completion(completion(prompt="<eos>")),
+        lambda: prompts.of_bad_words(("<eos>",)),
+        lambda: prompts_of(["<eos>"], cut, TOKENIZER, info, "input"),
+    ):
+        with pytest.raises(ApiError, match=f"token id {EOS} is out of vocabulary; ids are from 0 to {EOS - 1}"):
+            refused()
 
 
 def test_bad_words_are_banned_at_the_beginning_and_behind_a_space() -> None:

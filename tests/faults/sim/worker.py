@@ -18,6 +18,7 @@ from baton.proto.layout import Group, KVLayout
 from baton.proto.lifecycle import Duty
 from baton.proto.messages import (
     Beat,
+    CancelCommand,
     CancelStream,
     Configure,
     Fenced,
@@ -28,6 +29,8 @@ from baton.proto.messages import (
     Prompts,
     Settings,
     Share,
+    StartDecode,
+    StartPrefill,
     Swapped,
     TokenBatch,
     Turn,
@@ -391,6 +394,8 @@ class Worker(Process):
                     self._on_fenced()
                 return
             case _:
+                if isinstance(message, StartPrefill | StartDecode | CancelCommand) and message.epoch < batcher.epoch:
+                    self._hello(batcher)
                 batcher.handle(message, frames, self.world.now)
                 self._load_due = True
         self.turn()
