@@ -128,7 +128,10 @@ class StepScheduler:
         planned: list[Planned] = []
         budget = self._budget(now)
         preemptions = self.preemptions
-        decoding, prompts = [r for r in self.running if _decodes(r)], [r for r in self.running if not _decodes(r)]
+        decoding: list[Request] = []
+        prompts: list[Request] = []
+        for request in self.running:
+            (decoding if _decodes(request) else prompts).append(request)
         if self._prompts_first:
             budget = self._add_rows(prompts, budget, rows, planned)
             budget = self._admit_prompts(budget, rows, planned, now)
