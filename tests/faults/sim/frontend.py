@@ -28,6 +28,7 @@ class Call:
     timeout_s: float = 0.0
     vector: bytes = b""
     """What must come, where that is wanted instead of tokens."""
+    priority: int = 0
     received: list[int] = field(default_factory=list)
     outcome: Outcome | None = None
     message: str = ""
@@ -82,7 +83,9 @@ class Frontend(Process):
             return None
         self.calls.append(call)
         prompt = np.asarray(call.prompt, dtype=np.int32)
-        sid, out = self.streams.submit(prompt, call.params, self.world.now, timeout_s=call.timeout_s, sibling=sibling)
+        sid, out = self.streams.submit(
+            prompt, call.params, self.world.now, timeout_s=call.timeout_s, priority=call.priority, sibling=sibling
+        )
         self._calls[sid] = call
         self._carry_out(out)
         return sid

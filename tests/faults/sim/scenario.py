@@ -132,22 +132,23 @@ class Scenario:
         rng = self.rng
         prompt = rng.choice(self._prefixes)[: rng.choice((0, 16, 33, 48))] + _draw_tokens(rng, rng.randint(1, 50))
         timeout_s = rng.choice((0.0, 0.0, 0.0, 3.0))
+        priority = rng.choice((0, 0, 0, 0, -1, 1))
         if rng.random() < POOLED:
             params = SamplingParams(max_tokens=0, pooling=rng.choice(list(Pooling)).value)
             vector = reference_vector(prompt, params.pooling, BLOCK_SIZE)
-            return Call(prompt, params, Reference(prompt, 0, BLOCK_SIZE), timeout_s, vector)
+            return Call(prompt, params, Reference(prompt, 0, BLOCK_SIZE), timeout_s, vector, priority)
         params = SamplingParams(
             max_tokens=rng.choice((1, 2, 8, 24, 40)),
             stop_token_ids=STOP_TOKENS if rng.random() < 0.5 else (),
             prompt_logprobs=0 if rng.random() < 0.15 else -1,
             grammar=rng.choice(("anything", "anything at all")) if rng.random() < 0.15 else "",
         )
-        return Call(prompt, params, Reference(prompt, params.max_tokens, BLOCK_SIZE), timeout_s)
+        return Call(prompt, params, Reference(prompt, params.max_tokens, BLOCK_SIZE), timeout_s, b"", priority)
 
     def _sample_of(self, call: Call) -> Call:
         """One of several samples; without noise they are equal."""
         reference = Reference(call.prompt, call.params.max_tokens, BLOCK_SIZE)
-        return Call(call.prompt, call.params, reference, call.timeout_s, call.vector)
+        return Call(call.prompt, call.params, reference, call.timeout_s, call.vector, call.priority)
 
     def _plan_requests(self) -> None:
         aborts = self.rng.choice((0.0, 0.0, 0.3))
