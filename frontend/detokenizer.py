@@ -84,18 +84,18 @@ class WindowDecoder:
             self._window, self._emitted = [], 0
             return text
         self._window.append(token)
-        before, text = self._texts()
+        new = self._new_text()
         pending = len(self._window) - self._emitted
-        if len(text) <= len(before) or (text.endswith(REPLACEMENT) and pending <= _MAX_PENDING_TOKENS):
+        if not new or (new.endswith(REPLACEMENT) and pending <= _MAX_PENDING_TOKENS):
             return ""
         del self._window[: self._emitted]
         self._emitted = len(self._window)
-        return text[len(before) :]
+        return new
 
     def flush(self) -> str:
-        before, text = self._texts()
+        new = self._new_text()
         self._emitted = len(self._window)
-        return text[len(before) :]
+        return new
 
     def _whole_characters(self, prompt_end: Sequence[int]) -> list[int]:
         """Without what is not shown, and without the rest of a character that is cut off at the beginning; nothing when
@@ -105,8 +105,11 @@ class WindowDecoder:
         suffixes = (ids[start:] for start in range(_MAX_CHAR_TOKENS))
         return next((suffix for suffix in suffixes if not self._decode(suffix).endswith(REPLACEMENT)), [])
 
-    def _texts(self) -> tuple[str, str]:
-        return self._decode(self._window[: self._emitted]), self._decode(self._window)
+    def _new_text(self) -> str:
+        before, text = self._decode(self._window[: self._emitted]), self._decode(self._window)
+        if REPLACEMENT in text and not text.startswith(before):
+            return self._decode(self._window[self._emitted :])  # bytes that are no character spoil those before them
+        return text[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -189,11 +189,11 @@ class Metrics:
         for spans, worker in ((PREFILL_SPANS, ledger.prefill_worker), (DECODE_SPANS, ledger.decode_worker)):
             for name, (_, start, end) in spans.items():
                 seconds = _between(ledger.stages, start, end)
-                if worker and seconds is not None:
-                    self._spans[name].labels(worker, self._roles.get(worker, "")).observe(seconds)
-        if not ledger.decode_worker:
+                if worker in self._roles and seconds is not None:
+                    self._spans[name].labels(worker, self._roles[worker]).observe(seconds)
+        if ledger.decode_worker not in self._roles:
             return
-        labels = (ledger.decode_worker, self._roles.get(ledger.decode_worker, ""))
+        labels = (ledger.decode_worker, self._roles[ledger.decode_worker])
         decoding = _between(ledger.stages, Stage.FIRST_TOKEN, Stage.FINISHED)
         if decoding is not None and close.output_tokens > 1:
             self._tpot.labels(*labels).observe(decoding / (close.output_tokens - 1))

@@ -116,7 +116,7 @@ class Batcher:
             self.outbox,
             self._kv_ready,
             self._forget,
-            self._steps.has_room_beside_waiting,
+            self._steps.has_room_for,
         )
         self._gate = GrammarGate(self.outbox)
         self._requests: dict[tuple[Sid, str], Request] = {}
@@ -124,7 +124,7 @@ class Batcher:
         self._tombstones = Tombstones(lease.remember_s)
         self._arrivals = 0
         self.epoch = 0
-        """The highest that a command had."""
+        """The highest that a command or a Welcome had."""
         self._last_cmd_seq = 0
         self.computed_tokens = 0
         self.generated_tokens = 0

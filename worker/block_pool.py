@@ -82,7 +82,7 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: list[int]) -> None:
-        """One more reference on each block of somebody's, which must be full and settled."""
+        """One more reference on each block of somebody's, which whoever asks does not write."""
         for block in blocks:
             self._references[block] += 1
 

@@ -39,7 +39,7 @@ class Orphan:
 class Pulls:
     """Decode legs whose KV is still elsewhere. `ready` receives each one whose KV is here and confirmed.
 
-    `has_room`: whether so many blocks are more than those need that run, or ran and wait to go on.
+    `has_room`: whether a request may have so many blocks now, for all that others need.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Pulls:
         outbox: list[Effect],
         ready: Callable[[Request], None],
         failed: Callable[[Request], None],
-        has_room: Callable[[int], bool],
+        has_room: Callable[[Request, int], bool],
     ) -> None:
         self._me = me
         self._pool = pool
@@ -88,20 +88,22 @@ class Pulls:
         self.reserve(now)
 
     def reserve(self, now: float) -> None:
-        """Give blocks to waiting requests, in order; called whenever blocks may have come free, or others' KV has.
+        """Give blocks to waiting requests, by rank; called whenever blocks may have come free, or others' KV has.
         Those whose prompt is being pulled for another wait for that and let others go before."""
-        for request in list(self._unreserved):
+        for request in sorted(self._unreserved, key=lambda request: request.rank):
             remote = _remote(request)
             owner = self._shared.owner(request, remote.total)
             if owner is not None and owner.settled < remote.total:
                 continue
+            if not self._has_room(request, 0):
+                return
             full = remote.total // self._block_size
             known = self._pool.match(request.block_hashes(self._block_size, full)) if owner is None else []
             if owner is not None:
                 known = owner.blocks[:full]
                 self._pool.share(known)
             fresh = -(-remote.total // self._block_size) - len(known)
-            blocks = self._pool.allocate(fresh, for_pull=True) if self._has_room(fresh) else None
+            blocks = self._pool.allocate(fresh, for_pull=True) if self._has_room(request, fresh) else None
             if blocks is None:
                 self._pool.release(known)
                 return

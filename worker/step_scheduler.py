@@ -143,7 +143,8 @@ class StepScheduler:
         if self.preemptions == preemptions:
             self._admit_prompts(budget, rows, planned, now)
         if not rows:
-            return None
+            gave_way = self.preemptions > preemptions and not self._in_flight
+            return self.schedule(now) if gave_way else None
         self._step += 1
         for item in planned:
             item.request.last_step = self._step
@@ -188,10 +189,17 @@ class StepScheduler:
         """Each running stream may soon want a block; without the spare, admission and preemption would alternate."""
         return blocks + len(self.running) <= self._pool.num_free
 
-    def has_room_beside_waiting(self, blocks: int) -> bool:
-        """Whether another stream may have so many blocks: those that were preempted come back before it, unless what
-        they begin with is what it brings."""
-        return self._has_room(blocks) and not any(r.preemptions and not self._is_awaited(r) for r in self.waiting)
+    def has_room_for(self, request: Request, blocks: int) -> bool:
+        """Whether a stream whose KV comes from elsewhere may have so many blocks. One that was preempted comes back
+        before those behind it, unless those before it would keep it out in any case."""
+        if not self._has_room(blocks):
+            return False
+        first = next((r for r in self.waiting if r.preemptions and not self._is_awaited(r)), None)
+        if first is None or request.rank < first.rank:
+            return True
+        ahead = [r for r in self.running if r.rank < first.rank]
+        needed = -(-len(first.tokens) // self._block_size) + len(ahead)
+        return sum(len(r.blocks) for r in ahead) + needed > self._pool.num_blocks
 
     def _decoding(self) -> list[Request]:
         """Streams whose next token a step would compute."""

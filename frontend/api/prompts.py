@@ -126,7 +126,7 @@ class Prompts:
                 "parts.",
                 param,
             )
-        ids = self._encode(text, special, param)
+        ids = self.tokenizer.encode(text.encode(errors="replace").decode(), special)
         return ids, [self.tokenizer.piece(id) or "" for id in ids] if request.return_token_strs else None
 
     async def detokenize(self, ids: list[int]) -> str:

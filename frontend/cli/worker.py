@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     network_args.add_key_argument(parser)
     parser.add_argument(
-        "--name", default="", help="unique in the cluster; default: from role, host and a random number"
+        "--name",
+        default="",
+        help="unique in the cluster; default: from role, host unless it is this one, and a random number",
     )
     engine_args.add_model_arguments(parser)
     engine_args.add_worker_arguments(parser)

@@ -9,17 +9,18 @@ _TAG = "<|python_tag|>"
 
 
 class LlamaJsonParser(ToolParser):
-    """An output that begins otherwise is content to its end; so is an object that names none of the tools, since no
-    marker tells a call from an answer in JSON."""
+    """An output that begins otherwise is content to its end; so is an object without the tag that names none of the
+    tools: it may as well be an answer in JSON."""
 
     names = ("llama3_json", "llama4_json")
     markers = (_TAG,)
 
     def parse(self, scan: Scanner) -> Finds[None]:
-        names = {tool["function"]["name"] for tool in self.tools}
+        names: set[str] | None = {tool["function"]["name"] for tool in self.tools}
         before = yield from scan.take_space()
         if (yield from scan.starts_with(_TAG)):
             scan.take(len(_TAG))
+            names = None
             before += yield from scan.take_space()
         while (yield from scan.starts_with("{")):
             if not (yield from or_content(scan, call_object(scan, names), before)):

@@ -104,7 +104,13 @@ class Bench:
         return self.handle(command, self.frames[sid(n)])
 
     def decode(
-        self, owner: "Bench", done: PrefillDone, max_tokens: int = 4, early: bool = False, **params: object
+        self,
+        owner: "Bench",
+        done: PrefillDone,
+        max_tokens: int = 4,
+        early: bool = False,
+        priority: int = 0,
+        **params: object,
     ) -> list[effects.Effect]:
         self.cmd_seq += 1
         frames = owner.frames[done.sid]
@@ -121,6 +127,7 @@ class Bench:
             num_tokens=done.num_tokens,
             blocks=done.blocks,
             first_rows=None if early else done.first_rows,
+            priority=priority,
         )
         return self.handle(command, frames)
 

@@ -111,6 +111,44 @@ def test_legs_that_keep_coming_do_not_starve_a_stream_that_was_preempted() -> No
     assert longest_wait < 300
 
 
+def test_a_preempted_stream_that_an_older_one_keeps_out_holds_up_no_leg() -> None:
+    """The third, of a few blocks, runs while the second waits for the end of the first."""
+    owner = Bench("prefill-0", incarnation=1, num_blocks=200, budget=4096)
+    reader = Bench("decode-0", incarnation=2, num_blocks=100, budget=256)
+    out: list[effects.Effect] = []
+
+    def start(n: int, num_tokens: int, max_tokens: int) -> None:
+        owner.now = reader.now
+        owner.prefill(n, [n * 10000 + i for i in range(num_tokens)], max_tokens=max_tokens, hand_over=True)
+        (done,) = to_scheduler(owner.run(), PrefillDone)
+        out.extend(carry(reader, owner, reader.decode(owner, done, max_tokens=max_tokens)))
+
+    start(1, 700, 800)
+    start(2, 800, 700)
+    while not reader.batcher._steps.preemptions:
+        out += reader.step()
+    start(3, 20, 20)
+    for _ in range(25):
+        out += reader.step()
+    assert [request.sid[1] for request in reader.batcher._steps.waiting] == [2]
+    assert len(tokens(out, 3)) == 20
+    out += reader.run(2000)
+    assert [len(tokens(out, n)) for n in (1, 2, 3)] == [800, 700, 20]
+
+
+def test_a_leg_of_higher_priority_does_not_wait_for_a_preempted_stream() -> None:
+    owner = Bench("prefill-0", incarnation=1, num_blocks=200, budget=4096)
+    reader = Bench("decode-0", incarnation=2, num_blocks=12, budget=256)
+    for n, priority in ((1, 0), (2, 9), (3, -9)):
+        owner.prefill(n, [n * 1000 + i for i in range(60)], max_tokens=100, hand_over=True)
+        (done,) = to_scheduler(owner.run(), PrefillDone)
+        carry(reader, owner, reader.decode(owner, done, max_tokens=100, priority=priority))
+        while n == 2 and not reader.batcher._steps.preemptions:
+            reader.step()
+    assert [request.sid[1] for request in reader.batcher._steps.waiting] == [2]
+    assert len(tokens(reader.step(), 3)) == 2
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_with_prompts_first_streams_enter_what_prompts_leave_of_a_step(depth: int) -> None:
     bench = Bench(budget=32, depth=depth, prompts_first=True)

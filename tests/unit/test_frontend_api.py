@@ -281,8 +281,8 @@ def test_what_is_tokenised_may_be_longer_than_the_context_and_is_written_in_a_th
     def write(ids: list[int], pieces: list[str] | None) -> tuple[int, list[str] | None, bool]:
         return len(ids), pieces, threading.current_thread() is threading.main_thread()
 
-    request = tokenize(prompt="x" * 150, return_token_strs=True)
-    assert asyncio.run(PROMPTS.tokenize(*request, write)) == (150, ["x"] * 150, False)
+    request = tokenize(prompt="x" * 6000, return_token_strs=True)
+    assert asyncio.run(PROMPTS.tokenize(*request, write)) == (6000, ["x"] * 6000, False)
 
 
 def test_a_conversation_is_rendered_and_the_final_message_may_be_continued() -> None:

@@ -95,6 +95,14 @@ def test_special_tokens_of_a_prompt_are_no_text_to_go_on_from_when_they_are_not_
     assert Detokenizer(BYTE_FALLBACK, prompt_end=[the, bos]).feed([the]) == " the"
 
 
+def test_bytes_that_make_no_character_spoil_none_of_the_prompts() -> None:
+    prompt, the = [3 + byte for byte in "語言".encode()], BYTE_FALLBACK.id_of("▁the")
+    assert the is not None
+    for then, text in (([], ""), ([the], " the")):
+        detokenizer = Detokenizer(BYTE_FALLBACK, prompt_end=prompt)
+        assert detokenizer.feed([3 + 0xE8, *then]) + detokenizer.flush() == f"\ufffd{text}"
+
+
 def test_a_prompt_that_ends_inside_a_character_does_not_hold_the_output_back() -> None:
     smile, the = [3 + byte for byte in "🙂".encode()], BYTE_FALLBACK.id_of("▁the")
     detokenizer = Detokenizer(BYTE_FALLBACK, prompt_end=smile[:2])

@@ -173,6 +173,39 @@ def test_a_request_on_an_idle_connection_ends_its_idleness() -> None:
     connected(use, msgspec.structs.replace(CONFIG, keep_alive_s=0.01))
 
 
+def test_a_client_that_reads_slowly_gets_all_of_a_long_answer() -> None:
+    body = b"x" * 6 * 2**20
+
+    async def long_answer(_scope: Any, _receive: Any, send: Any) -> None:
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def run() -> None:
+        config = msgspec.structs.replace(CONFIG, head_timeout_s=20, stalled_client_s=0.25)
+        served = uvicorn.Config(long_answer, http=protocol_factory(config), ws="none", lifespan="off", log_config=None)
+        served.load()
+        state = ServerState()
+
+        def protocol() -> Any:
+            return served.http_protocol_class(config=served, server_state=state, app_state={})  # type: ignore[call-arg]
+
+        server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname(), limit=2**14)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        received = 0
+        while received < len(body):
+            piece = await reader.read(2**14)
+            assert piece, f"aborted after {received} bytes"
+            received += len(piece)
+            await asyncio.sleep(0.004)  # which is how slow this client is
+        writer.close()
+        server.close()
+
+    asyncio.run(run())
+
+
 def test_a_connection_whose_client_stops_reading_is_aborted() -> None:
     async def use(protocol: BoundedProtocol, transport: Transport) -> None:
         transport.unread = [40, 30, 30]

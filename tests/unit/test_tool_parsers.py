@@ -190,11 +190,15 @@ def test_a_bare_value_too_deep_to_read_is_a_string() -> None:
     assert calls(parse(find_tool_parser("glm45")(), written)) == [("f", {"k": DEEP})]
 
 
+ANY_CALL = '{"name": "anything", "parameters": {}}'
+
+
 @pytest.mark.parametrize("answer", ['{"name": "Alice", "age": 30}', '{"age": 30, "name": "Alice"} and more'])
 def test_an_answer_in_json_is_no_call_of_llamas_unless_it_names_a_tool(answer: str) -> None:
     parser = find_tool_parser("llama3_json")(TOOLS)
     assert parse(parser, *answer) == [("content", answer)]
     assert calls(parse(parser, '{"name": "weather"}')) == [("weather", {})]
+    assert calls(parse(parser, f"<|python_tag|>{ANY_CALL}")) == [("anything", {})]
     after_a_call = parse(parser, f'{{"name": "weather", "parameters": {{}}}}; {answer}')
     assert (calls(after_a_call), text(after_a_call)) == ([("weather", {})], f"; {answer}")
 

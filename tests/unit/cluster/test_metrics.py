@@ -159,3 +159,7 @@ def test_counters_of_workers_that_left_end_once_many_have_left_since(metrics: Me
     assert names == {"prefill-0", "scheduler", *(f"decode-{i}" for i in range(2 * DEPARTED, 3 * DEPARTED))}
     assert value(metrics, "baton_tokens_total", source="generated") == DEPARTED
     assert metrics.text().count("\n") < (DEPARTED + 1) * lines
+    before = metrics.text()
+    late = Ledger(prefill_worker="decode-0", decode_worker="decode-1", stages=STAGES)
+    metrics.observe(Close((1, 1), 1, "stop", 3, 3, late))
+    assert metrics.text().count("\n") == before.count("\n")
