@@ -43,7 +43,10 @@ class CudaIpcTransport(Transport):
         warm_up(pool)
 
     def offer(self) -> CudaIpcOffer:
-        return CudaIpcOffer(_uuid(self._pool.gpu), self._pool.handle or export(self._pool.address))
+        try:
+            return CudaIpcOffer(_uuid(self._pool.gpu), self._pool.handle or export(self._pool.address))
+        except CudaError as error:
+            raise TransferError(f"the pool can't be exported: {error}") from error
 
     def obstacle(self, offer: msgspec.Raw) -> str:
         mine, theirs = _uuid(self._pool.gpu), msgspec.msgpack.decode(offer, type=CudaIpcOffer).gpu

@@ -32,8 +32,9 @@ class GpuMover(Mover):
         shape = (blocks or pool.num_blocks, 2)
         self._pinned = torch.empty(shape, dtype=torch.int64, pin_memory=True)
         self._host_list = self._pinned.numpy()
-        self._list = torch.empty(shape, dtype=torch.int64, device=device)
         self.stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(self.stream):  # memory that a step still reads may be free to other streams' allocations
+            self._list = torch.empty(shape, dtype=torch.int64, device=device)
         self._done = torch.cuda.Event()
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:

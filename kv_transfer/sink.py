@@ -7,6 +7,7 @@ A peer is opened once per incarnation. When its connection ends, what it had ope
 it, and the thread ends; a later pull from the same peer begins anew.
 """
 
+import contextlib
 import logging
 import os
 import selectors
@@ -125,8 +126,7 @@ class _Reader:
     def _run(self) -> None:
         reason = f"{self._owner.worker} has gone"
         try:
-            with greet(self._owner, self._me, self._network) as greeted:
-                self._read(greeted)
+            self._read()
         except (OSError, TransferError) as error:
             reason = str(error)
         except Exception as error:
@@ -139,42 +139,44 @@ class _Reader:
         for pull in (*self._batch, *self._queue):
             self._finished(PullDone(pull.transfer, ok=False, reason=reason))
 
-    def _read(self, greeted: Greeted) -> None:
-        """Copy until the peer goes or this side stops."""
-        transport, link, why = self._open(greeted)
+    def _read(self) -> None:
+        """Copy until the peer goes or this side stops, over the best link that can be had. Each try is a connection of
+        its own: a transport that fails may have taken it over at the other end."""
+        left, failures = list(self._transports), ""
+        while True:
+            with greet(self._owner, self._me, self._network) as greeted:
+                transport, why = choose(left, greeted.owner, greeted.distant)
+                try:
+                    link = transport.open(greeted.owner.offers[transport.name], greeted.connection, greeted.memfd)
+                except (OSError, TransferError) as error:
+                    left.remove(transport)
+                    if not left:
+                        raise
+                    failures += f"{transport.name} failed: {error}; "
+                    continue
+                with contextlib.closing(link):
+                    self._note(transport, (failures + why).removesuffix("; "))
+                    self._read_over(link, transport, greeted)
+            return
+
+    def _note(self, transport: Transport, why: str) -> None:
         level = logging.WARNING if why else logging.INFO
         reason = why or ("the best of several" if len(self._transports) > 1 else "as asked for")
         self.state = KVLink(self._owner.worker, transport.name, why)
         log.log(level, "%s reads %s through %s (%s)", self._me.name, self._owner.worker, transport.name, reason)
-        try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._wake, selectors.EVENT_READ)
-                selector.register(greeted, selectors.EVENT_READ)
-                more = True
-                while not (self._stopping or greeted.gone()):
-                    more = more and link.prepare()
-                    for key, _ in selector.select(0 if more or self._queue else None):
-                        if key.fileobj == self._wake:
-                            os.eventfd_read(self._wake)
-                    if self._queue and not greeted.gone():
-                        self._copy(link, transport.name, greeted.owner.num_blocks)
-        finally:
-            link.close()
 
-    def _open(self, greeted: Greeted) -> tuple[Transport, Link, str]:
-        """The best link that can be had, and why no better one."""
-        left, failures = list(self._transports), ""
-        while True:
-            transport, why = choose(left, greeted.owner, greeted.distant)
-            try:
-                link = transport.open(greeted.owner.offers[transport.name], greeted.connection, greeted.memfd)
-            except (OSError, TransferError) as error:
-                left.remove(transport)
-                if not left:
-                    raise
-                failures += f"{transport.name} failed: {error}; "
-                continue
-            return transport, link, (failures + why).removesuffix("; ")
+    def _read_over(self, link: Link, transport: Transport, greeted: Greeted) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake, selectors.EVENT_READ)
+            selector.register(greeted, selectors.EVENT_READ)
+            more = True
+            while not (self._stopping or greeted.gone()):
+                more = more and link.prepare()
+                for key, _ in selector.select(0 if more or self._queue else None):
+                    if key.fileobj == self._wake:
+                        os.eventfd_read(self._wake)
+                if self._queue and not greeted.gone():
+                    self._copy(link, transport.name, greeted.owner.num_blocks)
 
     def _copy(self, link: Link, transport: str, num_blocks: int) -> None:
         """Copy the pulls that have waited longest, as many as go together."""

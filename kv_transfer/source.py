@@ -50,7 +50,14 @@ class PeerSource(Source):
 
 
 def _offering(me: Greeting, transports: Sequence[Transport]) -> Greeting:
-    offers = {each.name: msgspec.Raw(msgspec.msgpack.encode(each.offer())) for each in transports}
+    offers = {}
+    for each in transports:
+        try:
+            offers[each.name] = msgspec.Raw(msgspec.msgpack.encode(each.offer()))
+        except TransferError as error:
+            if len(transports) == 1:
+                raise
+            log.warning("%s is not offered: %s", each.name, error)
     return msgspec.structs.replace(me, offers=offers)
 
 

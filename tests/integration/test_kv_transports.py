@@ -1,17 +1,25 @@
 """Every transport that runs without a GPU, held to the same suite."""
 
+import contextlib
+import select
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
-from support.kv_side import LAYOUT, NUM_BLOCKS, Side
+from support.kv_side import DEADLINE_S, LAYOUT, NUM_BLOCKS, Side
 from support.transport_suite import MANY, TransportSuite, start_garbage_thread
 from support.worker_bench import BLOCK, Bench, to_scheduler, tokens
 
-from baton.kv_transfer.contract import Pull
+from baton.kv_transfer.contract import Pull, TransferError
+from baton.kv_transfer.fetch import Attached, FetchLink, attach
+from baton.kv_transfer.gloo import GlooTransport
 from baton.kv_transfer.greeting import Greeting
 from baton.kv_transfer.movers import runs
+from baton.kv_transfer.sink import PeerSink
 from baton.kv_transfer.source import PeerSource
+from baton.kv_transfer.tcp import TcpTransport
 from baton.kv_transfer.transports import open_transports
 from baton.proto.messages import Peer, PrefillDone
 from baton.proto.network import Network
@@ -91,6 +99,53 @@ class TestLocal:
         assert worker.batcher.pool.num_used == 2 * MANY
         out += worker.run(limit=10 * MANY)
         assert all(len(tokens(out, n)) == 4 for n in range(MANY))
+
+
+class NeverMeets(GlooTransport):
+    """Two sides that find each other over the connection, and then do not come together, whoever says so first."""
+
+    def __init__(self, pool: HostPool, folder: Path, owner_first: bool) -> None:
+        super().__init__(pool.blocks, folder)
+        self._owner_first = owner_first
+
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> FetchLink:
+        assert connection is not None
+        attach(connection, self.name)
+        if self._owner_first:
+            assert connection.recv(1) == b""
+        raise TransferError("they do not meet")
+
+    def serve(self, connection: socket.socket) -> None:
+        connection.send(msgspec.msgpack.encode(Attached(("",))))
+        if not self._owner_first:
+            connection.recv(1)
+        raise TransferError("they do not meet")
+
+
+@pytest.mark.parametrize("owner_first", [True, False])
+def test_one_that_fails_after_it_took_the_connection_over_gives_way_too(owner_first: bool, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        pools = [HostPool(LAYOUT, NUM_BLOCKS) for _ in range(2)]
+        network = Network()
+        both = [
+            (NeverMeets(pool, tmp_path, owner_first), TcpTransport(pool.blocks, tmp_path, network)) for pool in pools
+        ]
+        greetings = [Greeting(LAYOUT, f"worker-{i}", i + 1, NUM_BLOCKS) for i in range(2)]
+        for resource in (*pools, network):
+            stack.callback(resource.close)
+        source = PeerSource(tmp_path / "owner.kv", greetings[0], both[0], -1, network)
+        stack.callback(source.close)
+        sink = PeerSink(greetings[1], both[1], network)
+        stack.callback(sink.close)
+        for transport in both[1]:
+            stack.callback(transport.close)
+        for number in range(12):
+            sink.start(Pull(number, Peer("worker-0", 1, "", source.address), (3,), (5,)))
+            assert select.select([sink], [], [], DEADLINE_S)[0]
+            (done,) = sink.completed()
+            assert (done.ok, done.transport) == (True, "tcp"), done.reason
+        (link,) = sink.links()
+        assert link.reason == "gloo failed: they do not meet"
 
 
 def test_a_transport_that_fails_to_open_gives_way_to_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
