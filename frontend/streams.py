@@ -324,7 +324,7 @@ class Streams:
             stream.busy_since = min(stream.busy_since, now)
             if now - stream.busy_since < self.limits.busy_s:
                 return []  # the resend timer offers it again
-        if not stream.admitted:
+        if not stream.output:  # nothing has begun that could be resumed
             return self._terminate(stream, Outcome.REJECTED, now, message.message, message.code, message.retry_after_s)
         return self._terminate(stream, Outcome.FAILED, now, f"the request could not be resumed: {message.message}")
 

@@ -22,7 +22,11 @@ class Activity:
             return
         elapsed_s, self._logged_at = now - (self._logged_at if self._logged_at is not None else now), now
         loads = {peer: worker.load for peer, worker in self._cluster.registry.workers.items() if worker.load}
-        new_tokens = sum(load.generated_tokens - self._generated.get(peer, 0) for peer, load in loads.items())
+        # Whom it sees for the first time may have worked for another scheduler before.
+        known = [
+            (load.generated_tokens, self._generated[peer]) for peer, load in loads.items() if peer in self._generated
+        ]
+        new_tokens = sum(now_generated - before for now_generated, before in known)
         self._generated = {peer: load.generated_tokens for peer, load in loads.items()}
         if not elapsed_s or (self._cluster.idle and not new_tokens):
             return

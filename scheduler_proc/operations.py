@@ -196,4 +196,5 @@ class Operator:
 
 def _business(worker: Worker) -> str:
     leases = worker.load.leases if worker.load else 0
-    return f"has {len(worker.streams)} streams and {leases} leases"
+    streams = max(len(worker.streams), len(worker.holdings), worker.num_streams)  # known here, or as it last said
+    return f"has {streams} streams and {leases} leases"

@@ -12,6 +12,7 @@ import msgspec
 from baton.proto.messages import ClockReply, Ledger
 
 ASK_INTERVAL_S = 1.0
+CHECK_INTERVAL_S = 5.0
 SAMPLES = 16
 
 
@@ -26,7 +27,7 @@ class ClusterClock:
         self._ask_at = 0.0
 
     def next_question(self) -> float:
-        """When to ask the scheduler; infinity once the clocks are known to be one."""
+        """When to ask the scheduler; seldom once the clocks are known to be one, but its silence shall be noticed."""
         return self._ask_at
 
     def asked(self, now: float) -> None:
@@ -36,7 +37,7 @@ class ClusterClock:
     def take(self, reply: ClockReply, now: float) -> None:
         """An answer."""
         if reply.clock_space == self._clock_space:
-            self._offset, self._ask_at = 0.0, float("inf")
+            self._offset, self._ask_at = 0.0, now + CHECK_INTERVAL_S
             return
         self._samples.append((now - reply.sent_s, reply.now_at - (reply.sent_s + now) / 2))
         self._offset = min(self._samples)[1]

@@ -46,7 +46,7 @@ from baton.proto.network import Network
 from baton.proto.supervision import Supervised, set_log_level
 from baton.worker import effects
 from baton.worker.backend import Backend
-from baton.worker.clock import ClusterClock
+from baton.worker.clock import CHECK_INTERVAL_S, ClusterClock
 from baton.worker.device import Device
 from baton.worker.token_plane import TokenPlane
 
@@ -56,6 +56,8 @@ LOAD_INTERVAL_S = 0.05
 HOLDINGS_INTERVAL_S = 1.0
 HELLO_INTERVAL_S = 1.0
 """An unanswered hello is sent again this often: the scheduler may not be there yet."""
+SILENT_S = 3 * CHECK_INTERVAL_S
+"""So long without a word from the scheduler is worth one of the log's."""
 
 
 class Session:
@@ -89,6 +91,8 @@ class Session:
         self._settings = Settings(role=config.role)
         self._fenced = False
         self._welcome = False
+        self._heard_at = time.monotonic()
+        self._silent = False
         self._hello_at = -HELLO_INTERVAL_S
         self._load_at = 0.0
         self._holdings_at = 0.0
@@ -148,6 +152,9 @@ class Session:
     def _receive(self) -> None:
         now = time.monotonic()
         for message, frames in self._scheduler.drain(self._arrived):
+            if self._silent:
+                log.info("the scheduler is there again")
+            self._heard_at, self._silent = now, False
             self._dispatch[type(message)](message, frames)
         for _peer, lease_message, _frames in self._peers.drain(self._arrived):
             self._batcher.handle(lease_message, (), now)
@@ -218,6 +225,9 @@ class Session:
         return dealer
 
     def _report(self, now: float) -> None:
+        if now - self._heard_at > SILENT_S and not self._silent:
+            self._silent = True
+            log.warning("no word from the scheduler at %s for %.0f s", self._scheduler.endpoint, SILENT_S)
         if not self._welcome:
             if now - self._hello_at >= HELLO_INTERVAL_S:
                 self._hello(now)
@@ -268,7 +278,8 @@ class Session:
             set_log_level(self._settings.log_level)
         if self._settings.duty == Duty.LEAVING:
             self._supervised.leaving()
-        log.info("now %s, %s", self._settings.role, self._settings.duty)
+        if (before.role, before.duty) != (self._settings.role, self._settings.duty):
+            log.info("now %s, %s", self._settings.role, self._settings.duty)
         self._holdings_at = 0.0  # the next report, which is due, says how it is now
 
     def _on_who_are_you(self, _message: WhoAreYou, _frames: Body) -> None:

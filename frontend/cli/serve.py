@@ -77,7 +77,10 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--placement", default="least_loaded", choices=("least_loaded", "round_robin"))
     group.add_argument(
-        "--max-waiting", type=engine_args.positive, default=4096, help="queued requests; one more is answered with 429"
+        "--max-waiting",
+        type=engine_args.positive,
+        default=4096,
+        help="requests queued beyond those that workers have taken; one more is answered with 429",
     )
     group.add_argument(
         "--shutdown-timeout", type=seconds, default=15.0, metavar="S", help="running streams may take so long to finish"

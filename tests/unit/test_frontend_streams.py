@@ -328,6 +328,17 @@ def test_a_running_stream_outlasts_a_busy_moment_but_not_a_long_one(frontend: Fr
     assert frontend.ends(sid)[0].outcome is Outcome.FAILED
 
 
+def test_a_stream_without_a_token_that_nobody_can_take_any_more_was_rejected_not_lost(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.message(Retry(sid, 1, "waiting for a prefill worker"))
+    frontend.message(Rejected(sid, 2, RejectCode.NO_WORKERS, "waiting for a prefill worker"))
+    assert not frontend.ends(sid)
+    frontend.sleep(31)
+    frontend.message(Rejected(sid, 2, RejectCode.NO_WORKERS, "waiting for a prefill worker"))
+    (end,) = frontend.ends(sid)
+    assert (end.outcome, end.reject_code) == (Outcome.REJECTED, "no_workers")
+
+
 def test_close_is_resent_until_acknowledged(frontend: Frontend) -> None:
     sid = frontend.submit()
     frontend.row(sid, 0, [10, 2], final=2, reason="stop")
