@@ -182,7 +182,7 @@ def test_a_client_that_reads_slowly_gets_all_of_a_long_answer() -> None:
         await send({"type": "http.response.body", "body": body})
 
     async def run() -> None:
-        config = msgspec.structs.replace(CONFIG, head_timeout_s=20, stalled_client_s=0.25)
+        config = msgspec.structs.replace(CONFIG, head_timeout_s=20, stalled_client_s=0.5)
         served = uvicorn.Config(long_answer, http=protocol_factory(config), ws="none", lifespan="off", log_config=None)
         served.load()
         state = ServerState()
@@ -199,7 +199,7 @@ def test_a_client_that_reads_slowly_gets_all_of_a_long_answer() -> None:
             piece = await reader.read(2**14)
             assert piece, f"aborted after {received} bytes"
             received += len(piece)
-            await asyncio.sleep(0.004)  # which is how slow this client is
+            await asyncio.sleep(0.008)  # which is how slow this client is
         writer.close()
         server.close()
 
