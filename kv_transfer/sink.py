@@ -1,7 +1,8 @@
 """The reader's half, whatever the transport: a thread for each peer, so that one that is slow or dead delays no other.
 
     start ─► the peer's queue ─► greet ─► choose a transport ─► open ─► copy what waits, together ─► PullDone
-                                   └───── refused, gone ───────┴─────────────────┴─► PullDone(ok=False)
+                                   ▲ └──── refused, gone ──────┼─────────────────┴─► PullDone(ok=False)
+                                   └──── a worse one is left ──┘
 
 A peer is opened once per incarnation. When its connection ends, what it had opened is closed after the copy that uses
 it, and the thread ends; a later pull from the same peer begins anew.

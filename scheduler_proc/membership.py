@@ -57,7 +57,7 @@ class Membership:
         frontend_lost: Callable[[Frontend, float], None],
     ) -> None:
         self._config = config
-        self._epoch = epoch
+        self._epoch = epoch  # by which frontends know one start from another; registry.epoch is for workers
         self._registry = registry
         self._outbox = outbox
         self._orders = orders

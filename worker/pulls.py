@@ -13,7 +13,7 @@ Where both workers' blocks lie in one pool nothing is pulled: the Confirm goes o
 offers them for the owner's (swaps.py). The leg is ready once Swapped and the first rows are here, in any order.
 """
 
-from collections import deque
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,7 +65,7 @@ class Pulls:
         self._ready = ready
         self._failed = failed
         self._has_room = has_room
-        self._unreserved: deque[Request] = deque()
+        self._unreserved: list[Request] = []  # sorted by rank
         self._by_lease: dict[tuple[int, int], Request] = {}  # (owner incarnation, lease)
         self._transfers: dict[int, Request] = {}
         self._orphans: dict[int, Orphan] = {}  # transfer -> what it may still write
@@ -84,13 +84,13 @@ class Pulls:
         remote.heard_at = now
         self._open(request, now)
         self._shared.claim(request, remote.total)
-        self._unreserved.append(request)
+        bisect.insort(self._unreserved, request, key=lambda other: other.rank)
         self.reserve(now)
 
     def reserve(self, now: float) -> None:
         """Give blocks to waiting requests, by rank; called whenever blocks may have come free, or others' KV has.
         Those whose prompt is being pulled for another wait for that and let others go before."""
-        for request in sorted(self._unreserved, key=lambda request: request.rank):
+        for request in list(self._unreserved):
             remote = _remote(request)
             owner = self._shared.owner(request, remote.total)
             if owner is not None and owner.settled < remote.total:
