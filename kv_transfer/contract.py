@@ -7,9 +7,11 @@ afterwards, by the lease's owner (leases.py), and nobody uses the copy before.
 """
 
 import socket
+import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import msgspec
 import numpy as np
@@ -28,6 +30,19 @@ class Pull:
     """The owner's block ids."""
     target: tuple[int, ...]
     """Ours, in the same order."""
+
+
+def in_pieces(pulls: Sequence[Pull], sizes: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The blocks of all these pulls, so many at a time: source and target, int32 [size] each.
+
+    Each piece is converted when it is asked for, so that the first can leave at once. By `struct`, to which an integer
+    is a third of the work that it is to numpy.
+    """
+    source = chain.from_iterable(pull.source for pull in pulls)
+    target = chain.from_iterable(pull.target for pull in pulls)
+    for size in sizes:
+        packed = (struct.pack(f"{size}i", *islice(blocks, size)) for blocks in (source, target))
+        yield tuple(np.frombuffer(each, dtype=np.int32) for each in packed)
 
 
 @dataclass(slots=True, frozen=True)

@@ -8,13 +8,12 @@ until it is closed.
 import dataclasses
 import socket
 from collections.abc import Sequence
-from itertools import chain
 
 import msgspec
 import torch
 
 from baton.kernels.cuda.copy import PEER_PROGRAMS, PROGRAMS
-from baton.kv_transfer.contract import Link, Pool, Pull, TransferError, Transport
+from baton.kv_transfer.contract import Link, Pool, Pull, TransferError, Transport, in_pieces
 from baton.kv_transfer.cuda_memory import CudaError, MappedMemory, export
 from baton.kv_transfer.gpu_mover import GpuMover, warm_up
 
@@ -80,13 +79,12 @@ class CudaIpcLink(Link):
         self._theirs = dataclasses.replace(pool, address=self._mapped.address)
 
     def copy(self, pulls: Sequence[Pull]) -> None:
-        source = tuple(chain.from_iterable(pull.source for pull in pulls))
-        target = tuple(chain.from_iterable(pull.target for pull in pulls))
-        for start in range(0, len(source), LAUNCH_BLOCKS):
-            rows = range(start, min(start + LAUNCH_BLOCKS, len(source)))
-            piece = slice(rows.start, rows.stop)
-            self._mover.note(start, self._theirs.addresses(source[piece]), self._pool.addresses(target[piece]))
-            self._mover.launch(rows)
+        count, start = sum(len(pull.source) for pull in pulls), 0
+        sizes = [min(LAUNCH_BLOCKS, count - done) for done in range(0, count, LAUNCH_BLOCKS)]
+        for source, target in in_pieces(pulls, sizes):
+            self._mover.note(start, self._theirs.addresses(source), self._pool.addresses(target))
+            self._mover.launch(range(start, start + len(source)))
+            start += len(source)
         self._mover.finish()
 
     def close(self) -> None:

@@ -15,12 +15,11 @@ import collections
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import chain
 
 import msgspec
 import numpy as np
 
-from baton.kv_transfer.contract import Link, Pool, Pull, TransferError
+from baton.kv_transfer.contract import Link, Pool, Pull, TransferError, in_pieces
 from baton.kv_transfer.greeting import Attach
 
 WINDOW = 4
@@ -151,18 +150,14 @@ class FetchLink(Link):
         self._index = 0
 
     def copy(self, pulls: Sequence[Pull]) -> None:
-        source = tuple(chain.from_iterable(pull.source for pull in pulls))
-        target = tuple(chain.from_iterable(pull.target for pull in pulls))
-        start = 0
-        for size in fetch_sizes(len(source), self._most, self._edge):
+        count = sum(len(pull.source) for pull in pulls)
+        for source, target in in_pieces(pulls, fetch_sizes(count, self._most, self._edge)):
             if len(self._asked) == WINDOW:
                 self._receiver.receive(*self._asked.popleft())
-            piece = slice(start, start + size)
-            targets = self._pool.addresses(target[piece])
-            self._receiver.ask(self._index, np.asarray(source[piece], dtype=np.int32), targets)
+            targets = self._pool.addresses(target)
+            self._receiver.ask(self._index, source, targets)
             self._asked.append((self._index, targets))
             self._index += 1
-            start += size
         while self._asked:
             self._receiver.receive(*self._asked.popleft())
 

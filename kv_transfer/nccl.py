@@ -19,7 +19,6 @@ import msgspec
 import numpy as np
 import torch
 
-from baton.kernels.cuda.copy import PEER_PROGRAMS
 from baton.kv_transfer.contract import Pool, TransferError, Transport
 from baton.kv_transfer.fetch import (
     STALLED_S,
@@ -41,6 +40,8 @@ FETCH_BYTES = 160 * 2**20
 """One message: 450 us of NVLink, beside which the 20 of its own count little. Each end of a pair has BUFFERS of it."""
 EDGE_BYTES = 16 * 2**20
 BUFFERS = 2
+PROGRAMS = 48
+"""Of a copy: with fewer the first and the last of a pull take longer, with more its messages do."""
 MEETING_S = 30.0
 """The library may have to be loaded, and it looks for networks."""
 SPIN_S = 0.001
@@ -99,9 +100,10 @@ class _NcclEnd:
         self._pool = pool
         self._connection = connection
         self._most = blocks_per_fetch(pool, self.fetch_bytes)
-        self._mover = GpuMover(pool, WINDOW * self._most, PEER_PROGRAMS)
+        self._mover = GpuMover(pool, WINDOW * self._most, PROGRAMS)
         device = self._mover.stream.device
-        self._buffers = torch.empty(BUFFERS, self._most * pool.block_bytes, dtype=torch.uint8, device=device)
+        with torch.cuda.stream(self._mover.stream):  # as the mover's list: no step may still use this memory
+            self._buffers = torch.empty(BUFFERS, self._most * pool.block_bytes, dtype=torch.uint8, device=device)
         self._within = np.arange(self._most) * pool.block_bytes
         # A peer waits at the other end: steps beside it must not hold nccl up.
         self._wire = torch.cuda.Stream(device, priority=-1)
@@ -113,7 +115,8 @@ class _NcclEnd:
         """Meet the other and connect, which takes most of a second. NCCL can't be told to give that up, so a thread
         does it, which stays behind where the peer dies meanwhile."""
         met: Future[Communicator] = Future()
-        byte = torch.empty(1, dtype=torch.uint8, device=self._wire.device)
+        with torch.cuda.stream(self._wire):
+            byte = torch.empty(1, dtype=torch.uint8, device=self._wire.device)
         threading.Thread(target=_meet, args=(met, meeting, rank, byte, self._wire), name="nccl", daemon=True).start()
         try:
             with _as_transfer_error():
