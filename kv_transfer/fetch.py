@@ -70,7 +70,7 @@ class Receiver(ABC):
 
     @abstractmethod
     def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
-        """Ask for blocks, int32 [n], as fetch `index`, to be put at these addresses, int64 [n].
+        """Ask for blocks, int64 [n], as fetch `index`, to be put at these addresses, int64 [n].
 
         At most WINDOW fetches have not been received.
         """

@@ -36,9 +36,9 @@ from baton.kv_transfer.gpu_mover import GpuMover
 from baton.kv_transfer.nccl_library import Communicator, NcclError, unique_id
 
 OWNER, READER = 0, 1
-FETCH_BYTES = 160 * 2**20
-"""One message: 450 us of NVLink, beside which the 20 of its own count little. Each end of a pair has BUFFERS of it."""
-EDGE_BYTES = 16 * 2**20
+FETCH_BYTES = 128 * 2**20
+"""One message: 370 us of NVLink, beside which the 20 of its own count little. Each end of a pair has BUFFERS of it."""
+EDGE_BYTES = 32 * 2**20
 BUFFERS = 2
 PROGRAMS = 48
 """Of a copy: with fewer the first and the last of a pull take longer, with more its messages do."""
