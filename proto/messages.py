@@ -173,7 +173,7 @@ class Holding(Record):
     sid: Sid
     attempt: int
     leg: str
-    """prefill (also while its lease lives) | decode."""
+    """prefill: it hands over, also while its lease lives | decode: it goes on to the stream's end."""
 
 
 class Settings(Record):

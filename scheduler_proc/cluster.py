@@ -13,7 +13,7 @@ from typing import Any
 
 from baton.proto.channels import Frame
 from baton.proto.config import SchedulerConfig
-from baton.proto.lifecycle import RejectCode, Role
+from baton.proto.lifecycle import RejectCode
 from baton.proto.messages import (
     Accepted,
     Beat,
@@ -226,7 +226,11 @@ class Cluster:
         able = [worker for worker in self.registry.prefill_workers(ends_there) if worker.fits(room)]
         if ends_there:
             return able
-        return [w for w in able if w.decodes or any(o.fits(room) for o in self.registry.decode_workers(w))]
+        return [w for w in able if not self.registry.hands_over(w) or self._takers(w, room)]
+
+    def _takers(self, owner: Worker, room: int) -> list[Worker]:
+        """Who can take over from a worker, and has room for so many tokens."""
+        return [worker for worker in self.registry.decode_workers(owner) if worker.fits(room)]
 
     def _unserved_s(self, params: SamplingParams, now: float) -> float:
         """How long nobody has been there who could serve a stream; 0 when somebody is."""
@@ -346,7 +350,8 @@ class Cluster:
                 self._retry(stream, "; ".join(stream.refused_by.values()), now)
             else:
                 home = self._home(stream, willing)
-                candidates = [worker for worker in willing if worker.has_prefill_room(stream.num_tokens)]
+                with_room = filter(self.registry.has_stream_room, willing)
+                candidates = [worker for worker in with_room if worker.has_prefill_room(stream.num_tokens)]
                 if home is None and not candidates:
                     return
                 self.queue.discard(stream)
@@ -358,7 +363,7 @@ class Cluster:
         sibling = self.streams.get(stream.sibling) if stream.sibling else None
         if sibling is None or stream.params.prompt_logprobs >= 0:  # those are of a whole prompt, which each computes
             return None
-        able = (worker for worker in willing if worker.shares_prompts and worker.has_stream_room)
+        able = (worker for worker in willing if worker.shares_prompts and self.registry.has_stream_room(worker))
         return next((worker for worker in able if worker.identity == sibling.prefilled_by), None)
 
     def _bind(self, stream: Stream, now: float) -> None:
@@ -369,8 +374,7 @@ class Cluster:
         assert stream.params is not None
         owner = self.registry.workers[stream.prefill.worker]
         room = room_for(stream.num_tokens, stream.params)
-        able = [w for w in self.registry.decode_workers(owner) if w.fits(room)]
-        willing = [worker for worker in able if worker.identity not in stream.refused_by]
+        willing = [worker for worker in self._takers(owner, room) if worker.identity not in stream.refused_by]
         if willing:
             sibling = self.streams.get(stream.sibling) if stream.sibling else None
             where = sibling.decode.worker if sibling and sibling.decode else b""
@@ -378,6 +382,8 @@ class Cluster:
             self._legs.start_decode(stream, owner, home or self._policy.decode(willing, stream), now)
         elif stream.refused_by:
             self._retry(stream, "; ".join(stream.refused_by.values()), now)
+        elif owner in self.registry.prefill_workers() and not self.registry.hands_over(owner):
+            self._retry(stream, f"nobody is left to take it over from {owner.name}", now)
 
     def _retry(self, stream: Stream, reason: str, now: float) -> None:
         """This attempt is over everywhere; the frontend continues it with the next one."""
@@ -409,7 +415,8 @@ class Cluster:
                 assert stream.params is not None
                 if min(waited, self._unserved_s(stream.params, now)) >= self._config.no_workers_s:
                     self._retry(stream, self.registry.missing(), now)
-            case State.PREFILLING if waited >= self._config.grace_s and self._lacks_prompt(stream):
+            case State.PREFILLING if waited >= self._config.grace_s and not stream.frames:
+                # Adopted, and can't be handed over: the prompt went with the scheduler that had it.
                 self._retry(stream, "the prompt was with an earlier scheduler", now)
             case State.HANDOFF if stream.prefill is not None and stream.decode is None:
                 self._bind(stream, now)
@@ -421,11 +428,6 @@ class Cluster:
                 self._retry(stream, "the end of the stream was lost", now)
             case State.CLAIMED if waited >= self._config.grace_s:
                 self._retry(stream, "no worker holds it after a restart of the scheduler", now)
-
-    def _lacks_prompt(self, stream: Stream) -> bool:
-        """Whether an adopted prefill can't be handed over: the prompt went with the scheduler that had it."""
-        worker = self.registry.workers.get(stream.prefill.worker) if stream.prefill else None
-        return not stream.frames and worker is not None and worker.role == Role.PREFILL
 
 
 def _described(link: KVLink) -> str:

@@ -4,7 +4,6 @@ A leg is sent once per attempt; only an explicit Refused allows another target. 
 replacement would both stream.
 """
 
-from baton.proto.lifecycle import Role
 from baton.proto.messages import CancelCommand, Sid, StartDecode, StartPrefill
 from baton.scheduler_proc.instructions import Outbox
 from baton.scheduler_proc.registry import Promise, Registry, Worker
@@ -20,7 +19,7 @@ class Legs:
         self._cmd_seq = 0
 
     def start_prefill(self, stream: Stream, worker: Worker, now: float, shares: bool = False) -> None:
-        """Send the prompt; a unified worker also decodes it. `shares`: a sibling has it there, all but its end."""
+        """Send the prompt; who hands over to nobody decodes it too. `shares`: all but its end is there."""
         assert stream.params is not None
         self._cmd_seq += 1
         command = StartPrefill(
@@ -31,7 +30,7 @@ class Legs:
             prompt_len=stream.prompt_len,
             params=stream.params,
             reply_to=self._reply_to(stream),
-            continue_decode=worker.role == Role.UNIFIED,
+            continue_decode=not self._registry.hands_over(worker),
             priority=stream.priority,
         )
         self._outbox.send(worker.identity, command, stream.frames)

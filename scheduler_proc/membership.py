@@ -65,7 +65,7 @@ class Membership:
         self._frontend_lost = frontend_lost
         self._served_at: float | None = None
         self._changed = False
-        self._complete_once = False
+        self._standing_in = ""
         self._announced: str | None = None
         self._status_at = float("-inf")
         self._swept_at: float | None = None
@@ -222,7 +222,10 @@ class Membership:
         if not self._changed and now - self._status_at < STATUS_INTERVAL_S:
             return
         reason = self.not_ready_because()
-        self._complete_once |= not reason
+        if not reason and not self._registry.complete_once:
+            self._registry.complete_once = True
+            self._registry.forget_derived()
+        self._say_who_stands_in()
         self._changed, self._status_at = False, now
         if reason != self._announced:
             self._announced = reason
@@ -232,10 +235,17 @@ class Membership:
             status = ClusterStatus(self._epoch, not reason, reason, workers, frontend.log_level)
             self._outbox.send(peer, status)
 
+    def _say_who_stands_in(self) -> None:
+        standing_in = self._registry.standing_in()
+        if standing_in != self._standing_in:
+            level = logging.WARNING if standing_in else logging.INFO
+            self._outbox.log(standing_in or "every role has a worker again", level)
+            self._standing_in = standing_in
+
     def not_ready_because(self) -> str:
         """What is missing for a request to be served; empty when nothing is."""
         expected, present = self._config.expected_workers, len(self._registry.workers)
-        if not self._complete_once and present < expected:
+        if not self._registry.complete_once and present < expected:
             return f"{present} of {expected} workers are there"
         return self._registry.missing()
 

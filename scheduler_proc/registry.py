@@ -143,15 +143,8 @@ class Worker:
         """Whether streams that begin alike have one copy of it here; not where blocks are swapped: each has its own."""
         return not self.hello.peer.shared_pool
 
-    @property
-    def has_stream_room(self) -> bool:
-        """Whether one more stream would not wait here for others to end."""
-        return self.role != Role.UNIFIED or self.num_streams < self.hello.max_num_seqs
-
     def has_prefill_room(self, num_tokens: int) -> bool:
         """Whether to send a prompt now rather than keep it queued, where another worker may yet take it."""
-        if not self.has_stream_room:
-            return False
         backlog = self.outstanding_tokens
         return backlog == 0 or backlog + num_tokens <= PREFILL_BACKLOG_STEPS * self.hello.max_num_batched_tokens
 
@@ -188,6 +181,8 @@ class Registry:
         self.epoch = epoch
         """Of what workers are sent: this start of the scheduler, or higher where one of them has obeyed a higher one,
         as after a clock was set back."""
+        self.complete_once = False
+        """Set when all expected workers have been there: from then on others stand in for a role that has gone."""
         self.workers: dict[bytes, Worker] = {}
         self.frontends: dict[bytes, Frontend] = {}
         self._gone: dict[bytes, str] = {}
@@ -256,11 +251,32 @@ class Registry:
     def prefill_workers(self, ends_there: bool = False) -> list[Worker]:
         """Workers from which a stream can go all the way; `ends_there`: the prefill is all of it."""
         if ends_there:
-            return [w for w in self.workers.values() if w.prefills]
+            return [w for w in self.workers.values() if w.prefills] or self._stand_ins()
         if self._prefill_workers is None:
-            workers = self.workers.values()
-            self._prefill_workers = [w for w in workers if w.prefills and (w.decodes or self.decode_workers(w))]
+            self._prefill_workers = self._complete_paths() or self._stand_ins()
         return self._prefill_workers
+
+    def _complete_paths(self) -> list[Worker]:
+        return [w for w in self.workers.values() if w.prefills and (w.decodes or self.decode_workers(w))]
+
+    def _stand_ins(self) -> list[Worker]:
+        """A role says what a worker is sent, not what it can do: each takes streams from prompt to end alone."""
+        return [w for w in self.workers.values() if w.active] if self.complete_once else []
+
+    def standing_in(self) -> str:
+        """Who does what nobody is left for, and why; empty while every role is there."""
+        standing = [] if self._complete_paths() else self._stand_ins()
+        if not standing:
+            return ""
+        return f"{self._incomplete()}: {', '.join(worker.name for worker in standing)} does both until then"
+
+    def hands_over(self, worker: Worker) -> bool:
+        """Whether what this worker prefills goes on elsewhere."""
+        return not worker.decodes and bool(self.decode_workers(worker))
+
+    def has_stream_room(self, worker: Worker) -> bool:
+        """Whether one more prompt would not wait there for streams to end."""
+        return self.hands_over(worker) or worker.num_streams < worker.hello.max_num_seqs
 
     def decode_workers(self, owner: Worker) -> list[Worker]:
         """Workers that can take over what `owner` has prefilled."""
@@ -275,9 +291,10 @@ class Registry:
         self._decode_workers.clear()
 
     def missing(self) -> str:
-        """What stands between now and the first complete path; empty when there is one."""
-        if self.prefill_workers():
-            return ""
+        """What stands between now and the first stream that can be served; empty when one can."""
+        return "" if self.prefill_workers() else self._incomplete()
+
+    def _incomplete(self) -> str:
         prefills = [worker.name for worker in self.workers.values() if worker.prefills]
         decodes = [worker.name for worker in self.workers.values() if worker.decodes]
         inactive = [f"{worker.name} is {worker.settings.duty}" for worker in self.workers.values() if not worker.active]

@@ -563,7 +563,9 @@ class Batcher:
 
     def holdings(self) -> tuple[Holding, ...]:
         """Every stream that this worker keeps something for."""
-        return tuple(Holding(r.sid, r.attempt, r.leg) for r in self._requests.values())
+        return tuple(
+            Holding(r.sid, r.attempt, "prefill" if r.hands_over else "decode") for r in self._requests.values()
+        )
 
     def load(self, with_holdings: bool) -> Load:
         """The report for the scheduler."""

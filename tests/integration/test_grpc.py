@@ -23,6 +23,7 @@ from support.rpc import Generated, generate
 pytestmark = pytest.mark.slow
 
 MAX_WAITING = 64
+WORKERS = ("prefill-0", "decode-0", "decode-1")
 PROMPT = list(range(100, 180))
 KEY = "a-key"
 
@@ -93,13 +94,14 @@ def cluster(made: Generated, tiny_model: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def drained(cluster: Cluster) -> Iterator[Callable[[str], None]]:
+def drained(cluster: Cluster) -> Iterator[Callable[..., None]]:
     """Drain workers for the length of a test."""
     names: list[str] = []
 
-    def drain(name: str) -> None:
-        names.append(name)
-        cluster.drain(name)
+    def drain(*workers: str) -> None:
+        for name in workers:
+            names.append(name)
+            cluster.drain(name)
 
     yield drain
     for name in names:
@@ -272,8 +274,8 @@ def test_a_message_beyond_the_limit_is_refused(cluster: Cluster) -> None:
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_full_queue_says_when_to_come_back(cluster: Cluster, drained: Callable[[str], None]) -> None:
-    drained("prefill-0")
+def test_a_full_queue_says_when_to_come_back(cluster: Cluster, drained: Callable[..., None]) -> None:
+    drained(*WORKERS)
     error = status_of(lambda: list(cluster.generate(sampling={"n": MAX_WAITING + 1, "max_tokens": 1})))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
@@ -285,8 +287,8 @@ def test_a_deadline_ends_the_request_at_the_workers_too(cluster: Cluster) -> Non
     cluster.wait_idle()
 
 
-def test_a_deadline_holds_in_the_queue(cluster: Cluster, drained: Callable[[str], None]) -> None:
-    drained("prefill-0")
+def test_a_deadline_holds_in_the_queue(cluster: Cluster, drained: Callable[..., None]) -> None:
+    drained(*WORKERS)
     error = status_of(lambda: list(cluster.generate(timeout=0.3)))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     cluster.wait_idle()
@@ -342,7 +344,7 @@ def test_draining_under_load_loses_nothing(cluster: Cluster, move: bool) -> None
     cluster.resume("decode-0")
 
 
-def test_a_drained_worker_takes_another_role(cluster: Cluster, drained: Callable[[str], None]) -> None:
+def test_a_drained_worker_takes_another_role(cluster: Cluster, drained: Callable[..., None]) -> None:
     m = cluster.made.admin
     drained("decode-1")
     cluster.drain("decode-1", wait=True)
@@ -355,6 +357,20 @@ def test_a_drained_worker_takes_another_role(cluster: Cluster, drained: Callable
     cluster.resume("prefill-0")
     cluster.drain("decode-1", wait=True)
     assert cluster.admin.SetRole(m.SetRoleRequest(name="decode-1", role=m.ROLE_DECODE)).role == m.ROLE_DECODE
+
+
+@pytest.mark.parametrize(("gone", "left"), [(("prefill-0",), "decode-"), (("decode-0", "decode-1"), "prefill-0")])
+def test_a_role_that_nobody_is_left_for_is_stood_in_for(
+    cluster: Cluster, drained: Callable[..., None], gone: tuple[str, ...], left: str
+) -> None:
+    before = cluster.tokens()
+    drained(*gone)
+    *_, last = pieces = list(cluster.generate(ledger=True))
+    assert [id for piece in pieces for id in piece.token_ids] == before
+    ledger = json.loads(last.ledgers[0])
+    assert ledger["prefill_worker"] == ledger["decode_worker"]
+    assert ledger["decode_worker"].startswith(left)
+    cluster.wait_for("does both until then")
 
 
 def test_a_worker_with_streams_keeps_its_role(cluster: Cluster) -> None:
@@ -381,13 +397,14 @@ def test_flushed_caches_are_empty(cluster: Cluster) -> None:
     assert cached() == 0
 
 
-def test_events_tell_what_happens(cluster: Cluster, drained: Callable[[str], None]) -> None:
+def test_events_tell_what_happens(cluster: Cluster, drained: Callable[..., None]) -> None:
     m = cluster.made.admin
     events = cluster.admin.WatchEvents(m.WatchEventsRequest(), timeout=DEADLINE_S)
     events.initial_metadata()
-    drained("prefill-0")
-    changed, not_ready = next(events), next(events)
-    assert (changed.kind, changed.subject) == (m.EVENT_KIND_WORKER_CHANGED, "prefill-0")
+    drained(*WORKERS)
+    *changed, not_ready = (next(events) for _ in range(4))
+    assert [each.kind for each in changed] == [m.EVENT_KIND_WORKER_CHANGED] * 3
+    assert [each.subject for each in changed] == [*WORKERS]
     assert not_ready.kind == m.EVENT_KIND_NOT_READY
     assert "prefill-0 is draining" in not_ready.text
     events.cancel()
@@ -523,7 +540,7 @@ def test_tls_keys_removal_and_a_stream_that_outlives_sigterm(locked: Cluster, ce
 
 
 def test_a_drained_worker_stays_so_when_the_scheduler_is_restarted(
-    cluster: Cluster, drained: Callable[[str], None]
+    cluster: Cluster, drained: Callable[..., None]
 ) -> None:
     drained("decode-0")
     os.kill(cluster.pids()["scheduler"], signal.SIGKILL)

@@ -87,8 +87,9 @@ def test_without_a_decode_worker_of_the_same_layout_nothing_is_prefilled(bench: 
     assert len(bench.sent(StartPrefill)) == 1
 
 
-def test_a_handoff_waits_for_a_decode_worker_to_come(split: Bench) -> None:
+def test_a_handoff_waits_for_a_decode_worker_with_room_for_it(split: Bench) -> None:
     sid = split.submit(1)
+    split.worker("decode-2", num_blocks=2)
     for decode in split.decode:
         split.instructions += split.cluster.peer_lost(decode, "its process has died", split.now)
     split.tell(split.prefill, PrefillDone(sid, 1, 5, 64, (0, 1, 2, 3), ROWS))

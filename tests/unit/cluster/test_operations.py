@@ -138,6 +138,7 @@ def test_streams_do_not_move_when_nobody_could_take_them(bench) -> None:
     bench.worker("prefill-0")
     bench.worker("decode-0")
     hand_over(bench, 1)
+    bench.cluster.operator.drain("prefill-0", False, bench.now)
     text = refused(Why.FAILED_PRECONDITION, lambda: bench.cluster.operator.drain("decode-0", True, bench.now))
     assert "decode-0" in text
     act(bench)
@@ -146,10 +147,11 @@ def test_streams_do_not_move_when_nobody_could_take_them(bench) -> None:
 
 
 def test_resume_undoes_drain(split) -> None:
-    for name in ("decode-0", "decode-1"):
+    for name in ("prefill-0", "decode-0", "decode-1"):
         split.cluster.operator.drain(name, False, split.now)
     sid = split.submit(1)
     assert split.sent(StartPrefill) == []
+    split.cluster.operator.resume("prefill-0")
     split.cluster.operator.resume("decode-1")
     act(split)
     assert [command.sid for command in split.sent(StartPrefill)] == [sid]
@@ -158,7 +160,8 @@ def test_resume_undoes_drain(split) -> None:
 def test_without_an_active_worker_the_cluster_is_not_ready_and_says_who_drains(split) -> None:
     act(split)
     split.sent(ClusterStatus)
-    split.cluster.operator.drain("prefill-0", False, split.now)
+    for name in ("prefill-0", "decode-0", "decode-1"):
+        split.cluster.operator.drain(name, False, split.now)
     act(split)
     (status,) = split.sent(ClusterStatus)
     assert not status.ready

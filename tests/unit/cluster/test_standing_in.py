@@ -1,0 +1,116 @@
+"""Nobody is left for a role: another worker takes streams from prompt to end until somebody is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from baton.proto.channels import identity
+from baton.proto.lifecycle import Role
+from baton.proto.messages import (
+    Claim,
+    ClusterStatus,
+    FirstRows,
+    Holding,
+    PrefillDone,
+    Retry,
+    StartDecode,
+    StartPrefill,
+)
+from baton.scheduler_proc.instructions import Log
+
+Bench = Any
+ROWS = FirstRows((42,))
+
+
+@pytest.fixture
+def pair(bench: Bench) -> Bench:
+    """One of each role."""
+    bench.frontend()
+    bench.worker("prefill-0")
+    bench.worker("decode-0")
+    return bench
+
+
+def die(bench: Bench, name: str) -> None:
+    bench.instructions += bench.cluster.peer_lost(identity(name, 1), "its process has died", bench.now)
+
+
+def logged(bench: Bench) -> list[str]:
+    return [i.text for i in bench.instructions if isinstance(i, Log)]
+
+
+@pytest.mark.parametrize(("gone", "left"), [("decode-0", "prefill-0"), ("prefill-0", "decode-0")])
+def test_the_worker_that_is_left_does_both(pair: Bench, gone: str, left: str) -> None:
+    die(pair, gone)
+    pair.submit(1)
+    (start,) = pair.sent(StartPrefill, identity(left, 1))
+    assert start.continue_decode
+    assert [text for text in logged(pair) if f"{left} does both" in text]
+    assert pair.sent(ClusterStatus)[-1].ready
+
+
+def test_streams_are_handed_over_again_once_somebody_is_there(pair: Bench) -> None:
+    die(pair, "decode-0")
+    pair.worker("decode-0", incarnation=2)
+    sid = pair.submit(1)
+    assert [start.continue_decode for start in pair.sent(StartPrefill)] == [False]
+    pair.tell(identity("prefill-0", 1), PrefillDone(sid, 1, 5, 64, (0, 1, 2, 3), ROWS))
+    assert pair.recipients(StartDecode) == ["decode-0"]
+    assert logged(pair)[-1] == "every role has a worker again"
+
+
+def test_a_prompt_that_nobody_is_left_for_starts_again_where_it_was(pair: Bench) -> None:
+    sid = pair.submit(1)
+    assert [start.continue_decode for start in pair.sent(StartPrefill)] == [False]
+    die(pair, "decode-0")
+    pair.tell(identity("prefill-0", 1), PrefillDone(sid, 1, 5, 64, (0, 1, 2, 3), ROWS))
+    assert [retry.reason for retry in pair.sent(Retry)] == ["nobody is left to take it over from prefill-0"]
+    pair.submit(1, attempt=2)
+    assert [start.continue_decode for start in pair.sent(StartPrefill)] == [True]
+
+
+def test_nobody_stands_in_before_all_have_been_there(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(expected_workers=2)
+    bench.frontend()
+    bench.worker("prefill-0")
+    bench.submit(1)
+    assert bench.sent(StartPrefill) == []
+    assert not bench.sent(ClusterStatus)[-1].ready
+    bench.worker("decode-0")
+    assert len(bench.sent(StartPrefill)) == 1
+
+
+def test_a_drained_worker_is_stood_in_for_and_never_stands_in(pair: Bench) -> None:
+    pair.cluster.operator.drain("decode-0", True, pair.now)
+    pair.submit(1)
+    assert pair.recipients(StartPrefill) == ["prefill-0"]
+    pair.cluster.operator.drain("prefill-0", False, pair.now)
+    pair.submit(2)
+    assert pair.sent(StartPrefill) == []
+
+
+def test_who_stands_in_has_room_for_so_many_streams_as_it_decodes(pair: Bench) -> None:
+    die(pair, "decode-0")
+    for n in range(12):
+        pair.submit(n, tokens=1)
+    assert len(pair.sent(StartPrefill)) == 8  # max_num_seqs
+
+
+def test_what_a_stand_in_decodes_goes_on_after_a_restart_of_the_scheduler(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(grace_s=2)
+    frontend = bench.frontend(claims=(Claim((7, 1), 1, 64),))
+    worker = bench.worker("prefill-0", holdings=(Holding((7, 1), 1, "decode"),))
+    bench.wait(10, frontend, worker)
+    assert bench.sent(Retry) == []
+    assert [each.name for each in bench.cluster.operator.registry.workers.values() if each.streams] == ["prefill-0"]
+
+
+def test_roles_that_are_there_keep_to_what_they_are(bench: Bench) -> None:
+    bench.frontend()
+    for name in ("prefill-0", "prefill-1", "decode-0"):
+        bench.worker(name)
+    die(bench, "prefill-0")
+    bench.submit(1)
+    assert bench.recipients(StartPrefill) == ["prefill-1"]
+    assert bench.cluster.operator.registry.worker_named("prefill-1").role == Role.PREFILL
