@@ -65,12 +65,13 @@ class Output(msgspec.Struct, gc=False):
 class OutputReader:
     """The streams of one client request, for one reader. Leaving the `with` block aborts what has not ended."""
 
-    def __init__(self, client: "EngineClient", received_s: float) -> None:
-        """`received_s`: when the request arrived, on CLOCK_MONOTONIC."""
+    def __init__(self, client: "EngineClient", received_s: float, request: str | None = None) -> None:
+        """`received_s`: when the request arrived, on CLOCK_MONOTONIC. `request`: what its client calls it."""
         self.on_output: Callable[[], None] = lambda: None
         """Called when something has come after everything was taken."""
         self._client = client
         self._received_s = received_s
+        self._request = request or ""
         self._sids: list[Sid] = []
         self._open: set[int] = set()
         self._pending: dict[int, Output] = {}
@@ -99,6 +100,7 @@ class OutputReader:
                 timeout_s=timeout_s,
                 received_s=self._received_s,
                 sibling=None if sibling is None else self._sids[sibling],
+                request=self._request,
             )
         )
 
@@ -241,6 +243,7 @@ class EngineClient:
         timeout_s: float = 0.0,
         received_s: float,
         sibling: Sid | None = None,
+        request: str = "",
     ) -> Sid:
         """Open a stream (see Streams.submit) whose tokens and end go to `deliver`."""
         sid, instructions = self._streams.submit(
@@ -253,6 +256,7 @@ class EngineClient:
             received_s=received_s,
             client=key_name.get(),
             sibling=sibling,
+            request=request,
         )
         self._deliver[sid] = deliver
         self._carry_out(instructions)

@@ -42,6 +42,8 @@ class Stream:
     ledger: Ledger
     sibling: int = 0
     """See Submit; while this is the first attempt."""
+    request: str = ""
+    """See Submit."""
     attempt: int = 1
     output: list[int] = field(default_factory=list)
     """Every accepted token."""
@@ -150,7 +152,9 @@ class Stream:
         params = self.params
         if self.prompt_logprobs is not None:
             params = msgspec.structs.replace(params, prompt_logprobs=-1)
-        message = Submit(self.sid, self.attempt, len(self.prompt), params, timeout_s, self.priority, self.sibling)
+        message = Submit(
+            self.sid, self.attempt, len(self.prompt), params, timeout_s, self.priority, self.sibling, self.request
+        )
         if not self.output:
             return message, (self.prompt.tobytes(), self.prompt_hashes)
         tokens = np.concatenate([self.prompt, np.asarray(self.output, dtype=np.int32)])

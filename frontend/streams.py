@@ -116,7 +116,7 @@ class Streams:
     def hello(self) -> FrontendHello:
         """The greeting, claiming every stream that a scheduler has accepted."""
         claims = tuple(
-            Claim(stream.sid, stream.attempt, len(stream.prompt))
+            Claim(stream.sid, stream.attempt, len(stream.prompt), stream.request)
             for stream in self._streams.values()
             if stream.answered
         )
@@ -134,11 +134,12 @@ class Streams:
         received_s: float | None = None,
         client: str = "",
         sibling: Sid | None = None,
+        request: str = "",
     ) -> tuple[Sid, list[Instruction]]:
         """Open a stream for `prompt` (int32 [prompt_len]).
 
         prompt_hashes is the packed hash chain of its full units, computed here when None; timeout_s of 0 is none;
-        client names who asks, for the ledger.
+        client names who asks, for the ledger, and request what they call it, for operators.
         `sibling` is an earlier stream with the same prompt.
         """
         prompt = np.ascontiguousarray(prompt, dtype=np.int32)
@@ -150,6 +151,7 @@ class Streams:
         deadline = now + timeout_s if timeout_s > 0 else math.inf
         stream = Stream(sid, prompt, prompt_hashes, params, deadline, priority, ledger, submit_at=now)
         stream.sibling = sibling[1] if sibling is not None else 0
+        stream.request = request
         self._streams[sid[1]] = stream
         out = [self._send_submit(stream, now)]
         self._arm(stream)

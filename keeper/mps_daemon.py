@@ -26,6 +26,7 @@ class MpsDaemon:
         shutil.rmtree(self._directory, ignore_errors=True)  # of a keeper that was killed
         Path(self._directory).mkdir(mode=0o700)
         environment = {**os.environ, **mps.environment(self._directory)}
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # clients have it: indices would be taken twice
         try:
             self._process = subprocess.Popen(
                 [mps.CONTROL, "-f"], stdin=subprocess.DEVNULL, env=environment, preexec_fn=die_with_parent

@@ -63,6 +63,8 @@ class NcclTransport(Transport):
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        # Of the allocator alone: a pair's buffers are those of an ended one, and no step may still use them.
+        self._memory = torch.cuda.Stream(pool.gpu)
 
     def offer(self) -> NcclOffer:
         return NcclOffer(self._gpu())
@@ -75,14 +77,14 @@ class NcclTransport(Transport):
         assert connection is not None  # it works within one host
         (meeting,) = attach(connection, self.name).channel
         try:
-            return FetchLink(self._pool, NcclReceiver(self._pool, bytes.fromhex(meeting), connection))
+            return FetchLink(self._pool, NcclReceiver(self._pool, self._memory, bytes.fromhex(meeting), connection))
         except torch.OutOfMemoryError as error:
             raise TransferError(f"no memory for its buffers: {str(error).splitlines()[0]}") from error
 
     def serve(self, connection: socket.socket) -> None:
         meeting = unique_id()
         connection.send(msgspec.msgpack.encode(Attached((meeting.hex(),))))
-        sender = NcclSender(self._pool, meeting, connection)
+        sender = NcclSender(self._pool, self._memory, meeting, connection)
         try:
             serve_fetches(connection, self._pool, sender)
         finally:
@@ -96,13 +98,15 @@ class _NcclEnd:
     fetch_bytes = FETCH_BYTES
     edge_bytes = EDGE_BYTES
 
-    def __init__(self, pool: Pool, meeting: bytes, rank: int, connection: socket.socket) -> None:
+    def __init__(
+        self, pool: Pool, memory: torch.cuda.Stream, meeting: bytes, rank: int, connection: socket.socket
+    ) -> None:
         self._pool = pool
         self._connection = connection
         self._most = blocks_per_fetch(pool, self.fetch_bytes)
         self._mover = GpuMover(pool, WINDOW * self._most, PROGRAMS)
         device = self._mover.stream.device
-        with torch.cuda.stream(self._mover.stream):  # as the mover's list: no step may still use this memory
+        with torch.cuda.stream(memory):
             self._buffers = torch.empty(BUFFERS, self._most * pool.block_bytes, dtype=torch.uint8, device=device)
         self._within = np.arange(self._most) * pool.block_bytes
         # A peer waits at the other end: steps beside it must not hold nccl up.
@@ -164,8 +168,8 @@ class _NcclEnd:
 class NcclSender(_NcclEnd, Sender):
     """The owner's end."""
 
-    def __init__(self, pool: Pool, meeting: bytes, connection: socket.socket) -> None:
-        super().__init__(pool, meeting, OWNER, connection)
+    def __init__(self, pool: Pool, memory: torch.cuda.Stream, meeting: bytes, connection: socket.socket) -> None:
+        super().__init__(pool, memory, meeting, OWNER, connection)
 
     def send(self, index: int, blocks: np.ndarray) -> None:
         rows, (address, size, places) = self._rows(index, len(blocks)), self._buffer(index, len(blocks))
@@ -183,8 +187,8 @@ class NcclSender(_NcclEnd, Sender):
 class NcclReceiver(_NcclEnd, Receiver):
     """The reader's end."""
 
-    def __init__(self, pool: Pool, meeting: bytes, connection: socket.socket) -> None:
-        super().__init__(pool, meeting, READER, connection)
+    def __init__(self, pool: Pool, memory: torch.cuda.Stream, meeting: bytes, connection: socket.socket) -> None:
+        super().__init__(pool, memory, meeting, READER, connection)
         self._arrived = [torch.cuda.Event() for _ in range(WINDOW)]
         self._asked_last: tuple[int, np.ndarray] | None = None
 

@@ -206,6 +206,8 @@ class Claim(Record):
     sid: Sid
     attempt: int
     prompt_len: int
+    request: str = ""
+    """As in Submit."""
 
 
 # ------------------------------------------------------------------------------------------------- frontend ⇄ scheduler
@@ -241,6 +243,8 @@ class Submit(Message):
     sibling: int = 0
     """Second half of the sid of an earlier stream with the same prompt: both go to one worker, if they share its blocks
     there. 0: none."""
+    request: str = ""
+    """What its client calls the request, for operators; empty: nothing."""
 
 
 class Close(Message):

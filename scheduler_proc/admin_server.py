@@ -213,6 +213,7 @@ class _Messages:
             age_seconds=now - stream.arrived,
             prefill_worker=_name(stream.prefill, registry),
             decode_worker=_name(stream.decode, registry),
+            request_id=stream.request,
         )
 
     def event(self, event: Happened) -> Any:

@@ -187,6 +187,7 @@ class Cluster:
             deadline=now + submit.timeout_s if submit.timeout_s > 0 else float("inf"),
             arrived=arrived,
             sibling=(submit.sid[0], submit.sibling) if submit.sibling else None,
+            request=submit.request,
         )
         self.streams[submit.sid] = stream
         self.queue.push(stream)

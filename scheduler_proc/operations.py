@@ -130,13 +130,18 @@ class Operator:
         chosen = [self.worker(worker)] if worker else self.registry.workers.values()
         return [(each.name, link) for each in chosen for link in each.links]
 
-    def cancel(self, request: str, now: float) -> None:
-        """End a stream at its workers and at its client."""
-        stream = next((stream for stream in self._streams.values() if stream.id == request), None)
-        if stream is None:
-            raise RefusedError(Why.NOT_FOUND, f"there is no request {request!r}; it may have ended")
-        self._cancel(stream, "an operator cancelled the request", now)
-        self._outbox.happened(EventKind.REQUEST_CANCELLED, request, "by an operator")
+    def cancel(self, name: str, now: float) -> None:
+        """End a stream, or all of a request, at workers and client: by a stream's id, or by what the client calls the
+        request or its answer."""
+        streams = [stream for stream in self._streams.values() if stream.id == name]
+        if not streams:
+            names = {name, name.partition("-")[2]} - {""}  # an answer's id: chatcmpl-…
+            streams = [stream for stream in self._streams.values() if stream.request in names]
+        if not streams:
+            raise RefusedError(Why.NOT_FOUND, f"there is no request {name!r}; it may have ended")
+        for stream in streams:
+            self._cancel(stream, "an operator cancelled the request", now)
+            self._outbox.happened(EventKind.REQUEST_CANCELLED, stream.id, "by an operator")
 
     def flush(self, name: str) -> list[Worker]:
         """Have prefix caches emptied; the workers that were told so."""

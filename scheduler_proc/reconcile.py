@@ -39,7 +39,14 @@ class Reconciler:
             if claim.sid in self._streams:
                 continue
             stream = Stream(
-                claim.sid, claim.attempt, frontend, claim.prompt_len, since=now, state=State.CLAIMED, arrived=now
+                sid=claim.sid,
+                attempt=claim.attempt,
+                frontend=frontend,
+                prompt_len=claim.prompt_len,
+                since=now,
+                state=State.CLAIMED,
+                arrived=now,
+                request=claim.request,
             )
             self._streams[claim.sid] = stream
             for worker in self._registry.workers.values():

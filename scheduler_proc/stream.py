@@ -88,6 +88,8 @@ class Stream:
     """When its first attempt was submitted, or claimed."""
     sibling: Sid | None = None
     """An earlier stream with the same prompt."""
+    request: str = ""
+    """What its client calls the request that it belongs to."""
     prefilled_by: bytes = b""
     """The worker that was sent its prompt."""
 

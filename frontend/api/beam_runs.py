@@ -57,7 +57,7 @@ class BeamRun:
         """Every running beam goes on by one token."""
         timeout_s = 0.0 if deadline == float("inf") else max(deadline - time.monotonic(), 1e-3)
         owners: list[int] = []
-        with OutputReader(self._client, self._received_s) as reader:
+        with OutputReader(self._client, self._received_s, self._wishes.request_id) as reader:
             for index, (search, prompt) in enumerate(zip(self._searches, self._prompts, strict=True)):
                 for beam in [] if search.done else search.running:
                     ids = np.concatenate([prompt.ids, np.array(beam.tokens, dtype=np.int32)])

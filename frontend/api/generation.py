@@ -118,7 +118,7 @@ class Generator:
         if job.wishes.length_penalty is not None:
             done = await self.beams(job)
         else:
-            with OutputReader(self._client, job.received_s) as reader:
+            with OutputReader(self._client, job.received_s, job.wishes.request_id) as reader:
                 done = [(choice, Delta()) for choice in self._submit(job, reader)]
                 while reader.num_open:
                     for index, output in (await reader.next()).items():
@@ -145,14 +145,14 @@ class Generator:
             with BeamEvents(job, self.beams(job)) as beams:
                 yield beams
             return
-        with OutputReader(self._client, job.received_s) as reader:
+        with OutputReader(self._client, job.received_s, job.wishes.request_id) as reader:
             yield Events(job, reader, self._submit(job, reader))
 
     @contextlib.contextmanager
     def open(self, job: Job) -> "Iterator[tuple[OutputReader, list[Choice]]]":
         """The job's streams, and what turns their outputs into deltas; what still runs at the end of the block is
         aborted. Raises ApiError."""
-        with OutputReader(self._client, job.received_s) as reader:
+        with OutputReader(self._client, job.received_s, job.wishes.request_id) as reader:
             yield reader, self._submit(job, reader)
 
     def _submit(self, job: Job, reader: OutputReader) -> list[Choice]:

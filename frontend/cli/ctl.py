@@ -33,6 +33,7 @@ REQUEST_COLUMNS = (
     "frontend",
     "prefill_worker",
     "decode_worker",
+    "request_id",
 )
 LINK_COLUMNS = ("reader", "owner", "transport", "reason")
 EVENT_COLUMNS = ("unix_seconds", "kind", "subject", "text")
@@ -69,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     requests = command("requests", "output streams that have not ended, oldest first", Ctl.requests)
     requests.add_argument("--worker", default="", help="only those with a leg there")
     requests.add_argument("--limit", type=int, default=0, metavar="N", help="at most so many; default 1,000")
-    command("cancel", "end an output stream", Ctl.cancel).add_argument("id", help="as `requests` lists it")
+    cancel = command("cancel", "end an output stream, or all of a request", Ctl.cancel)
+    cancel.add_argument("id", help="as `requests` lists it, or as the client's answer names it")
     flush = command("flush", "empty prefix caches", Ctl.flush)
     flush.add_argument("worker", nargs="?", default="", metavar="WORKER", help="default: all")
     level = command("log-level", "change how much processes log", Ctl.log_level)

@@ -440,15 +440,19 @@ def test_health_and_reflection(cluster: Cluster) -> None:
         assert len(answer.file_descriptor_response.file_descriptor_proto) == 1
 
 
-def test_an_operator_cancels_a_request_of_http(cluster: Cluster) -> None:
+@pytest.mark.parametrize("by", ["stream", "request", "answer"])
+def test_an_operator_cancels_a_request_of_http(cluster: Cluster, by: str) -> None:
     with ThreadPoolExecutor(1) as pool:
-        body = {"prompt": PROMPT, "max_tokens": 3000, "ignore_eos": True}
-        answer = pool.submit(cluster.client.post, "/v1/completions", json=body)
+        body = {"prompt": PROMPT, "max_tokens": 3000, "ignore_eos": True, "n": 1 if by == "stream" else 2}
+        headers = {"x-request-id": "mine-7"}
+        answer = pool.submit(cluster.client.post, "/v1/completions", json=body, headers=headers)
         events = cluster.admin.WatchEvents(cluster.made.admin.WatchEventsRequest(), timeout=DEADLINE_S)
         events.initial_metadata()
-        while not (requests := cluster.requests()):
+        while len(requests := cluster.requests()) < body["n"]:
             assert not answer.done()
-        cluster.admin.Cancel(cluster.made.admin.CancelRequest(id=requests[0].id))
+        assert {request.request_id for request in requests} == {"mine-7"}
+        id = {"stream": requests[0].id, "request": "mine-7", "answer": "cmpl-mine-7"}[by]
+        cluster.admin.Cancel(cluster.made.admin.CancelRequest(id=id))
         assert next(events).kind == cluster.made.admin.EVENT_KIND_REQUEST_CANCELLED
         events.cancel()
     assert answer.result().status_code == 503

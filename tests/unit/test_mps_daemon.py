@@ -13,6 +13,7 @@ from baton.proto.errors import UserError
 CONTROL = """#!/bin/sh
 pipe=$CUDA_MPS_PIPE_DIRECTORY/control
 if [ "$1" = -f ]; then
+    echo "GPUs: ${CUDA_VISIBLE_DEVICES-all}" > "$CUDA_MPS_LOG_DIRECTORY/../saw"
     mkfifo "$pipe"
     read -r word < "$pipe"
     exit 0
@@ -42,6 +43,14 @@ def test_it_is_there_on_entry_and_gone_on_exit(control: Path, tmp_path: Path) ->
         assert mps.ask(directory, "get_server_list") == "4711\n"
         assert daemon._process.poll() is None
     assert daemon._process.returncode == 0
+
+
+def test_it_serves_all_gpus_since_clients_number_them(
+    control: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    with MpsDaemon(str(tmp_path / "keeper-0.mps")):
+        assert (tmp_path / "saw").read_text() == "GPUs: all\n"
 
 
 def test_a_stuck_client_is_named_to_every_server(control: Path, tmp_path: Path) -> None:

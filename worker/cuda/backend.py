@@ -1,5 +1,6 @@
 """A worker on a GPU: steps run ahead of the host, the KV pool in device memory."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from baton.worker.step_costs import StepCosts
 
 OWN = BatchConfig(max_num_batched_tokens=8192, max_num_seqs=1024, target_itl_ms=15.0, depth=2)
 """Two steps in flight, so that the GPU has the next one when it ends one."""
+_MAX_ROWS = 2**31 - 1
+"""Of a pool, one for each token, layer and head: prefill kernels count them in 32 bits. Only small heads reach it."""
 
 
 class CudaBackend(Backend):
@@ -71,9 +74,10 @@ class CudaBackend(Backend):
         cache, workers = self.config.cache, self.config.keeper_workers
         if cache.num_blocks:
             return cache.num_blocks * workers
+        (group,) = self._runner.layout.groups
         if cache.kv_cache_memory_bytes:
-            return cache.kv_cache_memory_bytes // self._runner.layout.groups[0].block_bytes * workers
-        return measure_pool_blocks(self._runner, self.config)
+            return cache.kv_cache_memory_bytes // group.block_bytes * workers
+        return min(measure_pool_blocks(self._runner, self.config), _MAX_ROWS // math.prod(group.shape[:-1]))
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         return self._runner.launch(plan).wait

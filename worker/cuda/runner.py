@@ -59,11 +59,13 @@ class Pending:
         self.failed, self.started_s = failed, started_s
         self._vectors = vectors
         self._tokens, self._logprobs, self._prompt_logprobs = tokens, logprobs, prompt_logprobs
+        self._gpu = torch.cuda.current_device()
         self._event = torch.cuda.Event()
         self._event.record()
 
     def wait(self) -> StepResult:
         """Block until the step has ended; other threads run meanwhile."""
+        torch.cuda.set_device(self._gpu)  # a thread begins on the first GPU, and would open it for good
         self._event.synchronize()
         now = time.monotonic()
         sampled = iter(self._tokens.tolist())

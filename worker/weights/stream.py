@@ -74,7 +74,8 @@ def load_checkpoint_to_gpu(model: nn.Module, directory: Path) -> None:
             free.put(staging)
 
     try:
-        with ThreadPoolExecutor(_THREADS) as pool:
+        # A thread begins on the first GPU, and would open it for good.
+        with ThreadPoolExecutor(_THREADS, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
             for _ in pool.map(copy, _pieces(stored, targets)):
                 pass
         torch.cuda.synchronize(device)
