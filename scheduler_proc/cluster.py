@@ -208,16 +208,16 @@ class Cluster:
             code, message = RejectCode.QUEUE_FULL, f"{len(self.queue)} requests are waiting already"
         elif too_long := self._too_long(num_tokens, submit.params):
             code, message = RejectCode.TOO_LONG, too_long
-        elif self._unserved_s(submit.params, now) >= self._config.no_workers_s:
-            code, message = RejectCode.NO_WORKERS, self.registry.missing()
+        elif self._unserved_s(num_tokens, submit.params, now) >= self._config.no_workers_s:
+            code, message = RejectCode.NO_WORKERS, self.registry.lacking()
         if not code:
             return None
         retry_after_s = QUEUE_FULL_RETRY_S if code == RejectCode.QUEUE_FULL else 0.0
         return Rejected(submit.sid, submit.attempt, code, message, retry_after_s)
 
     def _too_long(self, num_tokens: int, params: SamplingParams) -> str:
-        """Why no worker could ever run so many tokens; empty when one could, or when nobody is there to ask."""
-        if self._able(num_tokens, params) or not self.registry.prefill_workers(bool(params.pooling)):
+        """Why no worker could ever run so many tokens; empty when one could, or while not all are there to ask."""
+        if self._able(num_tokens, params) or self.registry.lacks_role(bool(params.pooling)):
             return ""
         return f"{num_tokens} tokens{' and room for output' * bool(params.max_tokens)} are more than any worker holds"
 
@@ -233,9 +233,9 @@ class Cluster:
         """Who can take over from a worker, and has room for so many tokens."""
         return [worker for worker in self.registry.decode_workers(owner) if worker.fits(room)]
 
-    def _unserved_s(self, params: SamplingParams, now: float) -> float:
+    def _unserved_s(self, num_tokens: int, params: SamplingParams, now: float) -> float:
         """How long nobody has been there who could serve a stream; 0 when somebody is."""
-        return 0.0 if self.registry.prefill_workers(bool(params.pooling)) else self._membership.unserved_s(now)
+        return 0.0 if self._able(num_tokens, params) else self._membership.unserved_s(now)
 
     def _on_close(self, frontend: Frontend, close: Close, _frames: tuple[Frame, ...], now: float) -> None:
         stream = self.streams.get(close.sid)
@@ -345,6 +345,8 @@ class Cluster:
                 self._notify(stream, Rejected(stream.sid, stream.attempt, RejectCode.DEADLINE, text), now)
             elif not able and (too_long := self._too_long(stream.num_tokens, stream.params)):
                 self._retry(stream, too_long, now)  # the next Submit is rejected
+            elif not able and self.registry.prefill_workers(stream.pooled):
+                self.queue.discard(stream)  # too long for who stands in, unlike others; `_sweep` brings it back
             elif not able:
                 stuck.add(stream.pooled)  # nobody is there for it, nor for those behind it that want the same
             elif not willing:
@@ -383,7 +385,7 @@ class Cluster:
             self._legs.start_decode(stream, owner, home or self._policy.decode(willing, stream), now)
         elif stream.refused_by:
             self._retry(stream, "; ".join(stream.refused_by.values()), now)
-        elif owner in self.registry.prefill_workers() and not self.registry.hands_over(owner):
+        elif not self.registry.decode_workers(owner) and self.registry.prefill_workers():
             self._retry(stream, f"nobody is left to take it over from {owner.name}", now)
 
     def _retry(self, stream: Stream, reason: str, now: float) -> None:
@@ -414,8 +416,10 @@ class Cluster:
         match stream.state:
             case State.QUEUED:
                 assert stream.params is not None
-                if min(waited, self._unserved_s(stream.params, now)) >= self._config.no_workers_s:
-                    self._retry(stream, self.registry.missing(), now)
+                if min(waited, self._unserved_s(stream.num_tokens, stream.params, now)) >= self._config.no_workers_s:
+                    self._retry(stream, self.registry.lacking(), now)
+                elif stream not in self.queue:
+                    self.queue.push(stream)
             case State.PREFILLING if waited >= self._config.grace_s and not stream.frames:
                 # Adopted, and can't be handed over: the prompt went with the scheduler that had it.
                 self._retry(stream, "the prompt was with an earlier scheduler", now)

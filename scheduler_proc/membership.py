@@ -208,8 +208,8 @@ class Membership:
         self._asked = {peer: at for peer, at in self._asked.items() if now - at < ASK_INTERVAL_S}
 
     def unserved_s(self, now: float) -> float:
-        """How long there has been no way for a request from prompt to end; it looks at least once per sweep."""
-        if self._served_at is None or not self._registry.missing():
+        """For how long a role has lacked; it looks at least once per sweep."""
+        if self._served_at is None or not self._registry.lacks_role():
             self._served_at = now
         return now - self._served_at
 
@@ -224,7 +224,6 @@ class Membership:
         reason = self.not_ready_because()
         if not reason and not self._registry.complete_once:
             self._registry.complete_once = True
-            self._registry.forget_derived()
         self._say_who_stands_in()
         self._changed, self._status_at = False, now
         if reason != self._announced:

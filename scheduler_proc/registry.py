@@ -250,14 +250,19 @@ class Registry:
 
     def prefill_workers(self, ends_there: bool = False) -> list[Worker]:
         """Workers from which a stream can go all the way; `ends_there`: the prefill is all of it."""
-        if ends_there:
-            return [w for w in self.workers.values() if w.prefills] or self._stand_ins()
-        if self._prefill_workers is None:
-            self._prefill_workers = self._complete_paths() or self._stand_ins()
-        return self._prefill_workers
+        if not self.lacks_role(ends_there):
+            return [w for w in self.workers.values() if w.prefills] if ends_there else self._complete_paths()
+        return self._stand_ins()
+
+    def lacks_role(self, ends_there: bool = False) -> bool:
+        """Whether nobody is there for something that a stream needs; others may stand in."""
+        return not (any(w.prefills for w in self.workers.values()) if ends_there else self._complete_paths())
 
     def _complete_paths(self) -> list[Worker]:
-        return [w for w in self.workers.values() if w.prefills and (w.decodes or self.decode_workers(w))]
+        if self._prefill_workers is None:
+            workers = self.workers.values()
+            self._prefill_workers = [w for w in workers if w.prefills and (w.decodes or self.decode_workers(w))]
+        return self._prefill_workers
 
     def _stand_ins(self) -> list[Worker]:
         """A role says what a worker is sent, not what it can do: each takes streams from prompt to end alone."""
@@ -265,10 +270,10 @@ class Registry:
 
     def standing_in(self) -> str:
         """Who does what nobody is left for, and why; empty while every role is there."""
-        standing = [] if self._complete_paths() else self._stand_ins()
+        standing = self._stand_ins() if self.lacks_role() else []
         if not standing:
             return ""
-        return f"{self._incomplete()}: {', '.join(worker.name for worker in standing)} does both until then"
+        return f"{self.lacking()}: {', '.join(worker.name for worker in standing)} does both until then"
 
     def hands_over(self, worker: Worker) -> bool:
         """Whether what this worker prefills goes on elsewhere."""
@@ -292,9 +297,12 @@ class Registry:
 
     def missing(self) -> str:
         """What stands between now and the first stream that can be served; empty when one can."""
-        return "" if self.prefill_workers() else self._incomplete()
+        return "" if self.prefill_workers() else self.lacking()
 
-    def _incomplete(self) -> str:
+    def lacking(self) -> str:
+        """What stands between now and the first pair of workers, or worker, with all roles; empty when it is there."""
+        if not self.lacks_role():
+            return ""
         prefills = [worker.name for worker in self.workers.values() if worker.prefills]
         decodes = [worker.name for worker in self.workers.values() if worker.decodes]
         inactive = [f"{worker.name} is {worker.settings.duty}" for worker in self.workers.values() if not worker.active]

@@ -140,6 +140,9 @@ class AdmissionQueue:
     def __iter__(self) -> Iterator[Stream]:
         return iter([stream for _, stream in self._streams.values()])
 
+    def __contains__(self, stream: Stream) -> bool:
+        return stream.sid in self._streams
+
     def push(self, stream: Stream) -> None:
         """Append at the end of its priority."""
         self._order += 1

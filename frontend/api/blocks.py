@@ -84,8 +84,9 @@ class Blocks:
         """What a delta changes."""
         for piece in delta.in_order:
             match piece:
-                case Tokens(ids, logprobs):
-                    self._logprobs += zip(ids, logprobs, strict=True)
+                case Tokens(ids, logprobs, behind_marker):
+                    waiting = [] if behind_marker else self._logprobs
+                    self._logprobs = [*waiting, *zip(ids, logprobs, strict=True)]
                 case Content(text):
                     yield from self._text(text)
                 case Reasoning(text):

@@ -35,6 +35,8 @@ class Tokens(msgspec.Struct, frozen=True, gc=False):
 
     ids: list[int]
     logprobs: list[TokenLogprobs]
+    behind_marker: bool = False
+    """With them a marker ended: what waited before them, and they if nothing comes with them, was it."""
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -143,6 +145,7 @@ class Choice:
         """Tell content, reasoning and calls apart."""
         assert self._plan is not None
         may_reason = parser.may_reason
+        come = parser.held + len(delta.text)
         pieces = parser.feed(delta.text)
         if delta.finish_reason is not None:
             pieces += parser.finish()
@@ -151,7 +154,10 @@ class Choice:
         delta.text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
         delta.reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
         delta.calls = [piece for piece in pieces if isinstance(piece, CallPart)]
-        delta.pieces = [Tokens(delta.token_ids, delta.logprobs), *pieces] if delta.logprobs else [*pieces]
+        delta.pieces = [*pieces]
+        if delta.logprobs:
+            gone = come - parser.held - len(delta.text) - len(delta.reasoning)
+            delta.pieces.insert(0, Tokens(delta.token_ids, delta.logprobs, behind_marker=gone > 0))
         if delta.finish_reason == Outcome.STOP and parser.num_calls and self._plan.ends_with_calls:
             delta.finish_reason = TOOL_CALLS
         return delta

@@ -217,7 +217,7 @@ def _piece(delta: Delta) -> ChatDelta:
 
 
 def _call_piece(part: CallPart) -> ToolCall:
-    if not part.name:
+    if not part.id:
         return ToolCall(index=part.index, function=CalledFunction(arguments=part.arguments))
     function = CalledFunction(part.name, part.arguments)
     return ToolCall(index=part.index, id=part.id, type="function", function=function)

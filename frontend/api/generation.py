@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,7 +20,7 @@ from baton.frontend.api.responses import CompletionTokensDetails, PromptTokensDe
 from baton.frontend.api.sse import DONE, ChunkWriter, event
 from baton.frontend.engine_client import EngineClient, Output, OutputReader
 from baton.frontend.model_info import ModelInfo
-from baton.frontend.structured.constraint import read_constraint
+from baton.frontend.structured.constraint import Constraint, read_constraint
 from baton.frontend.structured.grammars import Grammars
 from baton.frontend.tools.plan import OutputPlan, ToolServing
 
@@ -87,25 +88,25 @@ class Generator:
         wishes.check_answer(sum(len(prompt.ids) for prompt in prompts))
         if wishes.bad_words:
             wishes = wishes.without_words(await self._prompts.bad_words(wishes.bad_words))
-        wishes = await self._constrain(wishes, request, plan)
+        # A tool that must be called goes before a form of the answer.
+        constraint = (plan.constraint if plan is not None else None) or read_constraint(request)
+        if constraint is not None:
+            before = self._tools.before_answer(plan) if plan is not None else ""
+            plan = dataclasses.replace(plan, spaced=bool(before)) if plan is not None else None
+            wishes = await self._constrain(wishes, constraint, before)
         wishes.check_volume(len(prompts))
         format = self._format(request, wishes)
         options = request.stream_options or StreamOptions()
         return Job(prompts, wishes, format, options, with_ledger, received_s, timeout_s, plan)
 
-    async def _constrain(self, wishes: Wishes, request: GenerationRequest, plan: OutputPlan | None) -> Wishes:
-        """A tool that must be called goes before a form of the answer."""
-        constraint = plan.constraint if plan is not None else None
-        constraint = constraint or read_constraint(request)
-        if constraint is None:
-            return wishes
+    async def _constrain(self, wishes: Wishes, constraint: Constraint, before: str) -> Wishes:
+        """`before`: rules of what may stand before the answer."""
         if wishes.length_penalty is not None:
             raise bad_request(
                 "a beam search follows the model's own probabilities and can't hold the output to a form: leave out "
                 "use_beam_search, or the form and the tools that must be called.",
                 "use_beam_search",
             )
-        before = self._tools.before_answer(plan) if plan is not None else ""
         return wishes.constrained(await self._grammars.get(constraint, before), self._info)
 
     def _format(self, request: GenerationRequest, wishes: Wishes) -> Format:

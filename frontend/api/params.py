@@ -350,7 +350,7 @@ def _length_penalty(request: GenerationRequest, n: int, sampling: SamplingParams
     if not request.use_beam_search:
         return None
     _within("n", n, 1, MAX_BEAMS)
-    _within("length_penalty", request.length_penalty, -100, 100)
+    _within("length_penalty", request.length_penalty, -50, 50)  # a length to its power stays a number
     for name, harmless in _NOT_WITH_BEAMS.items():
         if getattr(request, name) not in harmless:
             raise bad_request(f"{name} is not possible with use_beam_search.", name)

@@ -29,6 +29,8 @@ class DeepSeekV31Parser(ToolParser):
         yield from self._arguments_of(scan, name)
 
     def _arguments_of(self, scan: Scanner, name: str) -> Finds[None]:
+        if not name.strip():
+            return
         yield CallBegins(name.strip())
         try:
             yield from arguments(scan)

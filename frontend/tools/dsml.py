@@ -25,7 +25,11 @@ class DsmlParser(ToolParser):
 
 
 def _call(scan: Scanner) -> Finds[None]:
-    yield CallBegins((yield from scan.text_until(_TAG_END)))
+    name = yield from scan.text_until(_TAG_END)
+    if not name:
+        yield from scan.text_until(_CALL_END)
+        return
+    yield CallBegins(name)
     yield from _arguments(scan)
 
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from baton.frontend.tools.events import Arguments, CallBegins
-from baton.frontend.tools.json_calls import bare_value
+from baton.frontend.tools.json_calls import MalformedError, bare_value, or_content
 from baton.frontend.tools.parser import ToolParser, content
 from baton.frontend.tools.scanner import Finds, Scanner
 
@@ -20,14 +20,19 @@ class GlmParser(ToolParser):
 
     def parse(self, scan: Scanner) -> Finds[None]:
         while (yield from content(scan, _START)):
-            name = ""
-            while (yield from scan.starts_with(_KEY, _END)) is None:
-                yield from scan.need(1)
-                name += scan.take(1)
-            name = name.strip()
-            yield CallBegins(name)
-            yield from self._arguments(scan, self._properties(name))
+            yield from or_content(scan, self._call(scan), _START)
             yield from scan.take_space()
+
+    def _call(self, scan: Scanner) -> Finds[None]:
+        name = ""
+        while (yield from scan.starts_with(_KEY, _END)) is None:
+            yield from scan.need(1)
+            name += scan.take(1)
+        name = name.strip()
+        if not name:
+            raise MalformedError
+        yield CallBegins(name)
+        yield from self._arguments(scan, self._properties(name))
 
     def _arguments(self, scan: Scanner, properties: dict[str, Any]) -> Finds[None]:
         written = "{"

@@ -160,10 +160,15 @@ def _whole_text(scan: Scanner) -> Step[str]:
 def _read(text: str) -> Any:
     """A JSON value. A string has U+FFFD for half a surrogate pair, which models write and nobody can encode."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_json)
     except (ValueError, RecursionError) as error:
         raise MalformedError from error
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
+
+
+def _no_json(constant: str) -> None:
+    """NaN, Infinity and -Infinity, which Python would take."""
+    raise ValueError(constant)
 
 
 def _expect(scan: Scanner, char: str) -> Step[None]:

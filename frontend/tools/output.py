@@ -25,10 +25,18 @@ class OutputParser:
     """Reasoning first, then the answer with its calls."""
 
     def __init__(
-        self, reasoning: ReasoningParser | None, tools: ToolParser | None, *, one_call: bool, show_reasoning: bool
+        self,
+        reasoning: ReasoningParser | None,
+        tools: ToolParser | None,
+        *,
+        ids: ToolParser | None,
+        one_call: bool,
+        show_reasoning: bool,
+        spaced: bool,
     ) -> None:
-        """`one_call`: later calls are left out."""
-        self._reasoning, self._tools = reasoning, tools
+        """`ids` names the calls. `one_call`: later calls are left out. `spaced`: white space before the answer is none
+        of it."""
+        self._reasoning, self._tools, self._ids, self._spaced = reasoning, tools, ids, spaced
         self._one_call, self._show_reasoning = one_call, show_reasoning
         scanner = Scanner()
         self._driver = Driver(scanner, self._parse(scanner))
@@ -45,10 +53,19 @@ class OutputParser:
         """The rest: no more text comes."""
         return self._collect(self._driver.finish())
 
+    @property
+    def held(self) -> int:
+        """Characters that have come and may yet be a marker, or not."""
+        return len(self._driver.rest)
+
     def _parse(self, scan: Scanner) -> Finds[None]:
         if self._reasoning is not None:
-            yield from self._reasoning.parse(scan)
+            for event in self._reasoning.parse(scan):
+                if not (self._spaced and isinstance(event, Content)):
+                    yield event
             self.may_reason = False
+        if self._spaced:
+            yield from scan.take_space()
         yield from self._tools.parse(scan) if self._tools is not None else content(scan)
 
     def _collect(self, events: list[Event]) -> list[Piece]:
@@ -62,10 +79,10 @@ class OutputParser:
                     if self._show_reasoning:
                         pieces.append(event)
                 case CallBegins(name, id):
-                    assert self._tools is not None
+                    assert self._ids is not None
                     self.num_calls += 1
                     if self._wanted:
-                        pieces.append(CallPart(self.num_calls - 1, "", name, id or self._tools.new_id()))
+                        pieces.append(CallPart(self.num_calls - 1, "", name, id or self._ids.new_id()))
                 case Arguments(text):
                     if self._wanted:
                         self._append(pieces, text)

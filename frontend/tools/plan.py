@@ -55,6 +55,10 @@ class OutputPlan:
     """A parser looks for special tokens, so that they must stay in the text."""
     ends_with_calls: bool
     """finish_reason says tool_calls; as at OpenAI it does not when the client named the tool."""
+    ids: type[ToolParser] | None
+    """Makes the ids of calls, as the model's template takes them back; None: it has no wishes."""
+    spaced: bool = False
+    """The answer is held to a form, and white space may stand before it that belongs to the reasoning."""
 
     def new_parser(self) -> OutputParser:
         """For one output."""
@@ -64,7 +68,14 @@ class OutputPlan:
         reasoning = None
         if self.new_reasoning_parser is not None:
             reasoning = self.new_reasoning_parser(self.prompt_end)
-        return OutputParser(reasoning, tools, one_call=self.one_call, show_reasoning=self.show_reasoning)
+        return OutputParser(
+            reasoning,
+            tools,
+            ids=self.ids(self.tools) if self.ids is not None else tools,
+            one_call=self.one_call,
+            show_reasoning=self.show_reasoning,
+            spaced=self.spaced,
+        )
 
 
 class ToolServing:
@@ -109,6 +120,7 @@ class ToolServing:
             show_reasoning=request.include_reasoning,
             keeps_special_tokens=bool(markers & self._special),
             ends_with_calls=new_parser is not None,
+            ids=self._tool_parser,
         )
 
     def before_answer(self, plan: OutputPlan) -> str:

@@ -81,7 +81,7 @@ def required_constraint(tools: list[Tool], parallel: bool) -> Constraint:
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                "parameters": _moved(_parameters(tool), f"#/items/anyOf/{index}/properties/parameters"),
+                "parameters": _moved(_part(_parameters(tool)), f"#/items/anyOf/{index}/properties/parameters"),
             },
             "required": ["name", "parameters"],
             "additionalProperties": False,
@@ -99,6 +99,11 @@ def _parameters(tool: Tool) -> dict[str, Any]:
     if tool.function.parameters is None:
         return _NO_ARGUMENTS
     return {"type": "object", **tool.function.parameters}
+
+
+def _part(schema: dict[str, Any]) -> dict[str, Any]:
+    """Without an id of its own, which would make it a document, that references to its parts don't leave."""
+    return {name: value for name, value in schema.items() if name != "$id"}
 
 
 def _moved(schema: Any, place: str) -> Any:

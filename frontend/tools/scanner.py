@@ -143,7 +143,7 @@ class Driver:
 
     @property
     def rest(self) -> str:
-        """What the parser left unread when it ended."""
+        """What the parser has not read yet, or left unread when it ended."""
         return self._scanner.rest
 
     def _run(self) -> list[Event]:

@@ -18,6 +18,8 @@ from baton.frontend.api.messages.requests import (
 )
 from baton.frontend.api.requests import ChatCompletionRequest
 
+Placed = tuple[str, ContentBlock]
+"""A block and where it stands in the request."""
 _OWN = frozenset({"messages", "stream", "stream_options", "n", "tools", "tool_choice", "max_tokens", "response_format"})
 _SHARED = frozenset(MessagesRequest.__struct_fields__) & frozenset(ChatCompletionRequest.__struct_fields__) - _OWN
 """Fields that mean the same to both: the model and how to sample."""
@@ -78,22 +80,31 @@ def _messages(request: MessagesRequest | CountTokensRequest) -> Messages:
     messages: Messages = []
     if request.system:
         messages.append({"role": "system", "content": _text(request.system, "system")})
-    for index, message in enumerate(request.messages):
-        where = f"messages[{index}].content"
-        if isinstance(message.content, str):
-            messages.append({"role": message.role, "content": message.content})
-        elif message.role == "assistant":
-            messages.append(_of_assistant(message.content, where))
-        else:
-            messages += _of_user(message.role, message.content, where)
+    for role, blocks in _turns(request.messages):
+        messages += [_of_assistant(blocks)] if role == "assistant" else _of_user(role, blocks)
     return messages
 
 
-def _of_assistant(blocks: Sequence[ContentBlock], where: str) -> dict[str, Any]:
+def _turns(messages: Sequence[InputMessage]) -> list[tuple[str, list[Placed]]]:
+    """Roles with their blocks. Messages of one role in a row are one turn, as many templates demand."""
+    turns: list[tuple[str, list[Placed]]] = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}].content"
+        if isinstance(message.content, str):
+            blocks = [(where, ContentBlock(type="text", text=message.content))]
+        else:
+            blocks = [(f"{where}[{i}]", block) for i, block in enumerate(message.content)]
+        if turns and turns[-1][0] == message.role:
+            turns[-1][1].extend(blocks)
+        else:
+            turns.append((message.role, blocks))
+    return turns
+
+
+def _of_assistant(blocks: Sequence[Placed]) -> dict[str, Any]:
     text, thinking = "", ""
     calls: list[dict[str, Any]] = []
-    for index, block in enumerate(blocks):
-        place = f"{where}[{index}]"
+    for place, block in blocks:
         match block.type:
             case "text":
                 text += _text([block], place)
@@ -114,12 +125,11 @@ def _of_assistant(blocks: Sequence[ContentBlock], where: str) -> dict[str, Any]:
     return message | ({"tool_calls": calls} if calls else {})
 
 
-def _of_user(role: str, blocks: Sequence[ContentBlock], where: str) -> Messages:
+def _of_user(role: str, blocks: Sequence[Placed]) -> Messages:
     """Results of tools are messages of their own, and come before what the user says."""
     results: Messages = []
     said: list[dict[str, Any]] = []
-    for index, block in enumerate(blocks):
-        place = f"{where}[{index}]"
+    for place, block in blocks:
         if block.type == "tool_result":
             if block.tool_use_id is UNSET:
                 raise bad_request(f"{place} of type tool_result needs tool_use_id.", place)

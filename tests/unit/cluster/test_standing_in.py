@@ -13,6 +13,7 @@ from baton.proto.messages import (
     FirstRows,
     Holding,
     PrefillDone,
+    Rejected,
     Retry,
     StartDecode,
     StartPrefill,
@@ -95,6 +96,40 @@ def test_who_stands_in_has_room_for_so_many_streams_as_it_decodes(pair: Bench) -
     for n in range(12):
         pair.submit(n, tokens=1)
     assert len(pair.sent(StartPrefill)) == 8  # max_num_seqs
+
+
+def test_a_prompt_too_long_for_the_stand_in_waits_for_the_role_and_holds_up_nobody(bench: Bench) -> None:
+    bench.frontend()
+    bench.worker("prefill-0", num_blocks=8)
+    bench.worker("prefill-1", num_blocks=100)
+    bench.worker("decode-0")
+    die(bench, "decode-0")
+    die(bench, "prefill-1")
+    bench.submit(1, tokens=400)
+    bench.submit(2, tokens=64)
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [2]
+    assert bench.sent(Retry) == []
+    assert bench.sent(Rejected) == []
+    bench.worker("decode-0", incarnation=2)
+    bench.worker("prefill-1", incarnation=2)
+    bench.wait(1)
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [1]
+
+
+def test_it_does_not_wait_for_ever(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(no_workers_s=5)
+    frontend, prefill, decode = bench.frontend(), bench.worker("prefill-0", num_blocks=8), bench.worker("decode-0")
+    bench.worker("prefill-1")
+    bench.wait(1, frontend, prefill, decode)
+    die(bench, "prefill-1")
+    die(bench, "decode-0")
+    bench.submit(1, tokens=400)
+    bench.wait(7, frontend, prefill)
+    assert "waiting for a decode worker" in bench.sent(Retry)[0].reason
+    bench.submit(1, attempt=2, tokens=400)
+    assert [rejected.code for rejected in bench.sent(Rejected)] == ["no_workers"]
+    bench.submit(2)
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [2]
 
 
 def test_what_a_stand_in_decodes_goes_on_after_a_restart_of_the_scheduler(make_bench: Callable[..., Bench]) -> None:
