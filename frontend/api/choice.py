@@ -36,7 +36,7 @@ class Tokens(msgspec.Struct, frozen=True, gc=False):
     ids: list[int]
     logprobs: list[TokenLogprobs]
     behind_marker: bool = False
-    """With them a marker ended: what waited before them, and they if nothing comes with them, was it."""
+    """With them a marker ended: those that waited before them spelt it."""
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -156,8 +156,9 @@ class Choice:
         delta.calls = [piece for piece in pieces if isinstance(piece, CallPart)]
         delta.pieces = [*pieces]
         if delta.logprobs:
-            gone = come - parser.held - len(delta.text) - len(delta.reasoning)
-            delta.pieces.insert(0, Tokens(delta.token_ids, delta.logprobs, behind_marker=gone > 0))
+            marker = come > parser.held + len(delta.text) + len(delta.reasoning)
+            spelt = marker and not pieces and not parser.held  # to its end, and nothing behind it
+            delta.pieces.insert(0, Tokens([], [], True) if spelt else Tokens(delta.token_ids, delta.logprobs, marker))
         if delta.finish_reason == Outcome.STOP and parser.num_calls and self._plan.ends_with_calls:
             delta.finish_reason = TOOL_CALLS
         return delta

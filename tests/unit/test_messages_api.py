@@ -124,6 +124,24 @@ def test_tool_choices_have_other_names(choice: Any, expected: Any, parallel: boo
     assert (chat["tool_choice"], chat["parallel_tool_calls"]) == (expected, parallel)
 
 
+def test_messages_of_one_role_in_a_row_are_one_turn() -> None:
+    said = [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": [{"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c"},
+        {"role": "assistant", "content": [{"type": "text", "text": "d"}]},
+        {"role": "user", "content": "e"},
+    ]
+    assert chat_of(messages=said)["messages"] == [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "cd"},
+        {"role": "user", "content": "e"},
+    ]
+    said[1]["content"] = [{"type": "image"}]
+    with pytest.raises(ApiError, match=r"messages\[1\]\.content\[0\]"):
+        chat_of(messages=said)
+
+
 @pytest.mark.parametrize(
     ("thinking", "template", "shown"),
     [

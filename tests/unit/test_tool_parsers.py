@@ -112,6 +112,27 @@ def test_glm_properties_that_are_no_object_count_as_none(properties: Any) -> Non
     assert calls(parse(find_tool_parser("glm45")(tools), GLM)) == [("weather", {"city": 5, "days": 3})]
 
 
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_what_is_no_json_is_a_string(word: str) -> None:
+    written = f"<tool_call>f\n<arg_key>q</arg_key>\n<arg_value>{word}</arg_value>\n</tool_call>"
+    assert calls(parse(find_tool_parser("glm45")(), written)) == [("f", {"q": word})]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("glm45", "<tool_call></tool_call>"),
+        (
+            "deepseek_v31",
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜> <｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        ),
+        ("deepseek_v32", '<｜DSML｜function_calls><｜DSML｜invoke name=""></｜DSML｜invoke></｜DSML｜function_calls>'),
+    ],
+)
+def test_a_call_without_a_name_is_none(name: str, written: str) -> None:
+    assert calls(parse(find_tool_parser(name)(), written)) == []
+
+
 def test_dsml_arguments_say_whether_they_are_strings() -> None:
     tag = "｜DSML｜"
     call = (

@@ -1,5 +1,6 @@
 """What a chat request with tools becomes: prompt, grammar, parser and answer."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from baton.frontend.api.blocks import Blocks, Grows, Kind
 from baton.frontend.api.choice import Choice, Delta
 from baton.frontend.api.errors import ApiError
 from baton.frontend.api.formats import ChatFormat
@@ -26,12 +28,13 @@ from baton.frontend.structured.constraint import schema_constraint
 from baton.frontend.structured.grammars import Grammars
 from baton.frontend.tokenizer import Tokenizer
 from baton.frontend.tools.events import Content, Reasoning
+from baton.frontend.tools.output import CallPart
 from baton.frontend.tools.plan import OutputPlan, ToolServing
 from baton.proto.config import FrontendConfig, ModelConfig
 from baton.proto.grammar import grammar_tokenizer, new_matcher
 from baton.proto.lifecycle import Outcome
 from baton.proto.logprobs import PromptLogprobs
-from baton.proto.messages import Ledger
+from baton.proto.messages import Ledger, TokenLogprobs
 
 SPECIAL = ("<eos>", "[TOOL_CALLS]", "[THINK]", "[/THINK]")
 
@@ -144,6 +147,7 @@ def test_the_grammar_of_required_calls_has_every_tool_with_its_own_definitions(g
         ("deepseek_r1", "", "hm</think>\n"),
         ("mistral", "", "[THINK]hm[/THINK]"),
         ("mistral", "[THINK]", "hm[/THINK]"),
+        ("mistral", "", "\n "),
     ],
 )
 def test_reasoning_may_stand_before_a_constrained_answer(
@@ -154,13 +158,37 @@ def test_reasoning_may_stand_before_a_constrained_answer(
     plan = server.plan(request, (), np.array(TOKENIZER.encode(prompt), dtype=np.int32))
     assert plan is not None
     assert plan.keeps_special_tokens == (parser == "mistral")
-    grammar = grammars.make(schema_constraint({"type": "integer"}, "p"), server.before_answer(plan))
+    before = server.before_answer(plan)
+    grammar = grammars.make(schema_constraint({"type": "integer"}, "p"), before)
     assert matches(grammar, TOKENIZER.encode(f"{thought}12"))
     assert not matches(grammar, TOKENIZER.encode(f"{thought}x"))
-    parser = plan.new_parser()
+    parser = dataclasses.replace(plan, spaced=bool(before)).new_parser()
     pieces = [*parser.feed(f"{thought}12"), *parser.finish()]
-    assert "".join(piece.text for piece in pieces if isinstance(piece, Content)).strip() == "12"
-    assert "".join(piece.text for piece in pieces if isinstance(piece, Reasoning)) == ("hm" if thought else "")
+    assert "".join(piece.text for piece in pieces if isinstance(piece, Content)) == "12"
+    assert "".join(piece.text for piece in pieces if isinstance(piece, Reasoning)) == ("hm" if "hm" in thought else "")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "time"}}])
+def test_calls_have_ids_that_the_models_template_takes_back(choice: Any) -> None:
+    flags = {"enable_auto_tool_choice": True, "tool_call_parser": "mistral", "reasoning_parser": "mistral"}
+    plan = dataclasses.replace(plan_of(serving(**flags), tool_choice=choice), spaced=True)
+    parser = plan.new_parser()
+    written = '[THINK]hm[/THINK]\n\n[{"name": "time", "parameters": {}}]'
+    pieces = [*parser.feed(written), *parser.finish()]
+    (call,) = [piece for piece in pieces if isinstance(piece, CallPart)]
+    assert call.name == "time"
+    assert len(call.id) == 9
+    assert call.id.isalnum()
+    assert not [piece for piece in pieces if isinstance(piece, Content)]
+
+
+def test_a_tool_whose_schema_has_an_id_may_be_required(grammars: Grammars) -> None:
+    parameters = {"$id": "https://x.y/z", "properties": {"a": {"$ref": "#/$defs/X"}}, "$defs": {"X": {"type": "null"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    request, raw = chat(tools=tools, tool_choice="required")
+    plan = serving().plan(request, raw["tools"], np.zeros(3, dtype=np.int32))
+    assert plan is not None
+    assert matches(grammar_of(grammars, plan), TOKENIZER.encode('[{"name": "f", "parameters": {"a": null}}]'))
 
 
 @pytest.mark.parametrize("flags", [{}, {"tool_call_parser": "hermes"}, {"enable_auto_tool_choice": True}])
@@ -310,6 +338,18 @@ def test_a_stop_string_in_the_reasoning_ends_the_answer_there(before: int) -> No
     )
     assert (whole.reasoning, whole.text, whole.finish_reason, whole.stop_reason) == ("hm ", "", "stop", "ST")
     assert (choice.num_tokens, choice.ledger.cached_tokens) == (len("<think>hm ST"), 1)
+
+
+def test_log_probabilities_of_markers_belong_to_no_text() -> None:
+    choice = reasoning_choice(logprobs=True)
+    kept: list[int] = []
+    blocks = Blocks()
+    for token in TOKENIZER.encode("<think>hm</think>\n\nyes"):
+        output = Output([token], [TokenLogprobs(-1.0, 1, ())])
+        for change in blocks.take(choice.take(output, _Reader())):
+            if isinstance(change, Grows) and change.block.kind is Kind.TEXT:
+                kept += [id for id, _ in change.logprobs]
+    assert TOKENIZER.decode(kept, skip_special_tokens=False) == "\n\nyes"
 
 
 def test_a_plug_in_is_named_by_the_flag(tmp_path: Path) -> None:
