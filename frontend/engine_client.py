@@ -184,6 +184,7 @@ class EngineClient:
         self.status: ClusterStatus | None = None
         """The cluster as the scheduler told it last."""
         self._status_at = 0.0
+        self._stopping = ""
         self._ended: asyncio.Future[None] | None = None
         self._closed: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -260,6 +261,8 @@ class EngineClient:
         )
         self._deliver[sid] = deliver
         self._carry_out(instructions)
+        if self._stopping:
+            self.abort(sid, self._stopping)
         return sid
 
     def end(self, sid: Sid, outcome: Outcome, message: str = "") -> None:
@@ -271,7 +274,8 @@ class EngineClient:
         self.end(sid, Outcome.ABORTED, message)
 
     def abort_all(self, message: str) -> None:
-        """End every stream, e.g. because the server stops."""
+        """End every stream, and those that are opened from now on, because the server stops."""
+        self._stopping = message
         for sid in self._streams.open_sids():
             self.abort(sid, message)
 
@@ -337,6 +341,7 @@ class EngineClient:
         if isinstance(message, ClusterStatus):
             if message.log_level != (self.status.log_level if self.status else ""):
                 set_log_level(message.log_level)
+                self._streams.log_level = message.log_level
             self.status, self._status_at = message, time.monotonic()
             for callback in self._on_status:
                 callback()

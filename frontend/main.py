@@ -25,6 +25,7 @@ from baton.frontend.engine_client import EngineClient
 from baton.frontend.forward import peer_socket
 from baton.frontend.http_protocol import protocol_factory
 from baton.frontend.http_server import build_app
+from baton.frontend.in_flight import InFlight
 from baton.frontend.model_info import ModelInfo, load_model_info
 from baton.frontend.pooling import load_pooling_info
 from baton.frontend.structured.grammars import Grammars
@@ -80,7 +81,7 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
     grammars = Grammars(tokenizer, info)
     generator = Generator(client, prompts, grammars, tools, info, config.max_logprobs)
     embedder = Embedder(client, prompts, info, pooling)
-    app = build_app(config, client, prompts, info, generator, embedder)
+    app = InFlight(build_app(config, client, prompts, info, generator, embedder))
     server = _Server(
         uvicorn.Config(
             app,
@@ -96,7 +97,7 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await _until_stopped(client, supervised, serving)
             generator.draining = embedder.draining = True
-            await _drain(client, config.shutdown_timeout_s)
+            await _drain(client, app, config.shutdown_timeout_s)
             server.should_exit = True
             await _stop(client, serving)
     finally:
@@ -186,15 +187,16 @@ async def _until_stopped(client: EngineClient, supervised: Supervised, serving: 
         loop.remove_reader(supervised.stop_fd)
 
 
-async def _drain(client: EngineClient, timeout_s: float) -> None:
-    """Let requests finish; then end them."""
-    if client.num_streams:
-        log.info("%d requests may finish within %.0f s", client.num_streams, timeout_s)
+async def _drain(client: EngineClient, requests: InFlight, timeout_s: float) -> None:
+    """Let requests finish; then end them. Background responses and gRPC have streams alone."""
+    if count := max(client.num_streams, len(requests)):
+        log.info("%d requests may finish within %.0f s", count, timeout_s)
     try:
         async with asyncio.timeout(timeout_s):
+            await requests.all_ended()
             await client.all_ended()
     except TimeoutError:
-        log.warning("%d requests are ended unfinished", client.num_streams)
+        log.warning("%d requests are ended unfinished", max(client.num_streams, len(requests)))
         client.abort_all("the server is shutting down; the answer is incomplete")
 
 

@@ -13,7 +13,7 @@ from baton.proto.lifecycle import FinishReason, Outcome, Stage
 from baton.proto.logprobs import PromptLogprobs
 from baton.proto.messages import Close, Finish, Ledger, SamplingParams, Sid, Submit, TokenLogprobs
 
-_KEPT_STAGES = (Stage.RECEIVED.value, Stage.SUBMITTED.value, Stage.FIRST_TOKEN.value)
+_KEPT_STAGES = (Stage.RECEIVED.value, Stage.FIRST_TOKEN.value)
 
 
 @dataclass(slots=True)
@@ -134,6 +134,7 @@ class Stream:
         """Freeze what is accepted and forget everything about the attempt that has failed."""
         old = self.ledger
         self.ledger = Ledger(
+            client=old.client,
             attempts=self.attempt + 1,
             notes=[*old.notes, f"attempt {self.attempt} ended at token {len(self.output)}: {reason}"],
             stages={stage: old.stages[stage] for stage in _KEPT_STAGES if stage in old.stages},

@@ -99,6 +99,8 @@ class Streams:
         self._members: frozenset[Worker] = frozenset()
         self._next_n = 1
         self._epoch = -1
+        self.log_level = ""
+        """What an operator has told this frontend, for later schedulers."""
 
     def __len__(self) -> int:
         """Streams without a terminal event."""
@@ -120,7 +122,7 @@ class Streams:
             for stream in self._streams.values()
             if stream.answered
         )
-        return msgspec.structs.replace(self._hello, claims=claims)
+        return msgspec.structs.replace(self._hello, claims=claims, log_level=self.log_level)
 
     def submit(
         self,
@@ -288,15 +290,17 @@ class Streams:
             self._arm(stream)
 
     def _note_seq(self, worker: Worker, batch: TokenBatch, now: float) -> None:
-        """A hole in the channel's numbering means lost rows, of streams that nobody can name."""
+        """A hole in the channel's numbering means lost rows, of streams that nobody can name. One that nothing has come
+        for yet shows the loss itself: by a gap, or when the scheduler hears of its end."""
         seen = self._seen_seq.get(worker, 0)
         before = batch.seq - 1 if batch.n else batch.seq
         self._seen_seq[worker] = max(seen, batch.seq)
         if before <= seen:
             return
         for stream in self._streams.values():
-            wait = self.limits.gap_timeout_s if stream.source == worker else self.limits.suspicion_s
-            self._suspect(stream, worker, now, wait)
+            if stream.source is not None:
+                wait = self.limits.gap_timeout_s if stream.source == worker else self.limits.suspicion_s
+                self._suspect(stream, worker, now, wait)
 
     def _suspect(self, stream: Stream, worker: Worker, now: float, wait: float) -> None:
         """Give the stream a bounded time to show by a new token that the loss was not its own."""

@@ -225,6 +225,8 @@ class FrontendHello(Message):
     """Watched by the scheduler when the frontend is on the same host; 0 when it is not."""
     protocol: int
     claims: tuple[Claim, ...] = ()
+    log_level: str = ""
+    """What an operator has told it; empty: nothing."""
 
 
 class Submit(Message):

@@ -207,7 +207,8 @@ class Cluster:
         if submit.attempt == 1 and len(self.queue) >= self._config.max_waiting:
             code, message = RejectCode.QUEUE_FULL, f"{len(self.queue)} requests are waiting already"
         elif too_long := self._too_long(num_tokens, submit.params):
-            code, message = RejectCode.TOO_LONG, too_long
+            # One that had begun was held by somebody who may come back.
+            code, message = RejectCode.TOO_LONG if submit.attempt == 1 else RejectCode.NO_WORKERS, too_long
         elif self._unserved_s(num_tokens, submit.params, now) >= self._config.no_workers_s:
             code, message = RejectCode.NO_WORKERS, self.registry.lacking()
         if not code:

@@ -69,6 +69,7 @@ class Membership:
         self._announced: str | None = None
         self._status_at = float("-inf")
         self._swept_at: float | None = None
+        self._began: float | None = None
         self._asked: dict[bytes, float] = {}
 
     def worker_hello(self, sender: bytes, hello: WorkerHello, now: float) -> Worker | None:
@@ -109,7 +110,7 @@ class Membership:
         if earlier is None or earlier.identity != sender:
             self._outbox.log(f"{hello.name} joined with {len(hello.claims)} open streams")
             self._outbox.happened(EventKind.FRONTEND_JOINED, hello.name, f"{len(hello.claims)} open streams")
-        self._join(Frontend(sender, hello, heard_at=now), hello.pid)
+        self._join(Frontend(sender, hello, now, hello.log_level), hello.pid)
         return True
 
     def _may_join(self, sender: bytes, name: str, incarnation: int, protocol: int, now: float) -> bool:
@@ -197,6 +198,9 @@ class Membership:
     def sweep(self, now: float) -> None:
         """Beats that are overdue."""
         self.unserved_s(now)
+        self._began = now if self._began is None else self._began
+        if not self._config.expected_workers and now - self._began >= self._config.grace_s:
+            self._registry.complete_once = True  # restarted: who lives has come back
         timeout = self._config.heartbeat_timeout_s
         paused = self._swept_at is not None and now - self._swept_at > timeout / 2
         self._swept_at = now

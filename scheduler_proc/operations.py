@@ -20,6 +20,8 @@ from baton.scheduler_proc.stream import Stream
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SCHEDULER = "scheduler"
+ANSWER_IDS = ("chatcmpl-", "cmpl-")
+"""What the id of an answer has before that of its request."""
 
 
 class Why(StrEnum):
@@ -135,7 +137,7 @@ class Operator:
         request or its answer."""
         streams = [stream for stream in self._streams.values() if stream.id == name]
         if not streams:
-            names = {name, name.partition("-")[2]} - {""}  # an answer's id: chatcmpl-…
+            names = {name, *(name[len(start) :] for start in ANSWER_IDS if name.startswith(start))} - {""}
             streams = [stream for stream in self._streams.values() if stream.request in names]
         if not streams:
             raise RefusedError(Why.NOT_FOUND, f"there is no request {name!r}; it may have ended")

@@ -182,7 +182,8 @@ class Registry:
         """Of what workers are sent: this start of the scheduler, or higher where one of them has obeyed a higher one,
         as after a clock was set back."""
         self.complete_once = False
-        """Set when all expected workers have been there: from then on others stand in for a role that has gone."""
+        """All expected workers have been there, or had time to since a restart of the scheduler: from then on others
+        stand in for a role that nobody is left for."""
         self.workers: dict[bytes, Worker] = {}
         self.frontends: dict[bytes, Frontend] = {}
         self._gone: dict[bytes, str] = {}

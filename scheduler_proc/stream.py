@@ -124,13 +124,13 @@ def room_for(num_tokens: int, params: SamplingParams) -> int:
 
 
 class AdmissionQueue:
-    """Streams waiting for a prefill worker: lowest priority value first, then first come, first served.
+    """Streams waiting for a prefill worker: lowest priority value first, then whose first attempt came first.
 
     Those that want a vector can be told apart: they need no decode worker, and so can go when the others can't.
     """
 
     def __init__(self) -> None:
-        self._heaps: dict[bool, list[tuple[int, int, Sid]]] = {False: [], True: []}  # by Stream.pooled
+        self._heaps: dict[bool, list[tuple[int, float, int, Sid]]] = {False: [], True: []}  # by Stream.pooled
         self._streams: dict[Sid, tuple[int, Stream]] = {}
         self._order = 0
 
@@ -144,20 +144,20 @@ class AdmissionQueue:
         return stream.sid in self._streams
 
     def push(self, stream: Stream) -> None:
-        """Append at the end of its priority."""
+        """Line up behind those of its priority that arrived before it: one that goes on keeps its place."""
         self._order += 1
         self._streams[stream.sid] = (self._order, stream)
-        heapq.heappush(self._heaps[stream.pooled], (stream.priority, self._order, stream.sid))
+        heapq.heappush(self._heaps[stream.pooled], (stream.priority, stream.arrived, self._order, stream.sid))
 
     def peek(self, without: Container[bool] = ()) -> Stream | None:
         """Whose turn it is, leaving out those whose `pooled` is in `without`."""
         heads = [head for pooled in self._heaps if pooled not in without and (head := self._head(pooled))]
-        return self._streams[min(heads)[2]][1] if heads else None
+        return self._streams[min(heads)[-1]][1] if heads else None
 
-    def _head(self, pooled: bool) -> tuple[int, int, Sid] | None:
+    def _head(self, pooled: bool) -> tuple[int, float, int, Sid] | None:
         heap = self._heaps[pooled]
         while heap:
-            _, order, sid = heap[0]
+            _, _, order, sid = heap[0]
             entry = self._streams.get(sid)
             if entry is not None and entry[0] == order:
                 return heap[0]

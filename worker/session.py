@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 
 LOAD_INTERVAL_S = 0.05
 HOLDINGS_INTERVAL_S = 1.0
+OWNER_IDLE_S = 60.0
+"""A socket to a worker whose leases this one wants no more is closed: by then they have run out."""
 HELLO_INTERVAL_S = 1.0
 """An unanswered hello is sent again this often: the scheduler may not be there yet."""
 SILENT_S = 3 * CHECK_INTERVAL_S
@@ -84,7 +86,8 @@ class Session:
         self._scheduler: Dealer[ToWorker] = Dealer(network, config.scheduler, self._me_bytes, ToWorker)
         self._distant = not is_local(self._scheduler.endpoint)
         self._clock = ClusterClock(clock_space(), same_host=not self._distant)
-        self._owners: dict[str, tuple[int, Dealer[ToHolder]]] = {}  # worker -> its incarnation, and the socket to it
+        # worker -> its incarnation, the socket to it, and when that was wanted last
+        self._owners: dict[str, tuple[int, Dealer[ToHolder], float]] = {}
         self._tokens = TokenPlane(network, self._poller, config.name, self._incarnation, self._clock)
         self._batcher = backend.new_batcher(self._me)
         backend.grammars.release_all()  # whose requests were the incarnation's before
@@ -130,7 +133,7 @@ class Session:
         self._sink.close()
         self._source.close()
         self._tokens.close()
-        for _incarnation, owner in self._owners.values():
+        for _incarnation, owner, _used in self._owners.values():
             owner.close(0)
         self._scheduler.close()
         self._peers.close(0)
@@ -159,7 +162,7 @@ class Session:
         for _peer, lease_message, _frames in self._peers.drain(self._arrived):
             self._batcher.handle(lease_message, (), now)
             self._load_due = True
-        for _incarnation, owner in self._owners.values():
+        for _incarnation, owner, _used in self._owners.values():
             for answer, _frames in owner.drain(self._arrived):
                 self._batcher.handle(answer, (), now)
         for said in self._backend.blocks.drain(self._arrived):
@@ -212,17 +215,20 @@ class Session:
         self._tokens.beat(now)
 
     def _owner(self, owner: Peer) -> Dealer[ToHolder]:
-        incarnation, dealer = self._owners.get(owner.worker, (0, None))
+        incarnation, dealer, _ = self._owners.get(owner.worker, (0, None, 0.0))
         if dealer is not None and incarnation != owner.incarnation:
-            # An earlier one: nobody listens there any more.
-            self._poller.unregister(dealer.socket)
-            dealer.close(0)
+            self._forget_owner(owner.worker)  # an earlier one: nobody listens there any more
             dealer = None
         if dealer is None:
             dealer = Dealer(self._network, owner.endpoint, self._me_bytes, ToHolder)
-            self._owners[owner.worker] = owner.incarnation, dealer
             self._poller.register(dealer.socket, zmq.POLLIN)
+        self._owners[owner.worker] = owner.incarnation, dealer, time.monotonic()
         return dealer
+
+    def _forget_owner(self, name: str) -> None:
+        _incarnation, dealer, _used = self._owners.pop(name)
+        self._poller.unregister(dealer.socket)
+        dealer.close(0)
 
     def _report(self, now: float) -> None:
         if now - self._heard_at > SILENT_S and not self._silent:
@@ -243,6 +249,9 @@ class Session:
             self._load_at, self._load_due = now, False
             if with_holdings:
                 self._holdings_at = now
+                idle = [name for name, (_, _, used) in self._owners.items() if now - used > OWNER_IDLE_S]
+                for name in idle:
+                    self._forget_owner(name)
         if now >= self._clock.next_question():
             self._scheduler.send(ClockRequest(now))
             self._clock.asked(now)

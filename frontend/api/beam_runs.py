@@ -5,6 +5,7 @@ The prefix cache makes it cheap: what a beam shares with the step before is foun
 
 import asyncio
 import time
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -20,7 +21,7 @@ from baton.frontend.model_info import ModelInfo
 from baton.frontend.tokenizer import Tokenizer
 from baton.frontend.tools.plan import OutputPlan
 from baton.proto.hashing import extend_packed
-from baton.proto.lifecycle import Outcome
+from baton.proto.lifecycle import Outcome, RejectCode
 from baton.proto.messages import Ledger, SamplingParams, TokenLogprobs
 
 
@@ -36,6 +37,7 @@ class BeamRun:
         self._params = [wishes.for_prompt(len(prompt.ids), info, "prompt") for prompt in prompts]
         self._searches = [new_search(params, wishes) for params in self._params]
         self._ledgers: list[Ledger | None] = [None] * len(prompts)
+        self._first = True
 
     async def finish(
         self, tokenizer: Tokenizer, plan: OutputPlan | None, deadline: float
@@ -55,36 +57,58 @@ class BeamRun:
 
     async def _step(self, deadline: float) -> None:
         """Every running beam goes on by one token."""
-        timeout_s = 0.0 if deadline == float("inf") else max(deadline - time.monotonic(), 1e-3)
-        owners: list[int] = []
-        with OutputReader(self._client, self._received_s, self._wishes.request_id) as reader:
+        received_s = self._received_s if self._first else time.monotonic()
+        steps: list[_Step] = []
+        with OutputReader(self._client, received_s, self._wishes.request_id) as reader:
             for index, (search, prompt) in enumerate(zip(self._searches, self._prompts, strict=True)):
                 for beam in [] if search.done else search.running:
                     ids = np.concatenate([prompt.ids, np.array(beam.tokens, dtype=np.int32)])
-                    hashes = extend_packed(prompt.hashes, ids)
-                    reader.submit(ids, step_params(search), hashes, self._wishes.priority, timeout_s)
-                    owners.append(index)
+                    steps.append(_Step(index, ids, extend_packed(prompt.hashes, ids)))
+                    self._submit(reader, steps[-1], deadline)
                 await asyncio.sleep(0)  # in between others have their turns
-            found = await self._collect(reader, owners)
+            await self._collect(reader, steps, deadline)
+        self._first = False
         for index, search in enumerate(self._searches):
             if not search.done:
-                search.advance([entry for owner, entry in zip(owners, found, strict=True) if owner == index])
+                search.advance([step.found for step in steps if step.owner == index and step.found is not None])
                 await asyncio.sleep(0)
 
-    async def _collect(self, reader: OutputReader, owners: list[int]) -> list[TokenLogprobs]:
-        found: dict[int, TokenLogprobs] = {}
+    def _submit(self, reader: OutputReader, step: "_Step", deadline: float) -> None:
+        timeout_s = 0.0 if deadline == float("inf") else max(deadline - time.monotonic(), 1e-3)
+        params = step_params(self._searches[step.owner])
+        reader.submit(step.ids, params, step.hashes, self._wishes.priority, timeout_s)
+
+    async def _collect(self, reader: OutputReader, steps: "list[_Step]", deadline: float) -> None:
+        of_stream = list(steps)
         while reader.num_open:
             for stream, output in (await reader.next()).items():
+                step, finished = of_stream[stream], output.finished
                 if output.logprobs:
-                    found[stream] = output.logprobs[0]
-                if output.finished is None:
+                    step.found = output.logprobs[0]
+                if finished is None:
                     continue
-                if (error := outcome_error(output.finished)) is not None:
+                if finished.reject_code == RejectCode.QUEUE_FULL and not self._first:
+                    # What has been found so far is not thrown away for others that came later.
+                    await asyncio.sleep(finished.retry_after_s)
+                    of_stream.append(step)
+                    self._submit(reader, step, deadline)
+                    continue
+                if (error := outcome_error(finished)) is not None:
                     raise error
-                self._ledgers[owners[stream]] = self._ledgers[owners[stream]] or output.finished.ledger
-        if len(found) < len(owners):
+                self._ledgers[step.owner] = self._ledgers[step.owner] or finished.ledger
+        if any(step.found is None for step in steps):
             raise unavailable("a beam's step ended without its token")
-        return [found[stream] for stream in range(len(owners))]
+
+
+@dataclass(eq=False)
+class _Step:
+    """Of one beam."""
+
+    owner: int
+    """Index of the search."""
+    ids: np.ndarray
+    hashes: bytes
+    found: TokenLogprobs | None = None
 
 
 def new_search(params: SamplingParams, wishes: Wishes) -> BeamSearch:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,28 @@ def test_sigterm_lets_a_running_stream_finish(serve: Serve, tiny_model: Path, ht
     assert served.wait() == 0
     wait_gone(pids)
     assert not run_dir.exists()
+
+
+def test_sigterm_lets_a_request_finish_that_has_no_stream_just_then(
+    serve: Serve, tiny_model: Path, http: httpx.Client
+) -> None:
+    """A beam search is one stream after the other."""
+    served = start(serve, tiny_model, "--unified", "1", "--shutdown-timeout", "60")
+    search = {"prompt": [1, 2, 3], "max_tokens": 1000, "use_beam_search": True, "n": 2, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(http.post, f"{served.url}/v1/completions", json=search, timeout=DEADLINE_S)
+        while "baton_requests_total" not in (said := http.get(f"{served.url}/metrics").text) or not ended(said):
+            assert not answer.done()
+        served.process.terminate()
+        response = answer.result()
+    assert response.status_code == 200
+    assert response.json()["usage"]["completion_tokens"] == 2000
+    assert served.wait() == 0
+
+
+def ended(metrics: str) -> float:
+    """Streams that have."""
+    return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("baton_requests_total{"))
 
 
 def test_kill_9_of_the_launcher_leaves_nothing(serve: Serve, tiny_model: Path, tmp_path: Path) -> None:

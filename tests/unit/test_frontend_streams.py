@@ -456,8 +456,30 @@ def test_the_ledger_merges_parts_and_times_every_stage(frontend: Frontend) -> No
     assert ledger.attempts == 2
     assert ledger.cached_tokens == 0
     assert ledger.notes == ["attempt 1 ended at token 1: decode-0 died"]
-    assert ledger.stages == {"received": 1.0, "submitted": 1.0, "first_token": 2.0, "sampled": 2.5, "finished": 4.0}
+    assert ledger.stages == {"received": 1.0, "submitted": 2.0, "first_token": 2.0, "sampled": 2.5, "finished": 4.0}
     assert sent(frontend.said, Close)[0].ledger == ledger
+
+
+def test_what_names_a_stream_survives_a_retry(frontend: Frontend) -> None:
+    sid, said = frontend.streams.submit(PROMPT, SamplingParams(8), frontend.now, client="team", request="mine")
+    assert [submit.request for submit in sent(said, Submit)] == ["mine"]
+    frontend.message(Accepted(sid, 1))
+    said = frontend.message(Retry(sid, 1, "worker died"))
+    assert [submit.request for submit in sent(said, Submit)] == ["mine"]
+    frontend.message(Accepted(sid, 2))
+    assert [claim.request for claim in frontend.streams.hello().claims] == ["mine"]
+    said = frontend.do(frontend.streams.abort(sid, frontend.now))
+    assert [close.ledger.client for close in sent(said, Close)] == ["team"]
+
+
+def test_lost_rows_of_others_are_no_failure_of_a_stream_that_waits(frontend: Frontend) -> None:
+    waiting, running = frontend.submit(), frontend.submit()
+    for position in range(12):
+        frontend.row(running, position, [10 + position], skip=1)
+        frontend.sleep(8.0)
+    assert frontend.text(running) == list(range(10, 22))
+    assert {submit.attempt for submit in sent(frontend.said, Submit) if submit.sid == waiting} == {1}
+    assert not frontend.ends(waiting)
 
 
 def test_a_batch_whose_columns_disagree_is_refused(frontend: Frontend) -> None:

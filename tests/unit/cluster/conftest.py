@@ -116,11 +116,12 @@ class Bench:
         sibling: int = 0,
         pooling: str = "",
         prompt_logprobs: int = -1,
+        request: str = "",
     ) -> Sid:
         """The frontend submits a stream."""
         sid = (FRONTEND, n)
         params = SamplingParams(max_tokens=0 if pooling else 16, pooling=pooling, prompt_logprobs=prompt_logprobs)
-        submit = Submit(sid, attempt, tokens, params, timeout_s, priority, sibling)
+        submit = Submit(sid, attempt, tokens, params, timeout_s, priority, sibling, request)
         self.tell(identity("frontend-0", FRONTEND), submit, np.zeros(tokens, np.int32).tobytes(), b"")
         return sid
 

@@ -62,6 +62,31 @@ def test_lower_priority_values_go_first_then_first_come_first_served(bench: Benc
     assert [start.sid[1] for start in bench.sent(StartPrefill)] == [2, 3, 1]
 
 
+def test_a_stream_that_goes_on_is_not_behind_those_that_came_later(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench()
+    frontend = bench.frontend()
+    worker = bench.worker("unified-0", max_num_seqs=1)
+    bench.submit(1)
+    bench.wait(1, frontend)
+    for n in (2, 3):
+        bench.submit(n)
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [1]
+    bench.instructions += bench.cluster.peer_lost(worker, "its process has died", bench.now)
+    bench.submit(1, attempt=2)
+    bench.worker("unified-0", incarnation=2, max_num_seqs=1)
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [1]
+
+
+def test_a_stream_that_began_waits_for_a_worker_that_can_hold_it(bench: Bench) -> None:
+    bench.frontend()
+    bench.worker("unified-0", num_blocks=4)
+    bench.submit(1, attempt=2, tokens=400)
+    assert [rejected.code for rejected in bench.sent(Rejected)] == ["no_workers"]
+    bench.worker("unified-1")
+    bench.submit(1, attempt=2, tokens=400)
+    assert bench.recipients(StartPrefill) == ["unified-1"]
+
+
 def test_streams_on_a_unified_worker_are_bounded_by_its_slots(bench: Bench) -> None:
     bench.frontend()
     bench.worker("unified-0", max_num_seqs=2)

@@ -305,6 +305,20 @@ def test_a_cancelled_stream_is_not_revived_by_its_next_attempt(split, message: t
     assert split.sent(Cancelled)
 
 
+@pytest.mark.parametrize("name", ["3", "cmpl-3", "chatcmpl-3"])
+def test_a_request_is_cancelled_by_its_clients_name(split, name: str) -> None:
+    for n in (1, 2, 3):
+        split.submit(n, request="" if n == 1 else "3")
+    split.cluster.operator.cancel(name, split.now)
+    act(split)
+    assert [cancelled.sid[1] for cancelled in split.sent(Cancelled)] == [2, 3]
+
+
+def test_the_id_of_a_stream_that_is_over_names_no_request(split) -> None:
+    split.submit(1, request="9")
+    assert "7-9" in refused(Why.NOT_FOUND, lambda: split.cluster.operator.cancel("7-9", split.now))
+
+
 def test_an_unknown_request_can_not_be_cancelled(split) -> None:
     assert "7-9" in refused(Why.NOT_FOUND, lambda: split.cluster.operator.cancel("7-9", split.now))
 

@@ -24,7 +24,7 @@ def test_one_goes_to_a_prefill_worker_and_ends_there(bench: Bench) -> None:
 
 
 def test_no_decode_worker_is_needed(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(no_workers_s=5)
+    bench = make_bench(no_workers_s=5, expected_workers=2)
     frontend, prefill = bench.frontend(), bench.worker("prefill-0")
     bench.wait(20, frontend, prefill)
     bench.submit(1)
@@ -57,7 +57,7 @@ def test_one_waits_its_turn_behind_those_that_wait_for_room(bench: Bench) -> Non
 
 
 def test_decode_workers_alone_are_none(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(no_workers_s=5)
+    bench = make_bench(no_workers_s=5, expected_workers=2)
     frontend, decode = bench.frontend(), bench.worker("decode-0")
     bench.submit(1, pooling="LAST")
     bench.wait(6, frontend, decode)

@@ -141,6 +141,18 @@ def test_what_a_stand_in_decodes_goes_on_after_a_restart_of_the_scheduler(make_b
     assert [each.name for each in bench.cluster.operator.registry.workers.values() if each.streams] == ["prefill-0"]
 
 
+def test_after_a_restart_of_the_scheduler_who_is_left_stands_in_once_others_had_the_time(
+    make_bench: Callable[..., Bench],
+) -> None:
+    bench = make_bench(grace_s=2)
+    frontend, worker = bench.frontend(), bench.worker("prefill-0")
+    bench.submit(1)
+    bench.wait(1, frontend, worker)
+    assert bench.sent(StartPrefill) == []
+    bench.wait(2, frontend, worker)
+    assert [start.continue_decode for start in bench.sent(StartPrefill)] == [True]
+
+
 def test_roles_that_are_there_keep_to_what_they_are(bench: Bench) -> None:
     bench.frontend()
     for name in ("prefill-0", "prefill-1", "decode-0"):
