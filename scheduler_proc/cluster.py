@@ -206,9 +206,9 @@ class Cluster:
         code = message = ""
         if submit.attempt == 1 and len(self.queue) >= self._config.max_waiting:
             code, message = RejectCode.QUEUE_FULL, f"{len(self.queue)} requests are waiting already"
-        elif too_long := self._too_long(num_tokens, submit.params):
-            # One that had begun was held by somebody who may come back.
-            code, message = RejectCode.TOO_LONG if submit.attempt == 1 else RejectCode.NO_WORKERS, too_long
+        elif too_long := self._too_long(num_tokens, submit.params, now):
+            begun = num_tokens > submit.prompt_len  # so somebody held it, who may come back
+            code, message = RejectCode.NO_WORKERS if begun else RejectCode.TOO_LONG, too_long
         elif self._unserved_s(num_tokens, submit.params, now) >= self._config.no_workers_s:
             code, message = RejectCode.NO_WORKERS, self.registry.lacking()
         if not code:
@@ -216,9 +216,11 @@ class Cluster:
         retry_after_s = QUEUE_FULL_RETRY_S if code == RejectCode.QUEUE_FULL else 0.0
         return Rejected(submit.sid, submit.attempt, code, message, retry_after_s)
 
-    def _too_long(self, num_tokens: int, params: SamplingParams) -> str:
-        """Why no worker could ever run so many tokens; empty when one could, or while not all are there to ask."""
+    def _too_long(self, num_tokens: int, params: SamplingParams, now: float) -> str:
+        """Why no worker could ever run so many tokens; empty when one could, or may once it is there (again)."""
         if self._able(num_tokens, params) or self.registry.lacks_role(bool(params.pooling)):
+            return ""
+        if self._membership.may_hold_soon(room_for(num_tokens, params), now):
             return ""
         return f"{num_tokens} tokens{' and room for output' * bool(params.max_tokens)} are more than any worker holds"
 
@@ -233,6 +235,12 @@ class Cluster:
     def _takers(self, owner: Worker, room: int) -> list[Worker]:
         """Who can take over from a worker, and has room for so many tokens."""
         return [worker for worker in self.registry.decode_workers(owner) if worker.fits(room)]
+
+    def _roomiest(self, workers: list[Worker], stream: Stream) -> list[Worker]:
+        """Those that can hold the stream to its end, if there are any: others would end it where their context ends."""
+        assert stream.params is not None
+        whole = stream.prompt_len + stream.params.max_tokens
+        return [w for w in workers if self.registry.hands_over(w) or w.fits(whole)] or workers
 
     def _unserved_s(self, num_tokens: int, params: SamplingParams, now: float) -> float:
         """How long nobody has been there who could serve a stream; 0 when somebody is."""
@@ -340,14 +348,14 @@ class Cluster:
         while (stream := self.queue.peek(stuck)) is not None:
             assert stream.params is not None  # it was submitted to this scheduler
             able = self._able(stream.num_tokens, stream.params)
-            willing = [worker for worker in able if worker.identity not in stream.refused_by]
+            willing = self._roomiest([worker for worker in able if worker.identity not in stream.refused_by], stream)
             if stream.deadline <= now:
                 text = "the deadline passed in the queue"
                 self._notify(stream, Rejected(stream.sid, stream.attempt, RejectCode.DEADLINE, text), now)
-            elif not able and (too_long := self._too_long(stream.num_tokens, stream.params)):
+            elif not able and (too_long := self._too_long(stream.num_tokens, stream.params, now)):
                 self._retry(stream, too_long, now)  # the next Submit is rejected
             elif not able and self.registry.prefill_workers(stream.pooled):
-                self.queue.discard(stream)  # too long for who stands in, unlike others; `_sweep` brings it back
+                self.queue.discard(stream)  # too long for who is there, unlike others; `_sweep` brings it back
             elif not able:
                 stuck.add(stream.pooled)  # nobody is there for it, nor for those behind it that want the same
             elif not willing:
@@ -378,8 +386,8 @@ class Cluster:
         assert stream.params is not None
         owner = self.registry.workers[stream.prefill.worker]
         room = room_for(stream.num_tokens, stream.params)
-        willing = [worker for worker in self._takers(owner, room) if worker.identity not in stream.refused_by]
-        if willing:
+        takers = [worker for worker in self._takers(owner, room) if worker.identity not in stream.refused_by]
+        if willing := self._roomiest(takers, stream):
             sibling = self.streams.get(stream.sibling) if stream.sibling else None
             where = sibling.decode.worker if sibling and sibling.decode else b""
             home = next((worker for worker in willing if worker.identity == where and worker.shares_prompts), None)

@@ -70,6 +70,7 @@ class Membership:
         self._status_at = float("-inf")
         self._swept_at: float | None = None
         self._began: float | None = None
+        self._lost: list[tuple[float, Worker]] = []  # who left lately, and when
         self._asked: dict[bytes, float] = {}
 
     def worker_hello(self, sender: bytes, hello: WorkerHello, now: float) -> Worker | None:
@@ -185,6 +186,7 @@ class Membership:
         level = logging.WARNING if fence_reason else logging.INFO
         if isinstance(member, Worker):
             self._registry.remember_gone(peer, fence_reason)
+            self._lost.append((now, member))
             self._outbox.add(Observe(WorkerLeft(member.name, member.role)))
             text = f"{reason}; {len(member.streams)} streams go elsewhere"
             self._outbox.log(f"{member.name}: {text}", level)
@@ -201,6 +203,7 @@ class Membership:
         self._began = now if self._began is None else self._began
         if not self._config.expected_workers and now - self._began >= self._config.grace_s:
             self._registry.complete_once = True  # restarted: who lives has come back
+        self._lost = [(at, worker) for at, worker in self._lost if now - at < self._config.no_workers_s]
         timeout = self._config.heartbeat_timeout_s
         paused = self._swept_at is not None and now - self._swept_at > timeout / 2
         self._swept_at = now
@@ -210,6 +213,12 @@ class Membership:
             elif now - member.heard_at > timeout:
                 self.lost(member.identity, f"no beat for {timeout:.0f} s", now)
         self._asked = {peer: at for peer, at in self._asked.items() if now - at < ASK_INTERVAL_S}
+
+    def may_hold_soon(self, needed: int, now: float) -> bool:
+        """Whether a worker with room for so many tokens may come: again, or while not all have had the time to."""
+        settled = self._began is not None and now - self._began >= self._config.grace_s
+        lost = any(now - at < self._config.no_workers_s and worker.fits(needed) for at, worker in self._lost)
+        return lost or not settled or not self._registry.complete_once
 
     def unserved_s(self, now: float) -> float:
         """For how long a role has lacked; it looks at least once per sweep."""

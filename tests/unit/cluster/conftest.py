@@ -117,11 +117,12 @@ class Bench:
         pooling: str = "",
         prompt_logprobs: int = -1,
         request: str = "",
+        output: int = 0,
     ) -> Sid:
         """The frontend submits a stream."""
         sid = (FRONTEND, n)
         params = SamplingParams(max_tokens=0 if pooling else 16, pooling=pooling, prompt_logprobs=prompt_logprobs)
-        submit = Submit(sid, attempt, tokens, params, timeout_s, priority, sibling, request)
+        submit = Submit(sid, attempt, tokens - output, params, timeout_s, priority, sibling, request)
         self.tell(identity("frontend-0", FRONTEND), submit, np.zeros(tokens, np.int32).tobytes(), b"")
         return sid
 

@@ -78,12 +78,12 @@ def test_a_stream_that_goes_on_is_not_behind_those_that_came_later(make_bench: C
 
 
 def test_a_stream_that_began_waits_for_a_worker_that_can_hold_it(bench: Bench) -> None:
-    bench.frontend()
-    bench.worker("unified-0", num_blocks=4)
-    bench.submit(1, attempt=2, tokens=400)
+    peers = bench.frontend(), bench.worker("unified-0", num_blocks=4)
+    bench.wait(3, *peers)
+    bench.submit(1, attempt=2, tokens=400, output=9)
     assert [rejected.code for rejected in bench.sent(Rejected)] == ["no_workers"]
     bench.worker("unified-1")
-    bench.submit(1, attempt=2, tokens=400)
+    bench.submit(1, attempt=2, tokens=400, output=9)
     assert bench.recipients(StartPrefill) == ["unified-1"]
 
 
@@ -108,9 +108,30 @@ def test_a_full_queue_rejects_new_streams_but_not_later_attempts(make_bench: Cal
 
 
 def test_a_prompt_that_no_worker_can_hold_is_rejected(bench: Bench) -> None:
-    bench.frontend()
-    bench.worker("unified-0", num_blocks=4)
+    peers = bench.frontend(), bench.worker("unified-0", num_blocks=4)
+    bench.wait(3, *peers)
     bench.submit(1, tokens=64)
+    assert [rejected.code for rejected in bench.sent(Rejected)] == ["too_long"]
+
+
+def test_a_prompt_that_only_a_lost_worker_could_hold_waits_for_it_and_holds_up_nobody(
+    make_bench: Callable[..., Bench],
+) -> None:
+    bench = make_bench(no_workers_s=10)
+    peers = [bench.frontend(), bench.worker("unified-0", num_blocks=4), bench.worker("unified-1")]
+    bench.wait(3, *peers)
+    bench.instructions += bench.cluster.peer_lost(peers.pop(), "its process has died", bench.now)
+    for n in (1, 2):
+        bench.submit(n, tokens=400 if n == 1 else 16)
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [2]
+    bench.wait(5, *peers)
+    assert bench.sent(Rejected) + bench.sent(Retry) == []
+    peers.append(bench.worker("unified-1", incarnation=2))
+    bench.wait(1, *peers)
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [1]
+    bench.instructions += bench.cluster.peer_lost(peers.pop(), "its process has died", bench.now)
+    bench.wait(11, *peers)
+    bench.submit(3, tokens=400)
     assert [rejected.code for rejected in bench.sent(Rejected)] == ["too_long"]
 
 
@@ -120,6 +141,15 @@ def test_a_prompt_goes_to_the_worker_that_can_hold_it(bench: Bench) -> None:
     bench.worker("unified-1", num_blocks=40)
     bench.submit(1, tokens=64)
     assert bench.recipients(StartPrefill) == ["unified-1"]
+
+
+def test_a_stream_goes_where_it_can_be_held_to_its_end(bench: Bench) -> None:
+    bench.frontend()
+    bench.worker("unified-0", num_blocks=4)
+    bench.worker("unified-1", num_blocks=100)
+    for n in range(4):
+        bench.submit(n, tokens=60)  # and 16 of output
+    assert set(bench.recipients(StartPrefill)) == {"unified-1"}
 
 
 def test_without_workers_a_stream_waits_then_goes_back_and_new_ones_are_rejected(

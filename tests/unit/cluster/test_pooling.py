@@ -67,9 +67,8 @@ def test_decode_workers_alone_are_none(make_bench: Callable[..., Bench]) -> None
 
 
 def test_a_prompt_may_fill_a_worker_to_its_last_token(bench: Bench) -> None:
-    bench.frontend()
-    bench.worker("prefill-0", num_blocks=4)
-    bench.worker("decode-0", num_blocks=2)
+    peers = bench.frontend(), bench.worker("prefill-0", num_blocks=4), bench.worker("decode-0", num_blocks=2)
+    bench.wait(3, *peers)
     bench.submit(1, tokens=64, pooling="LAST")
     assert bench.recipients(StartPrefill) == ["prefill-0"]
     bench.submit(2, tokens=65, pooling="LAST")
