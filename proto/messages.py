@@ -388,6 +388,15 @@ class Fenced(Message):
     reason: str
 
 
+class NotAdmitted(Message):
+    """S→W, the answer to a hello: this worker can't be a member."""
+
+    incarnation: int
+    reason: str
+    final: bool
+    """False: it may say hello again, for what stands in its way may go."""
+
+
 class ClockReply(Message):
     """S→W."""
 
@@ -791,7 +800,9 @@ ToScheduler = (
 )
 ToFrontend = Accepted | Rejected | Retry | Cancelled | CloseAck | MetricsReply | ClusterStatus | WhoAreYou | Welcome
 ToFrontendTokens = TokenBatch
-ToWorker = WhoAreYou | Welcome | Fenced | ClockReply | StartPrefill | StartDecode | CancelCommand | Configure
+ToWorker = (
+    WhoAreYou | Welcome | NotAdmitted | Fenced | ClockReply | StartPrefill | StartDecode | CancelCommand | Configure
+)
 ToWorkerFromFrontend = CancelStream
 ToOwner = Open | Confirm
 ToHolder = Settled | Ok | Gone

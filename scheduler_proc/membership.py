@@ -19,6 +19,7 @@ from baton.proto.messages import (
     Fenced,
     FrontendHello,
     Goodbye,
+    NotAdmitted,
     Welcome,
     WhoAreYou,
     WorkerHello,
@@ -39,6 +40,8 @@ STATUS_INTERVAL_S = 2.0
 """ClusterStatus is sent this often also without a change: one may be lost, and figures age."""
 ASK_INTERVAL_S = 0.5
 """An unknown peer is asked who it is no more often than this."""
+ALIVE_S = 1.5
+"""Whoever has beaten so lately is: beats come every 0.5 s."""
 STUCK_STEP_S = 30.0
 """No step is called stuck before it has run so long."""
 
@@ -71,6 +74,7 @@ class Membership:
         self._swept_at: float | None = None
         self._began: float | None = None
         self._lost: list[tuple[float, Worker]] = []  # who left lately, and when
+        self._spares: dict[str, bytes] = {}  # by name: who was turned away for a worker of the same name
         self._asked: dict[bytes, float] = {}
 
     def worker_hello(self, sender: bytes, hello: WorkerHello, now: float) -> Worker | None:
@@ -86,6 +90,8 @@ class Membership:
             known.heard_at = now
             self._outbox.send(sender, Welcome(self._registry.epoch))
             return known
+        if self._turned_away(sender, hello, now):
+            return None
         earlier = self._registry.worker_named(hello.worker)
         if earlier is not None:
             self.lost(earlier.identity, "a newer incarnation has registered", now)
@@ -100,6 +106,26 @@ class Membership:
         for other, why in self._registry.mismatches_of(worker):
             self._outbox.log(f"{worker.name} and {other.name} can't exchange KV: {why}", logging.ERROR)
         return worker
+
+    def _turned_away(self, sender: bytes, hello: WorkerHello, now: float) -> bool:
+        """A model other than that of those who are there must not answer beside theirs; and of two processes of one
+        name that are alive, the first stays: else each would have the other fenced, for ever."""
+        twin = self._registry.worker_named(hello.worker)
+        others = (each for each in self._registry.workers.values() if each is not twin)
+        odd = next((each for each in others if each.hello.layout.fingerprint != hello.layout.fingerprint), None)
+        if odd is not None:
+            why = f"{hello.worker} has another model than {odd.name}, or its weights in another form"
+            why += f": {odd.hello.layout.mismatch(hello.layout)}"
+        elif twin is not None and _elsewhere(twin.hello, hello) and now - twin.heard_at < ALIVE_S:
+            why = f"there is a worker {hello.worker} already, and it is alive; give another --name"
+        else:
+            return False
+        if self._should_ask(sender, now):
+            self._outbox.log(f"not admitted: {why}", logging.ERROR)
+        self._outbox.send(sender, NotAdmitted(hello.incarnation, why, final=odd is not None))
+        if odd is None:
+            self._spares[hello.worker] = sender
+        return True
 
     def frontend_hello(self, sender: bytes, hello: FrontendHello, now: float) -> bool:
         """Whether it is a member now."""
@@ -187,6 +213,8 @@ class Membership:
         if isinstance(member, Worker):
             self._registry.remember_gone(peer, fence_reason)
             self._lost.append((now, member))
+            if spare := self._spares.pop(member.name, b""):
+                self._outbox.send(spare, WhoAreYou(self._epoch))
             self._outbox.add(Observe(WorkerLeft(member.name, member.role)))
             text = f"{reason}; {len(member.streams)} streams go elsewhere"
             self._outbox.log(f"{member.name}: {text}", level)
@@ -260,6 +288,11 @@ class Membership:
         if not self._registry.complete_once and present < expected:
             return f"{present} of {expected} workers are there"
         return self._registry.missing()
+
+
+def _elsewhere(one: WorkerHello, other: WorkerHello) -> bool:
+    """Whether two are not the same process."""
+    return (one.host, one.pid_space, one.pid) != (other.host, other.pid_space, other.pid)
 
 
 def _incarnation(peer: bytes) -> int:

@@ -20,6 +20,7 @@ from baton.kv_transfer.greeting import Greeting
 from baton.proto import PROTOCOL_VERSION
 from baton.proto.address import is_local
 from baton.proto.channels import Body, Dealer, Router, identity
+from baton.proto.errors import UserError
 from baton.proto.heartbeat import Heartbeat
 from baton.proto.host import clock_space, pid_space
 from baton.proto.lifecycle import Duty
@@ -31,6 +32,7 @@ from baton.proto.messages import (
     Configure,
     Fenced,
     Goodbye,
+    NotAdmitted,
     Peer,
     Settings,
     StartDecode,
@@ -93,7 +95,7 @@ class Session:
         backend.grammars.release_all()  # whose requests were the incarnation's before
         self._settings = Settings(role=config.role)
         self._fenced = False
-        self._welcome = False
+        self._welcome = self._turned_away = False
         self._heard_at = time.monotonic()
         self._silent = False
         self._hello_at = -HELLO_INTERVAL_S
@@ -112,6 +114,7 @@ class Session:
             Welcome: self._on_welcome,
             WhoAreYou: self._on_who_are_you,
             Fenced: self._on_fenced,
+            NotAdmitted: self._on_not_admitted,
             ClockReply: self._on_clock,
         }
 
@@ -298,6 +301,15 @@ class Session:
         if message.incarnation == self._incarnation:
             log.warning("fenced by the scheduler (%s): starting over as a new incarnation", message.reason)
             self._fenced = True
+
+    def _on_not_admitted(self, message: NotAdmitted, _frames: Body) -> None:
+        if message.incarnation != self._incarnation:
+            return
+        if message.final:
+            raise UserError(message.reason)
+        if not self._turned_away:
+            log.warning("the scheduler does not admit this worker: %s", message.reason)
+            self._turned_away = True
 
     def _hello(self, now: float) -> None:
         config = self._backend.config

@@ -25,6 +25,7 @@ from baton.proto.messages import (
     Goodbye,
     Join,
     Message,
+    NotAdmitted,
     Peer,
     Prompts,
     Settings,
@@ -389,6 +390,8 @@ class Worker(Process):
                     self.kill()
                     return
                 self._holdings_at = float("-inf")
+            case NotAdmitted():
+                assert not message.final, message.reason
             case Fenced():
                 if message.incarnation == self.incarnation:
                     self._on_fenced()

@@ -9,7 +9,7 @@ import pytest
 from baton.proto import PROTOCOL_VERSION
 from baton.proto.channels import identity
 from baton.proto.config import PlacementConfig, SchedulerConfig
-from baton.proto.layout import KVLayout
+from baton.proto.layout import Group, KVLayout
 from baton.proto.messages import (
     Claim,
     FrontendHello,
@@ -69,6 +69,8 @@ class Bench:
         incarnation: int = 1,
         *,
         fingerprint: str = "model",
+        groups: int = 0,
+        pid: int = 12,
         num_blocks: int = 100,
         max_num_batched_tokens: int = 256,
         max_num_seqs: int = 8,
@@ -87,10 +89,10 @@ class Bench:
             worker=name,
             incarnation=incarnation,
             role=role or name.split("-")[0],
-            pid=12,
+            pid=pid,
             protocol=protocol,
             peer=Peer(name, incarnation, endpoint, kv_endpoint, shared_pool),
-            layout=KVLayout(fingerprint, ()),
+            layout=KVLayout(fingerprint, (Group("full", 1, 16, 64, ("words",), (16,), "float32"),) * groups),
             num_blocks=num_blocks,
             block_size=16,
             max_model_len=2048,

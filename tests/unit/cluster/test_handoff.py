@@ -79,11 +79,11 @@ def test_a_long_prompt_is_bound_when_the_rest_takes_less_than_a_second(split: Be
 
 def test_without_a_decode_worker_of_the_same_layout_nothing_is_prefilled(bench: Bench) -> None:
     bench.frontend()
-    bench.worker("prefill-0", fingerprint="a")
-    bench.worker("decode-0", fingerprint="b")
+    bench.worker("prefill-0", groups=1)
+    bench.worker("decode-0", groups=2)
     bench.submit(1)
     assert not bench.sent(StartPrefill)
-    bench.worker("decode-1", fingerprint="a")
+    bench.worker("decode-1", groups=1)
     assert len(bench.sent(StartPrefill)) == 1
 
 

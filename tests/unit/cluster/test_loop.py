@@ -17,10 +17,12 @@ from baton.proto.messages import (
     ClockReply,
     ClockRequest,
     Message,
+    NotAdmitted,
     Peer,
     ToScheduler,
     ToWorker,
     Welcome,
+    WhoAreYou,
     WorkerHello,
 )
 from baton.proto.network import Network
@@ -61,13 +63,16 @@ class Worker:
         me = identity("decode-0", incarnation)
         self._dealer: Dealer[Message] = Dealer(turns.network, endpoint, me, ToWorker)
         peer, layout = Peer("decode-0", incarnation, "ipc:///peer", "unix:/kv"), KVLayout("model", ())
-        hello = WorkerHello(
+        self._hello = WorkerHello(
             *("decode-0", incarnation, "decode", self.process.pid, PROTOCOL_VERSION, peer, layout, 100, 16, 2048),
             max_num_seqs=8,
             max_num_batched_tokens=256,
             pid_space=pid_space(),
         )
-        self._dealer.send(hello)
+        self.greet()
+
+    def greet(self) -> None:
+        self._dealer.send(self._hello)
 
     def heard(self) -> list[type[Message]]:
         """Everything up to the answer to a question that is asked now."""
@@ -108,6 +113,10 @@ def test_a_death_that_is_seen_together_with_the_successors_hello_is_not_the_succ
     turns.turn()
     first.die()
     second = Worker(turns, endpoint, incarnation=2)
+    turns.turn()
+    # Taken for another of that name, until the death is seen.
+    assert second.heard() == [NotAdmitted, WhoAreYou, ClockReply]
+    second.greet()
     turns.turn()
     assert second.heard() == [Welcome, ClockReply]
     for worker in (first, second):

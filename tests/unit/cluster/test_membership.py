@@ -12,6 +12,7 @@ from baton.proto.messages import (
     Fenced,
     Goodbye,
     Load,
+    NotAdmitted,
     Retry,
     StartPrefill,
     Welcome,
@@ -72,11 +73,11 @@ def test_expected_workers_delay_the_first_readiness_only(make_bench: Callable[..
 
 def test_unequal_layouts_are_named_once_and_make_no_path(bench: Bench) -> None:
     bench.frontend()
-    bench.worker("prefill-0", fingerprint="a")
-    bench.worker("decode-0", fingerprint="b")
-    assert "fingerprint" in bench.sent(ClusterStatus)[-1].reason
+    bench.worker("prefill-0", groups=1)
+    bench.worker("decode-0", groups=2)
+    assert "KV groups" in bench.sent(ClusterStatus)[-1].reason
     errors = [i.text for i in bench.instructions if isinstance(i, Log) and "can't exchange KV" in i.text]
-    assert errors == ["decode-0 and prefill-0 can't exchange KV: model fingerprint b against a"]
+    assert errors == ["decode-0 and prefill-0 can't exchange KV: 2 KV groups against 1"]
 
 
 def test_workers_on_two_hosts_need_a_way_for_kv_between_them(bench: Bench) -> None:
@@ -139,6 +140,40 @@ def test_a_new_incarnation_ends_the_one_before(bench: Bench) -> None:
     assert Unwatch(old) in bench.instructions
     bench.submit(1, attempt=2)
     assert bench.sent(StartPrefill, new)
+
+
+def test_a_worker_with_another_model_is_refused_for_good(bench: Bench) -> None:
+    bench.frontend()
+    bench.worker("unified-0")
+    other = bench.worker("unified-1", fingerprint="another")
+    (refusal,) = bench.sent(NotAdmitted, other)
+    assert refusal.final
+    assert "another model than unified-0" in refusal.reason
+    assert not bench.sent(Welcome, other)
+    assert [worker.name for worker in bench.cluster.registry.workers.values()] == ["unified-0"]
+
+
+def test_of_two_workers_of_one_name_the_first_stays_while_it_lives(bench: Bench) -> None:
+    frontend, first = bench.frontend(), bench.worker("unified-0")
+    second = bench.worker("unified-0", incarnation=2, pid=13)
+    (refusal,) = bench.sent(NotAdmitted, second)
+    assert not refusal.final
+    assert "give another --name" in refusal.reason
+    assert not bench.sent(Fenced)
+    bench.wait(2, frontend)
+    bench.worker("unified-0", incarnation=2, pid=13)
+    assert bench.sent(Fenced, first)
+    assert bench.sent(Welcome, second)
+
+
+def test_who_was_turned_away_for_its_name_is_asked_again_when_the_other_has_gone(bench: Bench) -> None:
+    first = bench.worker("unified-0")
+    second = bench.worker("unified-0", incarnation=2, pid=13)
+    assert not bench.sent(WhoAreYou, second)
+    bench.instructions += bench.cluster.peer_lost(first, "its process has died", bench.now)
+    assert bench.sent(WhoAreYou, second)
+    bench.worker("unified-0", incarnation=2, pid=13)
+    assert bench.sent(Welcome, second)
 
 
 def test_a_goodbye_is_not_answered_but_its_streams_move(bench: Bench, idle: Load) -> None:
