@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 
 from baton.frontend.processes import ProcessSpec, StopOrder
-from baton.frontend.restart import RestartPolicy
+from baton.frontend.restart import LONGEST_DELAY_S, RestartPolicy
 from baton.proto import config as config_tree
 from baton.proto import mps
 from baton.proto.supervision import BEGIN, EXIT_FAILED, EXIT_USER_ERROR, Report
@@ -151,8 +151,11 @@ class Launcher:
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(signum, self._on_signal)
         try:
-            for spec in self._specs:
-                self._start(spec)
+            try:
+                for spec in self._specs:
+                    self._start(spec)
+            except OSError as error:
+                self._ending.set_result(Ending(EXIT_USER_ERROR, f"{spec.name} can't be started: {error}"))
             self._loop.call_later(WAITING_INTERVAL_S, self._say_who_is_missing)
             ending = await self._ending
             self._draining = True
@@ -236,13 +239,17 @@ class Launcher:
         if child.leaving and self._serving:
             self._on_left(child)
             return
-        if child.failure is not None and child.failure.user_error:
+        mendable = child.failure is not None and child.failure.user_error
+        if mendable and not self._serving:
             self._ending.set_result(Ending(EXIT_USER_ERROR, child.obituary()))
         else:
-            self._restart(child.spec, child.obituary())
+            self._restart(child.spec, child.obituary(), mendable)
 
-    def _restart(self, spec: ProcessSpec, obituary: str) -> None:
+    def _restart(self, spec: ProcessSpec, obituary: str, mendable: bool = False) -> None:
+        """`mendable`: by its user, for whom the others go on serving meanwhile."""
         delay = self._policies[spec.name].died(time.monotonic())
+        if mendable:
+            delay = LONGEST_DELAY_S
         if delay is None or not self._serving:
             self._ending.set_result(Ending(EXIT_FAILED, obituary))
             return

@@ -28,7 +28,7 @@ def crosses_hosts(address: str) -> bool:
 
 def tcp_endpoint(host: str, port: int | str) -> str:
     """`host` is an IP address; a port of '*' is any free one."""
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    return f"tcp://{bracketed(host)}:{port}"
 
 
 def tcp_host(endpoint: str) -> str:
@@ -52,3 +52,8 @@ def _exists(endpoint: str) -> bool:
         return Path(path).is_socket()
     except OSError:
         return False
+
+
+def bracketed(host: str) -> str:
+    """IPv6 addresses stand in brackets before a port."""
+    return f"[{host}]" if ":" in host else host

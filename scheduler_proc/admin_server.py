@@ -95,7 +95,7 @@ class Admin:
         if not request.wait:
             return told
         state = self._messages.worker_states["DRAINED"]
-        return await self._ask(self._worker(lambda o, _: o.worker(request.name)), lambda it: it.state == state)
+        return await self._ask(self._worker(lambda o, _: o.draining(request.name)), lambda it: it.state == state)
 
     async def resume(self, request: Any, _context: Context) -> Any:
         return await self._told(lambda operator, _: operator.resume(request.name))

@@ -69,6 +69,13 @@ class Operator:
             raise RefusedError(Why.NOT_FOUND, f"there is no worker {name!r}; workers are: {known}")
         return worker
 
+    def draining(self, name: str) -> Worker:
+        """Of which somebody waits for the end of its streams."""
+        worker = self.worker(name)
+        if worker.active:
+            raise RefusedError(Why.FAILED_PRECONDITION, f"{name} was resumed meanwhile")
+        return worker
+
     def not_ready_because(self) -> str:
         """What stands between now and serving a request; empty when nothing does."""
         return self._membership.not_ready_because()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from baton.frontend.bench import dataset, report
 from baton.frontend.cli import bench_args, engine_args
+from baton.proto.address import bracketed
 from baton.proto.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     path = result_path(args)
     chat = args.backend == "openai-chat"
     server = client.Server(
-        base_url=(args.base_url or f"http://{args.host}:{args.port}").rstrip("/"),
+        base_url=(args.base_url or f"http://{bracketed(args.host)}:{args.port}").rstrip("/"),
         endpoint=args.endpoint or ("/v1/chat/completions" if chat else "/v1/completions"),
         chat=chat,
         api_key=args.api_key,

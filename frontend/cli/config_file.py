@@ -11,7 +11,7 @@ from baton.proto.errors import UserError
 
 def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     """parser.parse_args(words), with defaults from the file that --config in words names, if any."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = type(parser)(prog=parser.prog, description=None, add_help=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(words)[0].config
     if path is None:
@@ -44,8 +44,11 @@ def _words(parser: argparse.ArgumentParser, path: str, key: str, value: Any) -> 
     known = parser._option_string_actions
     if flag not in known or flag == "--config":
         raise UserError(f"--config {path}: {parser.prog} has no option {flag}")
-    if isinstance(value, bool):
-        return [flag] if value else ["--no-" + flag.removeprefix("--")]
+    if isinstance(value, bool) and known[flag].nargs == 0:
+        if value:
+            return [flag]
+        opposite = "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else "--no-" + flag.removeprefix("--")
+        return [opposite] if opposite in known[flag].option_strings else []
     if isinstance(value, list):
         return [flag, *map(str, value)]
     return [f"{flag}={value}"]

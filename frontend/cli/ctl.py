@@ -4,11 +4,13 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from baton.frontend.cli import engine_args
 from baton.proto.errors import UserError
 from baton.proto.lifecycle import Role
 
 DEFAULT_ADDRESS = "127.0.0.1:8002"
 DEFAULT_TIMEOUT_S = 10.0
+MAX_TIMEOUT_S = 86400.0
 
 WORKER_COLUMNS = (
     "name",
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_argument("--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help=f"default {DEFAULT_ADDRESS}")
     common.add_argument("--api-key", default="", metavar="KEY", help="one of the server's --api-key")
     common.add_argument("--tls-ca", default="", metavar="FILE", help="certificates to trust, in PEM; default: no TLS")
-    common.add_argument("--timeout", type=float, metavar="S", help="default 10 s; none for events and --wait")
+    common.add_argument("--timeout", type=seconds, metavar="S", help="default 10 s; none for events and --wait")
     common.add_argument("--json", action="store_true", help="JSON, one object a line")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
 
@@ -69,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     role.add_argument("role", choices=[role.value for role in Role])
     requests = command("requests", "output streams that have not ended, oldest first", Ctl.requests)
     requests.add_argument("--worker", default="", help="only those with a leg there")
-    requests.add_argument("--limit", type=int, default=0, metavar="N", help="at most so many; default 1,000")
+    requests.add_argument(
+        "--limit", type=engine_args.count, default=0, metavar="N", help="at most so many; default 1,000"
+    )
     cancel = command("cancel", "end an output stream, or all of a request", Ctl.cancel)
     cancel.add_argument("id", help="as `requests` lists it, or as the client's answer names it")
     flush = command("flush", "empty prefix caches", Ctl.flush)
@@ -90,7 +94,20 @@ def run(args: argparse.Namespace) -> int:
             args.call(Ctl(client.call, args), args)
     except RpcError as error:
         raise UserError(_explained(error, args.address)) from error
+    except ValueError as error:  # text that is none, and the like
+        raise UserError(f"that can't be sent: {error}") from error
     return 0
+
+
+def seconds(text: str) -> float:
+    """A time limit."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= MAX_TIMEOUT_S:
+        raise argparse.ArgumentTypeError(f"expected seconds, above 0 and up to {MAX_TIMEOUT_S:.0f}, got {text!r}")
+    return value
 
 
 class Ctl:

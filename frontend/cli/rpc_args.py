@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baton.frontend.cli.edge_args import try_tls
+from baton.proto.address import bracketed
 from baton.proto.config import RpcConfig
 from baton.proto.errors import UserError
 
@@ -50,7 +51,7 @@ def _config(args: argparse.Namespace, name: str, cert: str, key: str, claim: Cla
             "--grpc-allow-plaintext where something else protects the network"
         )
     port = claim(host, port, f"{name}-")
-    log.info("%s at %s:%d", {"grpc": "gRPC Inference", "admin": "gRPC Admin"}[name], host, port)
+    log.info("%s at %s:%d", {"grpc": "gRPC Inference", "admin": "gRPC Admin"}[name], bracketed(host), port)
     shares_port = name == "grpc" and args.frontends > 1
     keys = tuple(args.api_key)
     return RpcConfig(host, port, cert, key, keys, shares_port=shares_port, api_key_file=args.api_key_file)

@@ -21,6 +21,7 @@ from baton.frontend.cli import (
 from baton.frontend.launcher import Launcher
 from baton.frontend.processes import specs
 from baton.frontend.run_dir import RunDir
+from baton.proto.address import bracketed
 from baton.proto.config import (
     FrontendConfig,
     NetworkConfig,
@@ -222,6 +223,16 @@ def claim_port(host: str, port: int, flag: str = "") -> int:
         raise UserError(text) from error
 
 
+def check_ports_differ(args: argparse.Namespace) -> None:
+    """Raises UserError for two servers on one: each would be told that it is free."""
+    taken: list[tuple[str, str, int]] = [] if args.uds else [("--port", args.host, args.port)]
+    for flag, host, port in (("--grpc", args.grpc_host, args.grpc_port), ("--admin", args.admin_host, args.admin_port)):
+        for other, beside, number in taken:
+            if port and port == number and (host == beside or {host, beside} & {"0.0.0.0", "::"}):
+                raise UserError(f"{other} and {flag}-port are both {port}: each needs one of its own")
+        taken.append((f"{flag}-port", host, port))
+
+
 def _check_unix_socket(path: Path) -> None:
     if not path.parent.is_dir():
         raise UserError(f"--uds {path}: {path.parent} is not a directory")
@@ -251,6 +262,7 @@ def serve_config(
     private = str(run_dir.path)
     model = engine_args.model_config(args, directory, plan.max_model_len)
     gpus = engine_args.gpus_of(args, len(roles))
+    check_ports_differ(args)
     inference, admin = rpc_args.configs(args, claim_port)
     workers = tuple(
         WorkerConfig(
@@ -327,7 +339,7 @@ def _announce(args: argparse.Namespace, took_s: float) -> None:
     url = (
         f"unix:{args.uds}"
         if args.uds
-        else f"{'https' if args.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{args.port}"
+        else f"{'https' if args.ssl_certfile else 'http'}://{bracketed(host)}:{args.port}"
     )
     sys.stdout.write(f"ready at {url} after {took_s:.1f} s\n")
     sys.stdout.flush()

@@ -28,6 +28,8 @@ def check(args: argparse.Namespace) -> None:
     """Raises UserError for parsers that are not there."""
     if args.enable_auto_tool_choice and not args.tool_call_parser:
         raise UserError("--enable-auto-tool-choice needs --tool-call-parser NAME")
+    if args.tool_parser_plugin and not (args.tool_call_parser or args.reasoning_parser):
+        raise UserError("--tool-parser-plugin needs --tool-call-parser or --reasoning-parser with a name of its own")
     if args.tool_call_parser:
         find_tool_parser(args.tool_call_parser, args.tool_parser_plugin)
     if args.reasoning_parser:

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import re
 import secrets
 import socket
 import sys
@@ -36,12 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network_args.add_key_argument(parser)
     parser.add_argument(
         "--name",
-        default="",
+        type=name,
+        default=None,
         help="unique in the cluster; default: from role, host unless it is this one, and a random number",
     )
     engine_args.add_model_arguments(parser)
     engine_args.add_worker_arguments(parser)
     engine_args.add_kv_transfer_arguments(parser)
+
+
+def name(text: str) -> str:
+    """Of a worker: files and sockets are called so."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}", text):
+        raise argparse.ArgumentTypeError(f"expected 1 to 48 letters, digits, '.', '_' and '-', got {text[:80]!r}")
+    return text
 
 
 def endpoint(text: str) -> str:

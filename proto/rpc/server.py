@@ -18,6 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from baton.proto.address import bracketed
 from baton.proto.config import RpcConfig
 from baton.proto.errors import UserError
 from baton.proto.keys import Keyring, bearer_key, key_name
@@ -94,11 +95,6 @@ class RpcServer:
         """Refuse new calls, and end those that run after `grace_s`."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
-
-
-def bracketed(host: str) -> str:
-    """IPv6 addresses stand in brackets before a port."""
-    return f"[{host}]" if ":" in host else host
 
 
 def _credentials(config: RpcConfig) -> grpc.ServerCredentials:

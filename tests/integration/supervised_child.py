@@ -11,14 +11,14 @@ from baton.proto.supervision import Supervised, run_child
 
 
 def main(config: SchedulerConfig, supervised: Supervised) -> int:
-    """BEHAVIOUR: serve | renew (ready twice) | stubborn | fail | fail_by_user | fail_after_restart."""
+    """BEHAVIOUR: serve | renew (ready twice) | stubborn | fail | fail_by_user | either of these + _after_restart."""
     behaviour = os.environ["BEHAVIOUR"]
     marker = Path(config.endpoint)
     starts = int(marker.read_text() or 0) if marker.exists() else 0
     marker.write_text(str(starts + 1))
     if behaviour == "fail" or (behaviour == "fail_after_restart" and starts > 0):
         raise ValueError(f"cannot work, start {starts + 1}")
-    if behaviour == "fail_by_user":
+    if behaviour == "fail_by_user" or (behaviour == "fail_by_user_after_restart" and starts > 0):
         raise UserError("this flag is wrong")
     say(f"{config.name} {os.getpid()}")
     supervised.ready()

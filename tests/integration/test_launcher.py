@@ -155,6 +155,19 @@ def test_a_dead_child_is_started_again() -> None:
         assert running.finish() == 0
 
 
+def test_what_its_user_has_to_mend_does_not_end_those_that_serve() -> None:
+    with deployment("scheduler=serve", "worker=fail_by_user_after_restart") as running:
+        first = int(running.read_until("worker ").split()[1])
+        running.read_until("ready")
+        os.kill(first, signal.SIGKILL)
+        while "this flag is wrong; starting it again in 30 s" not in running.lines[-1]:
+            running.read_until("")
+        assert "scheduler stopped" not in running.lines
+        running.process.terminate()
+        assert running.finish() == 0
+        assert "scheduler stopped" in running.lines
+
+
 def test_what_can_not_be_started_again_now_is_tried_once_more() -> None:
     with deployment("scheduler=serve", "worker=serve") as running:
         running.read_until("ready")

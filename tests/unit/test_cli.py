@@ -168,6 +168,13 @@ def test_a_machine_without_a_gpu_is_told_what_cuda_needs(model: Path) -> None:
         (["serve", "demo", "--kv-transfer", "nccl"], "--device cpu has no --kv-transfer nccl, only shm, tcp, gloo"),
         (["serve", "demo", "--device", "cuda", "--kv-transfer", "shm"], "only cuda_ipc, tcp, nccl, gloo"),
         (["worker", "demo"], "--role and --scheduler are needed"),
+        (["worker", "demo", "--name", "../../evil"], "argument --name: expected 1 to 48 letters, digits"),
+        (["serve", "demo", "--port", "7001", "--grpc-port", "7001"], "--port and --grpc-port are both 7001"),
+        (["serve", "demo", "--grpc-port", "7001", "--admin-port", "7001"], "--grpc-port and --admin-port are both"),
+        (["serve", "demo", "--tool-parser-plugin", "/nope.py"], "--tool-parser-plugin needs --tool-call-parser or"),
+        (["serve", "demo", "--config"], "argument --config: expected one argument"),
+        (["ctl", "workers", "--timeout", "inf"], "expected seconds, above 0 and up to 86400, got 'inf'"),
+        (["ctl", "requests", "--limit", "3000000000"], "at most 2147483647 is possible"),
         (["worker", "demo", "--role", "unified", "--scheduler", "foo"], "expected an endpoint such as ipc://"),
         (["worker", "demo", "--role", "unified", "--scheduler", "ipc://"], "expected an endpoint such as ipc://"),
         (["worker", "demo", "--role", "unified", "--scheduler", "tcp://h"], "expected an endpoint such as tcp://"),
@@ -278,6 +285,16 @@ def test_the_command_line_wins_over_the_config_file(tmp_path: Path) -> None:
     assert args.served_model_name == ["a", "b"]
     assert args.enable_prefix_caching is False
     assert parse("mine", "--config", str(file)).model == "mine"
+
+
+def test_false_in_the_config_file_turns_a_flag_off(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("mps: false\nno-enable-prefix-caching: false\nenable_auto_tool_choice: true\n")
+    args = parse("demo", "--config", str(file))
+    assert (args.mps, args.enable_prefix_caching, args.enable_auto_tool_choice) == (False, True, True)
+    file.write_text("port: false\n")
+    with pytest.raises(UserError, match="--port"):
+        parse("demo", "--config", str(file))
 
 
 def test_an_unknown_key_in_the_config_file_is_named(tmp_path: Path) -> None:

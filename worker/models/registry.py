@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from baton.proto.errors import UserError
+
 _LLAMA = ("llama", "LlamaForCausalLM", "LlamaConfig")
 
 _MODELS = {
@@ -13,12 +15,18 @@ _MODELS = {
 }
 
 
+class UnsupportedError(UserError, ValueError):
+    """There is no code here for a model."""
+
+
 def find_model(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(model class, its config class) for config.json's content. Raises ValueError naming what is supported."""
+    """(model class, its config class) for config.json's content. Raises UnsupportedError naming what is supported."""
     names = config.get("architectures") or []
     for name in names:
         if name in _MODELS:
             file, model, model_config = _MODELS[name]
             module = importlib.import_module(f"baton.worker.models.{file}")
             return getattr(module, model), getattr(module, model_config)
-    raise ValueError(f"architecture {', '.join(names) or '(none)'} is not supported; supported: {', '.join(_MODELS)}")
+    raise UnsupportedError(
+        f"architecture {', '.join(names) or '(none)'} is not supported; supported: {', '.join(_MODELS)}"
+    )

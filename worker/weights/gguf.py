@@ -157,7 +157,7 @@ def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
 def _write_tokenizer(directory: Path, metadata: dict[str, Any], max_length: int) -> None:
     from baton.worker.weights.gguf_tokenizer import build_tokenizer, tokenizer_config
 
-    build_tokenizer(metadata).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(build_tokenizer(metadata).to_str(pretty=True), encoding="utf-8")
     _write_json(directory / "tokenizer_config.json", tokenizer_config(metadata, max_length))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from baton.proto.errors import UserError
 from baton.worker.layers.linear import Linear
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -18,7 +19,7 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attention.masked_bias")
 _FINGERPRINT_IGNORES = ("_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype", "bos_token_id")
 
 
-class LoadError(ValueError):
+class LoadError(UserError, ValueError):
     """The weights don't fit the model; the message names the tensor and both shapes."""
 
 

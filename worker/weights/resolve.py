@@ -67,7 +67,7 @@ def from_gguf(path: Path, dtype: str, progress: Progress) -> Path:
             progress(f"converting {path.name} to safetensors ({dtype})")
             try:
                 convert(path, scratch, dtype, progress)
-            except (GgufError, ValueError, KeyError) as error:
+            except (GgufError, OSError, ValueError, KeyError) as error:
                 raise ResolveError(f"can't convert {path.name}: {error}") from error
             os.rename(scratch, directory)
     return directory

@@ -146,6 +146,14 @@ def test_streams_do_not_move_when_nobody_could_take_them(bench) -> None:
     assert bench.cluster.operator.worker("decode-0").active
 
 
+def test_who_waits_for_a_drained_worker_hears_that_it_was_resumed(split) -> None:
+    operator = split.cluster.operator
+    operator.drain("decode-0", False, split.now)
+    assert operator.draining("decode-0").name == "decode-0"
+    operator.resume("decode-0")
+    assert "resumed" in refused(Why.FAILED_PRECONDITION, lambda: operator.draining("decode-0"))
+
+
 def test_resume_undoes_drain(split) -> None:
     for name in ("prefill-0", "decode-0", "decode-1"):
         split.cluster.operator.drain(name, False, split.now)
