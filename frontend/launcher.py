@@ -155,7 +155,8 @@ class Launcher:
                 for spec in self._specs:
                     self._start(spec)
             except OSError as error:
-                self._ending.set_result(Ending(EXIT_USER_ERROR, f"{spec.name} can't be started: {error}"))
+                if not self._ending.done():
+                    self._ending.set_result(Ending(EXIT_USER_ERROR, f"{spec.name} can't be started: {error}"))
             self._loop.call_later(WAITING_INTERVAL_S, self._say_who_is_missing)
             ending = await self._ending
             self._draining = True
