@@ -276,11 +276,15 @@ class Membership:
             self._outbox.send(peer, status)
 
     def _say_who_stands_in(self) -> None:
-        standing_in = self._registry.standing_in()
-        if standing_in != self._standing_in:
-            level = logging.WARNING if standing_in else logging.INFO
-            self._outbox.log(standing_in or "every role has a worker again", level)
-            self._standing_in = standing_in
+        # Without frontends there is nobody to serve: all are leaving.
+        standing_in = self._registry.standing_in() if self._registry.frontends else ""
+        if standing_in == self._standing_in:
+            return
+        self._standing_in = standing_in
+        if standing_in:
+            self._outbox.log(standing_in, logging.WARNING)
+        elif not self._registry.lacks_role():
+            self._outbox.log("every role has a worker again")
 
     def not_ready_because(self) -> str:
         """What is missing for a request to be served; empty when nothing is."""

@@ -49,8 +49,10 @@ def held_at_rest(deployment: Deployment, before: dict[str, Held]) -> dict[str, H
 
 
 async def one(client: httpx.AsyncClient, rng: random.Random) -> str:
-    """A streamed request; a third of them is left at a random moment."""
-    aborted = rng.random() < 1 / 3
+    """A streamed request; a third of them is left, most after a random number of events, the others at a random moment,
+    which may be after the end."""
+    leaves = rng.random() < 1 / 3
+    by_events = rng.random() < 0.8
     patience = rng.uniform(0, 0.3)
     body = {
         "prompt": [rng.randrange(100, 40000) for _ in range(rng.randrange(1, 300))],
@@ -59,17 +61,23 @@ async def one(client: httpx.AsyncClient, rng: random.Random) -> str:
         "stream": True,
     }
 
-    async def read() -> None:
+    most = rng.randrange(body["max_tokens"]) if leaves and by_events else None
+
+    async def read() -> str:
+        events = 0
         async with client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200
             async for line in response.aiter_lines():
+                if events == most:
+                    return "aborted"
                 assert not line.startswith('data: {"error"'), line
+                events += line.startswith("data: ")
+        return "done"
 
     try:
-        await asyncio.wait_for(read(), patience if aborted else None)
+        return await asyncio.wait_for(read(), patience if leaves and not by_events else None)
     except TimeoutError:
         return "aborted"
-    return "done"
 
 
 async def load(url: str, count: int, seed: int) -> list[str]:

@@ -140,7 +140,7 @@ def test_thinking_text_and_tools_come_in_the_order_in_which_they_were_written(cl
     thinking, text, use = whole.content
     assert (thinking.type, text.type, use.type) == ("thinking", "text", "tool_use")
     assert thinking.thinking == "I must\nlook."  # type: ignore[union-attr]
-    assert text.text == "\n\nLet me see. "  # type: ignore[union-attr]
+    assert text.text == "Let me see. "  # type: ignore[union-attr]
     assert (use.name, use.input) == ("time", {})  # type: ignore[union-attr]
     assert whole.stop_reason == "tool_use"
     assert whole.usage.output_tokens_details is not None

@@ -161,7 +161,7 @@ def test_reasoning_text_and_calls_come_in_the_order_in_which_they_were_written(c
     assert [item.type for item in whole.output] == ["reasoning", "message", "function_call"]
     reasoning, message, call = whole.output
     assert reasoning.content[0].text == "I must\nlook."  # type: ignore[union-attr]
-    assert message.content[0].text == "\n\nLet me see. "  # type: ignore[union-attr]
+    assert message.content[0].text == "Let me see. "  # type: ignore[union-attr]
     assert (call.name, call.arguments) == ("time", "{}")  # type: ignore[union-attr]
     assert whole.usage is not None
     assert 0 < whole.usage.output_tokens_details.reasoning_tokens < whole.usage.output_tokens

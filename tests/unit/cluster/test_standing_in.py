@@ -11,6 +11,7 @@ from baton.proto.messages import (
     Claim,
     ClusterStatus,
     FirstRows,
+    Goodbye,
     Holding,
     PrefillDone,
     Rejected,
@@ -59,6 +60,12 @@ def test_streams_are_handed_over_again_once_somebody_is_there(pair: Bench) -> No
     pair.tell(identity("prefill-0", 1), PrefillDone(sid, 1, 5, 64, (0, 1, 2, 3), ROWS))
     assert pair.recipients(StartDecode) == ["decode-0"]
     assert logged(pair)[-1] == "every role has a worker again"
+
+
+def test_a_cluster_that_ends_says_nothing_of_it(pair: Bench) -> None:
+    for name, incarnation in (("frontend-0", 7), ("decode-0", 1), ("prefill-0", 1)):
+        pair.tell(identity(name, incarnation), Goodbye(name, incarnation))
+    assert not [text for text in logged(pair) if "does both" in text or "again" in text]
 
 
 def test_a_prompt_that_nobody_is_left_for_starts_again_where_it_was(pair: Bench) -> None:
