@@ -244,7 +244,9 @@ class Cluster:
 
     def _unserved_s(self, num_tokens: int, params: SamplingParams, now: float) -> float:
         """How long nobody has been there who could serve a stream; 0 when somebody is."""
-        return 0.0 if self._able(num_tokens, params) else self._membership.unserved_s(now)
+        # Asked of each stream that waits, and nearly always no role lacks: that is known without a look at the workers.
+        unserved_s = self._membership.unserved_s(now)
+        return unserved_s if unserved_s and not self._able(num_tokens, params) else 0.0
 
     def _on_close(self, frontend: Frontend, close: Close, _frames: tuple[Frame, ...], now: float) -> None:
         stream = self.streams.get(close.sid)
@@ -379,7 +381,8 @@ class Cluster:
         return next((worker for worker in able if worker.identity == sibling.prefilled_by), None)
 
     def _bind(self, stream: Stream, now: float) -> None:
-        """Choose the decode worker, as late as this. Without one the stream stays in HANDOFF: its lease bounds that."""
+        """Choose the decode worker, as late as this. Where none has room the stream stays in HANDOFF: its lease bounds
+        that. Where nobody decodes any more it starts again."""
         if stream.prefill is None or not stream.frames:
             self._retry(stream, "the prompt was with an earlier scheduler", now)
             return

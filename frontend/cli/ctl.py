@@ -101,10 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 def seconds(text: str) -> float:
     """A time limit."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = engine_args.number(text)
     if not 0 < value <= MAX_TIMEOUT_S:
         raise argparse.ArgumentTypeError(f"expected seconds, above 0 and up to {MAX_TIMEOUT_S:.0f}, got {text!r}")
     return value

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -108,12 +109,17 @@ def add_kv_transfer_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def number(text: str) -> float:
+    """NaN, which no bound allows, for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def share(text: str) -> float:
     """A number above 0 and up to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 1, got {text!r}")
     return value
@@ -121,10 +127,7 @@ def share(text: str) -> float:
 
 def milliseconds(text: str) -> float:
     """A finite number, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = number(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected milliseconds, 0 or more, got {text!r}")
     return value

@@ -128,10 +128,7 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
 
 def seconds(text: str) -> float:
     """A finite time from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = engine_args.number(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected seconds from 0, for example 2.5, got {text!r}")
     return value
