@@ -8,13 +8,16 @@ afterwards, by the lease's owner (leases.py), and nobody uses the copy before.
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
 from baton.proto.messages import KVLink, Peer
+
+MAX_PIECE_BLOCKS = 4096
+"""So that what asks for them fits into one packet of a connection."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -28,23 +31,6 @@ class Pull:
     """The owner's block ids."""
     target: tuple[int, ...]
     """Ours, in the same order."""
-
-
-def in_pieces(pulls: Sequence[Pull], sizes: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The blocks of all these pulls, so many at a time: source and target, int64 [size] each.
-
-    A piece is converted when it is asked for, so that the first can leave at once.
-    """
-    source: list[int] = []
-    target: list[int] = []
-    for pull in pulls:
-        source.extend(pull.source)
-        target.extend(pull.target)
-    start = 0
-    for size in sizes:
-        piece = slice(start, start + size)
-        yield np.fromiter(source[piece], np.int64, size), np.fromiter(target[piece], np.int64, size)
-        start += size
 
 
 @dataclass(slots=True, frozen=True)
@@ -116,23 +102,38 @@ class TransferError(Exception):
     """Blocks can't be had from a peer; says from whom and why."""
 
 
-class Link(ABC):
-    """A peer's pool, open for reading. All calls come from one thread."""
+def blocks_per_piece(block_bytes: int, num_bytes: int) -> int:
+    """As many as fit, and one at least."""
+    return min(max(1, num_bytes // block_bytes), MAX_PIECE_BLOCKS)
 
-    batch_bytes = 0
-    """Pulls that wait are copied together up to so many bytes; a larger one goes alone."""
+
+class Link(ABC):
+    """A peer's pool, open for reading a piece at a time. All calls come from one thread."""
+
+    piece_bytes: int
+    """Of one piece at most, unless a block is larger."""
+    edge_bytes = 0
+    """Of the first and the last piece of a stretch, where nothing crosses while those are prepared; 0: as of all."""
+    window: int
+    """So many pieces are under way at most."""
 
     def prepare(self) -> bool:
         """Do a little of what makes later copies faster; whether more of it is left."""
         return False
 
     @abstractmethod
-    def copy(self, pulls: Sequence[Pull]) -> None:
-        """Copy all their blocks; returns when the last byte is in place. Raises TransferError or OSError."""
+    def begin(self, index: int, source: np.ndarray, target: np.ndarray, last: bool) -> None:
+        """Begin to copy the owner's blocks, int64 [n], to ours, int64 [n], as piece `index`. Behind the `last` one
+        nothing waits. Raises TransferError or OSError."""
+
+    @abstractmethod
+    def end(self, index: int, target: np.ndarray) -> None:
+        """Wait until piece `index`, the oldest under way, is in our blocks, int64 [n]. Raises TransferError or
+        OSError."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the peer's memory."""
+        """Let go of the peer's memory; when this returns nothing is written to the pool any more."""
 
 
 class Transport(ABC):

@@ -7,20 +7,21 @@ until it is closed.
 
 import dataclasses
 import socket
-from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 import torch
 
 from baton.kernels.cuda.copy import PEER_PROGRAMS, PROGRAMS
-from baton.kv_transfer.contract import Link, Pool, Pull, TransferError, Transport, in_pieces
+from baton.kv_transfer.contract import Link, Pool, TransferError, Transport, blocks_per_piece
 from baton.kv_transfer.cuda_memory import CudaError, MappedMemory, export
 from baton.kv_transfer.gpu_mover import GpuMover, warm_up
 
-BATCH_BYTES = 512 * 2**20
-"""Copied together at most, so that the first of many pulls need not wait for the last: 0.3 ms on one GPU."""
+LAUNCH_BYTES = 512 * 2**20
+"""One launch, at most, so that the first of many pulls need not wait for the last: 0.3 ms on one GPU."""
 LAUNCH_BLOCKS = 1024
 """Of one launch: while these are copied, the addresses of the next are worked out."""
+WINDOW = 4
 
 
 class CudaIpcOffer(msgspec.Struct, frozen=True):
@@ -70,22 +71,25 @@ class CudaIpcTransport(Transport):
 class CudaIpcLink(Link):
     """A mapped pool."""
 
-    batch_bytes = BATCH_BYTES
+    window = WINDOW
 
     def __init__(self, pool: Pool, handle: bytes, programs: int) -> None:
         self._pool = pool
-        self._mover = GpuMover(pool, programs=programs)
+        self.piece_bytes = min(LAUNCH_BYTES, LAUNCH_BLOCKS * pool.block_bytes)
+        self._most = blocks_per_piece(pool.block_bytes, self.piece_bytes)
+        self._mover = GpuMover(pool, WINDOW * self._most, programs)
         self._mapped = MappedMemory(handle)
         self._theirs = dataclasses.replace(pool, address=self._mapped.address)
+        self._copied = [torch.cuda.Event() for _ in range(WINDOW)]
 
-    def copy(self, pulls: Sequence[Pull]) -> None:
-        count, start = sum(len(pull.source) for pull in pulls), 0
-        sizes = [min(LAUNCH_BLOCKS, count - done) for done in range(0, count, LAUNCH_BLOCKS)]
-        for source, target in in_pieces(pulls, sizes):
-            self._mover.note(start, self._theirs.addresses(source), self._pool.addresses(target))
-            self._mover.launch(range(start, start + len(source)))
-            start += len(source)
-        self._mover.finish()
+    def begin(self, index: int, source: np.ndarray, target: np.ndarray, last: bool) -> None:
+        row = index % WINDOW * self._most
+        self._mover.note(row, self._theirs.addresses(source), self._pool.addresses(target))
+        self._mover.launch(range(row, row + len(source)))
+        self._copied[index % WINDOW].record(self._mover.stream)
+
+    def end(self, index: int, target: np.ndarray) -> None:
+        self._copied[index % WINDOW].synchronize()
 
     def close(self) -> None:
         self._mover.finish()  # where a copy has failed halfway

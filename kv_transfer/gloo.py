@@ -19,13 +19,12 @@ import msgspec
 import numpy as np
 from torch import distributed
 
-from baton.kv_transfer.contract import Pool, TransferError, Transport
+from baton.kv_transfer.contract import Link, Pool, TransferError, Transport
 from baton.kv_transfer.fetch import (
+    FETCH_BYTES,
     STALLED_S,
     WINDOW,
     Attached,
-    FetchLink,
-    Receiver,
     Sender,
     attach,
     encode_fetch,
@@ -58,10 +57,10 @@ class GlooTransport(Transport):
     def obstacle(self, offer: msgspec.Raw) -> str:
         return ""
 
-    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> FetchLink:
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> "GlooLink":
         assert connection is not None  # it works within one host
         (meeting,) = attach(connection, self.name).channel
-        return FetchLink(self._pool, GlooReceiver(self._pool, meeting, connection))
+        return GlooLink(self._pool, meeting, connection)
 
     def serve(self, connection: socket.socket) -> None:
         meeting = self._folder / f"kv-{os.getpid()}-{id(self):x}-{next(self._numbers)}.store"
@@ -105,20 +104,23 @@ class GlooSender(_GlooEnd, Sender):
         self._sent.append(self._group.send([self._staging.gather(index, blocks)], READER, 0))
 
 
-class GlooReceiver(_GlooEnd, Receiver):
+class GlooLink(_GlooEnd, Link):
     """The reader's side of a pair."""
+
+    piece_bytes = FETCH_BYTES
+    window = WINDOW
 
     def __init__(self, pool: Pool, meeting: str, connection: socket.socket) -> None:
         super().__init__(pool, meeting, READER)
         self._connection = connection
 
-    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
-        self._connection.send(encode_fetch(blocks))
+    def begin(self, index: int, source: np.ndarray, target: np.ndarray, last: bool) -> None:
+        self._connection.send(encode_fetch(source))
 
-    def receive(self, index: int, targets: np.ndarray) -> None:
-        buffer = self._staging.buffer(index, len(targets))
+    def end(self, index: int, target: np.ndarray) -> None:
+        buffer = self._staging.buffer(index, len(target))
         self._finish(self._group.recv([buffer], OWNER, 0))
-        self._staging.scatter(buffer, targets)
+        self._staging.scatter(buffer, target)
 
 
 def _make_group(meeting: str, rank: int) -> Any:

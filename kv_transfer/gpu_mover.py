@@ -25,9 +25,10 @@ class GpuMover(Mover):
     """
 
     def __init__(self, pool: Pool, blocks: int = 0, programs: int = PROGRAMS) -> None:
-        """For a list of so many blocks, 0: the whole pool; each launch takes a multiprocessor for each program."""
+        """For a list of so many blocks, 0: the whole pool; a launch takes a multiprocessor for each program."""
         torch.cuda.set_device(pool.gpu)
-        self._copy = prepare_copy(pool.block_bytes, programs)
+        self._copy = prepare_copy(pool.block_bytes)
+        self._programs = programs
         device = torch.device("cuda", pool.gpu)
         shape = (blocks or pool.num_blocks, 2)
         self._pinned = torch.empty(shape, dtype=torch.int64, pin_memory=True)
@@ -49,9 +50,10 @@ class GpuMover(Mover):
         device, host = self._list.data_ptr() + offset, self._pinned.data_ptr() + offset
         enqueue_upload(device, host, count * ROW_BYTES, self.stream.cuda_stream)
 
-    def launch(self, rows: range) -> None:
-        """Enqueue the copy of these rows of the list on `stream`."""
-        self._copy(self._list.data_ptr() + rows.start * ROW_BYTES, len(rows), self.stream.cuda_stream)
+    def launch(self, rows: range, programs: int | None = None) -> None:
+        """Enqueue the copy of these rows of the list on `stream`; by other than the usual number of programs."""
+        first = self._list.data_ptr() + rows.start * ROW_BYTES
+        self._copy(first, len(rows), programs or self._programs, self.stream.cuda_stream)
 
     def finish(self) -> None:
         """Wait for all that is enqueued."""

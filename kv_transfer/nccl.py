@@ -19,16 +19,13 @@ import msgspec
 import numpy as np
 import torch
 
-from baton.kv_transfer.contract import Pool, TransferError, Transport
+from baton.kv_transfer.contract import Link, Pool, TransferError, Transport, blocks_per_piece
 from baton.kv_transfer.fetch import (
     STALLED_S,
     WINDOW,
     Attached,
-    FetchLink,
-    Receiver,
     Sender,
     attach,
-    blocks_per_fetch,
     encode_fetch,
     serve_fetches,
 )
@@ -38,10 +35,10 @@ from baton.kv_transfer.nccl_library import Communicator, NcclError, unique_id
 OWNER, READER = 0, 1
 FETCH_BYTES = 128 * 2**20
 """One message: 370 us of NVLink, beside which the 20 of its own count little. Each end of a pair has BUFFERS of it."""
-EDGE_BYTES = 32 * 2**20
+EDGE_BYTES = 16 * 2**20
 BUFFERS = 2
-PROGRAMS = 48
-"""Of a copy: with fewer the first and the last of a pull take longer, with more its messages do."""
+PROGRAMS = 32
+"""Of a copy beside a message, which more would slow down. A pull's first and last are alone and take the whole GPU."""
 MEETING_S = 30.0
 """The library may have to be loaded, and it looks for networks."""
 SPIN_S = 0.001
@@ -73,11 +70,11 @@ class NcclTransport(Transport):
         theirs = msgspec.msgpack.decode(offer, type=NcclOffer).gpu
         return "nccl does not work between two processes on one GPU" if theirs == self._gpu() else ""
 
-    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> FetchLink:
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> "NcclLink":
         assert connection is not None  # it works within one host
         (meeting,) = attach(connection, self.name).channel
         try:
-            return FetchLink(self._pool, NcclReceiver(self._pool, self._memory, bytes.fromhex(meeting), connection))
+            return NcclLink(self._pool, self._memory, bytes.fromhex(meeting), connection)
         except torch.OutOfMemoryError as error:
             raise TransferError(f"no memory for its buffers: {str(error).splitlines()[0]}") from error
 
@@ -95,16 +92,15 @@ class NcclTransport(Transport):
 
 
 class _NcclEnd:
-    fetch_bytes = FETCH_BYTES
-    edge_bytes = EDGE_BYTES
+    piece_bytes = FETCH_BYTES
 
     def __init__(
         self, pool: Pool, memory: torch.cuda.Stream, meeting: bytes, rank: int, connection: socket.socket
     ) -> None:
         self._pool = pool
         self._connection = connection
-        self._most = blocks_per_fetch(pool, self.fetch_bytes)
-        self._mover = GpuMover(pool, WINDOW * self._most, PROGRAMS)
+        self._most = blocks_per_piece(pool.block_bytes, self.piece_bytes)
+        self._mover = GpuMover(pool, WINDOW * self._most)
         device = self._mover.stream.device
         with torch.cuda.stream(memory):
             self._buffers = torch.empty(BUFFERS, self._most * pool.block_bytes, dtype=torch.uint8, device=device)
@@ -174,9 +170,10 @@ class NcclSender(_NcclEnd, Sender):
     def send(self, index: int, blocks: np.ndarray) -> None:
         rows, (address, size, places) = self._rows(index, len(blocks)), self._buffer(index, len(blocks))
         copied, crossed = self._copied[index % BUFFERS], self._crossed[index % BUFFERS]
+        alone = self._crossed[(index - 1) % BUFFERS].query()
         self._mover.note(rows.start, self._pool.addresses(blocks), places)
         self._mover.stream.wait_event(crossed)
-        self._mover.launch(rows)
+        self._mover.launch(rows, None if alone else PROGRAMS)
         copied.record(self._mover.stream)
         self._wire.wait_event(copied)
         with _as_transfer_error():
@@ -184,38 +181,41 @@ class NcclSender(_NcclEnd, Sender):
         crossed.record(self._wire)
 
 
-class NcclReceiver(_NcclEnd, Receiver):
+class NcclLink(_NcclEnd, Link):
     """The reader's end."""
+
+    edge_bytes = EDGE_BYTES
+    window = WINDOW
 
     def __init__(self, pool: Pool, memory: torch.cuda.Stream, meeting: bytes, connection: socket.socket) -> None:
         super().__init__(pool, memory, meeting, READER, connection)
         self._arrived = [torch.cuda.Event() for _ in range(WINDOW)]
-        self._asked_last: tuple[int, np.ndarray] | None = None
+        self._last_asked: tuple[int, np.ndarray, bool] | None = None
 
-    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
+    def begin(self, index: int, source: np.ndarray, target: np.ndarray, last: bool) -> None:
         # The owner takes longer over its part than this side: it hears of a fetch before the one ahead is dealt with.
-        self._connection.send(encode_fetch(blocks))
-        self._enqueue_last()
-        self._asked_last = index, targets
+        self._connection.send(encode_fetch(source))
+        self._enqueue_receipt()
+        self._last_asked = index, target, last
 
-    def receive(self, index: int, targets: np.ndarray) -> None:
-        self._enqueue_last()
+    def end(self, index: int, target: np.ndarray) -> None:
+        self._enqueue_receipt()
         self._wait(self._arrived[index % WINDOW].query, STALLED_S)
 
-    def _enqueue_last(self) -> None:
+    def _enqueue_receipt(self) -> None:
         """The receipt of the fetch that was asked for last."""
-        if self._asked_last is None:
+        if self._last_asked is None:
             return
-        (index, targets), self._asked_last = self._asked_last, None
-        rows, (address, size, places) = self._rows(index, len(targets)), self._buffer(index, len(targets))
+        (index, target, last), self._last_asked = self._last_asked, None
+        rows, (address, size, places) = self._rows(index, len(target)), self._buffer(index, len(target))
         copied, crossed = self._copied[index % BUFFERS], self._crossed[index % BUFFERS]
         self._wire.wait_event(copied)
         with _as_transfer_error():
             self._communicator.recv(address, size, self._wire)
         crossed.record(self._wire)
-        self._mover.note(rows.start, places, targets)
+        self._mover.note(rows.start, places, self._pool.addresses(target))
         self._mover.stream.wait_event(crossed)
-        self._mover.launch(rows)
+        self._mover.launch(rows, None if last else PROGRAMS)
         copied.record(self._mover.stream)
         self._arrived[index % WINDOW].record(self._mover.stream)
 

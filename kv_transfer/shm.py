@@ -10,14 +10,15 @@ import dataclasses
 import mmap
 import os
 import socket
-from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
-from baton.kv_transfer.contract import Link, Pool, Pull, Transport
+from baton.kv_transfer.contract import Link, Pool, Transport
 from baton.kv_transfer.movers import HostMover
 
+PIECE_BYTES = 16 * 2**20
+"""Copied at a time; pulls that are whole by then are answered: some 2 ms."""
 POPULATE_BYTES = 16 * 2**20
 """Mapped between two looks at the queue: about 2 ms."""
 _MADV_POPULATE_READ = 22  # Linux 5.14; on older kernels each page is mapped when it is first read
@@ -51,6 +52,9 @@ class ShmTransport(Transport):
 class ShmLink(Link):
     """A mapped pool."""
 
+    piece_bytes = PIECE_BYTES
+    window = 1
+
     def __init__(self, pool: Pool, memfd: int) -> None:
         self._pool = pool
         self._mapping = mmap.mmap(memfd, os.fstat(memfd).st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
@@ -66,9 +70,11 @@ class ShmLink(Link):
         self._populated += size
         return self._populated < len(self._mapping)
 
-    def copy(self, pulls: Sequence[Pull]) -> None:
-        for pull in pulls:
-            self._mover.move(self._theirs.addresses(pull.source), self._pool.addresses(pull.target))
+    def begin(self, index: int, source: np.ndarray, target: np.ndarray, last: bool) -> None:
+        self._mover.move(self._theirs.addresses(source), self._pool.addresses(target))
+
+    def end(self, index: int, target: np.ndarray) -> None:
+        """It is there already."""
 
     def close(self) -> None:
         self._mapping.close()

@@ -1,6 +1,6 @@
 """The reader's half, whatever the transport: a thread for each peer, so that one that is slow or dead delays no other.
 
-    start ─► the peer's queue ─► greet ─► choose a transport ─► open ─► copy what waits, together ─► PullDone
+    start ─► the peer's queue ─► greet ─► choose a transport ─► open ─► copy what waits, in turn ─► PullDone
                                    ▲ └──── refused, gone ──────┼─────────────────┴─► PullDone(ok=False)
                                    └──── a worse one is left ──┘
 
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 from baton.kv_transfer.contract import Link, Pull, PullDone, Sink, TransferError, Transport
 from baton.kv_transfer.greeting import Greeted, Greeting, greet
+from baton.kv_transfer.pipeline import Pipeline
 from baton.kv_transfer.topology import choose
 from baton.proto.messages import KVLink
 from baton.proto.network import Network
@@ -95,7 +96,7 @@ class _Reader:
         """The way to this owner, or why there is none: unknown at first, and once it is gone."""
         self._lock = threading.Lock()
         self._queue = deque([first])
-        self._batch: list[Pull] = []
+        self._running: dict[int, Pull] = {}
         """What is being copied."""
         self._block_bytes = me.layout.groups[0].block_bytes
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
@@ -137,7 +138,7 @@ class _Reader:
         with self._lock:
             self.over = True
             os.close(self._wake)
-        for pull in (*self._batch, *self._queue):
+        for pull in (*self._running.values(), *self._queue):
             self._finished(PullDone(pull.transfer, ok=False, reason=reason))
 
     def _read(self) -> None:
@@ -167,6 +168,7 @@ class _Reader:
         log.log(level, "%s reads %s through %s (%s)", self._me.name, self._owner.worker, transport.name, reason)
 
     def _read_over(self, link: Link, transport: Transport, greeted: Greeted) -> None:
+        pipeline = Pipeline(link, self._block_bytes, greeted.owner.num_blocks)
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake, selectors.EVENT_READ)
             selector.register(greeted, selectors.EVENT_READ)
@@ -176,25 +178,15 @@ class _Reader:
                 for key, _ in selector.select(0 if more or self._queue else None):
                     if key.fileobj == self._wake:
                         os.eventfd_read(self._wake)
-                if self._queue and not greeted.gone():
-                    self._copy(link, transport.name, greeted.owner.num_blocks)
+                for pull in pipeline.copy(lambda: self._take(greeted)):
+                    del self._running[pull.transfer]
+                    num_bytes = len(pull.source) * self._block_bytes
+                    self._finished(PullDone(pull.transfer, ok=True, transport=transport.name, num_bytes=num_bytes))
 
-    def _copy(self, link: Link, transport: str, num_blocks: int) -> None:
-        """Copy the pulls that have waited longest, as many as go together."""
-        self._batch = self._next_batch(link.batch_bytes)
-        for pull in self._batch:
-            if max(pull.source) >= num_blocks:
-                raise TransferError(f"block {max(pull.source)} is beyond {self._owner.worker}'s pool of {num_blocks}")
-        link.copy(self._batch)
-        for pull in self._batch:
-            num_bytes = len(pull.source) * self._block_bytes
-            self._finished(PullDone(pull.transfer, ok=True, transport=transport, num_bytes=num_bytes))
-        self._batch = []
-
-    def _next_batch(self, batch_bytes: int) -> list[Pull]:
-        batch = [self._queue.popleft()]
-        blocks = len(batch[0].source)
-        while self._queue and (blocks + len(self._queue[0].source)) * self._block_bytes <= batch_bytes:
-            batch.append(self._queue.popleft())
-            blocks += len(batch[-1].source)
-        return batch
+    def _take(self, greeted: Greeted) -> list[Pull]:
+        """What waits, if it is to be copied."""
+        if not self._queue or self._stopping or greeted.gone():
+            return []
+        taken = [self._queue.popleft() for _ in range(len(self._queue))]
+        self._running.update((pull.transfer, pull) for pull in taken)
+        return taken

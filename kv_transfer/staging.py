@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from baton.kv_transfer.contract import Pool
-from baton.kv_transfer.fetch import FETCH_BYTES, WINDOW, blocks_per_fetch
+from baton.kv_transfer.contract import Pool, blocks_per_piece
+from baton.kv_transfer.fetch import FETCH_BYTES, WINDOW
 from baton.kv_transfer.movers import mover_for
 
 
@@ -14,7 +14,7 @@ class Staging:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._mover = mover_for(pool)
-        size = blocks_per_fetch(pool, FETCH_BYTES) * pool.block_bytes
+        size = blocks_per_piece(pool.block_bytes, FETCH_BYTES) * pool.block_bytes
         self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=pool.gpu >= 0) for _ in range(WINDOW)]
 
     def gather(self, index: int, blocks: np.ndarray) -> torch.Tensor:
@@ -27,9 +27,9 @@ class Staging:
         """Room for so many blocks of fetch `index`."""
         return self.buffers[index % WINDOW][: count * self._pool.block_bytes]
 
-    def scatter(self, buffer: torch.Tensor, targets: np.ndarray) -> None:
-        """Blocks that lie side by side in a buffer, to their places."""
-        self._mover.move(self._inside(buffer), targets)
+    def scatter(self, buffer: torch.Tensor, blocks: np.ndarray) -> None:
+        """What lies side by side in a buffer, to these blocks of the pool, int64 [n]."""
+        self._mover.move(self._inside(buffer), self._pool.addresses(blocks))
 
     def _inside(self, buffer: torch.Tensor) -> np.ndarray:
         return buffer.data_ptr() + np.arange(0, len(buffer), self._pool.block_bytes)

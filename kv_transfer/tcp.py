@@ -19,14 +19,12 @@ import msgspec
 import numpy as np
 import zmq
 
-from baton.kv_transfer.contract import Pool, TransferError, Transport
+from baton.kv_transfer.contract import Link, Pool, TransferError, Transport, blocks_per_piece
 from baton.kv_transfer.fetch import (
     FETCH_BYTES,
     PACKET_BYTES,
     STALLED_S,
-    FetchLink,
-    Receiver,
-    blocks_per_fetch,
+    WINDOW,
     decode_fetch,
     encode_fetch,
 )
@@ -71,9 +69,9 @@ class TcpTransport(Transport):
     def obstacle(self, offer: msgspec.Raw) -> str:
         return ""
 
-    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> FetchLink:
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> "TcpLink":
         addresses = msgspec.msgpack.decode(offer, type=TcpOffer).addresses
-        return FetchLink(self._pool, TcpReceiver(self._pool, self._network, addresses))
+        return TcpLink(self._pool, self._network, addresses)
 
     def close(self) -> None:
         if self._server is not None:
@@ -87,7 +85,7 @@ class TcpServer:
 
     def __init__(self, pool: Pool, folder: Path, network: Network) -> None:
         self._pool = pool
-        self._at_most = blocks_per_fetch(pool, FETCH_BYTES)
+        self._at_most = blocks_per_piece(pool.block_bytes, FETCH_BYTES)
         self._wake = os.eventfd(0)
         self._sockets = [network.context.socket(zmq.ROUTER) for _ in range(CONNECTIONS)]
         for each in self._sockets:
@@ -146,8 +144,11 @@ class TcpServer:
         ]
 
 
-class TcpReceiver(Receiver):
+class TcpLink(Link):
     """Connects to a server's sockets."""
+
+    piece_bytes = FETCH_BYTES
+    window = WINDOW
 
     def __init__(self, pool: Pool, network: Network, addresses: Sequence[str]) -> None:
         self._pool = pool
@@ -161,22 +162,22 @@ class TcpReceiver(Receiver):
             self.close()
             raise
 
-    def ask(self, index: int, blocks: np.ndarray, targets: np.ndarray) -> None:
-        self._lines[index % len(self._lines)].send(encode_fetch(blocks))
+    def begin(self, index: int, source: np.ndarray, target: np.ndarray, last: bool) -> None:
+        self._lines[index % len(self._lines)].send(encode_fetch(source))
 
-    def receive(self, index: int, targets: np.ndarray) -> None:
+    def end(self, index: int, target: np.ndarray) -> None:
         message = self._lines[index % len(self._lines)].receive(STALLED_S)
         frames = [np.frombuffer(frame.buffer, dtype=np.uint8) for frame in message]
-        if sum(map(len, frames)) != len(targets) * self._pool.block_bytes:
-            raise TransferError(f"{sum(map(len, frames))} bytes came instead of {len(targets)} blocks")
+        if sum(map(len, frames)) != len(target) * self._pool.block_bytes:
+            raise TransferError(f"{sum(map(len, frames))} bytes came instead of {len(target)} blocks")
         if self._staging is not None:
-            buffer = self._staging.buffer(index, len(targets))
+            buffer = self._staging.buffer(index, len(target))
             np.concatenate(frames, out=buffer.numpy())
-            self._staging.scatter(buffer, targets)
+            self._staging.scatter(buffer, target)
             return
         size = self._pool.block_bytes
         sources = [frame.ctypes.data + np.arange(0, len(frame), size) for frame in frames]
-        self._mover.move(np.concatenate(sources), targets)
+        self._mover.move(np.concatenate(sources), self._pool.addresses(target))
 
     def close(self) -> None:
         for line in self._lines:

@@ -3,12 +3,14 @@
 
     scripts/bench_peer.py [--transports cuda_ipc nccl] [--sizes 16 64 256 1024] [--json FILE]
 
-GB/s of payload, medians. Without GPUs: --transports shm gloo --sizes 16.
+GB/s of payload, medians: of one pull or message at a time, and of as many in a row as are 1 GiB together. Without GPUs:
+--transports shm gloo --sizes 16 64.
 """
 
 import argparse
 import json
 import random
+import select
 import statistics
 import subprocess
 import sys
@@ -19,10 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_transfer import Figures, device_seconds, opened, scattered, timed
+from bench_transfer import Figures, device_seconds, opened, owner_of, scattered, timed
 from torch import distributed
 
-from baton.kv_transfer.contract import Pool
+from baton.kv_transfer.contract import Pool, Pull
+from baton.kv_transfer.sink import PeerSink
 from baton.proto.supervision import die_with_parent
 
 MIB = 2**20
@@ -48,7 +51,7 @@ def plain_copy(sizes: list[int]) -> Figures:
             target.copy_(source)
 
         seconds = [device_seconds(copy) if on_gpus else timed(copy) for _ in range(ROUNDS)]
-        figures[f"{size // MIB} MiB"] = gb_per_s(size, seconds)
+        figures[described(size)] = gb_per_s(size, seconds)
     return figures
 
 
@@ -76,16 +79,60 @@ def exchange(meeting: str, rank: int, sizes: list[int]) -> Figures:
     for size in sizes:
         buffer = torch.zeros(size, dtype=torch.uint8, device=device)
 
-        def cross(buffer: torch.Tensor = buffer) -> None:
-            if rank:
-                distributed.send(buffer, 0)
-            else:
-                distributed.recv(buffer, 1)
+        def cross(count: int, buffer: torch.Tensor = buffer) -> None:
+            for _ in range(count):
+                if rank:
+                    distributed.send(buffer, 0)
+                else:
+                    distributed.recv(buffer, 1)
             if on_gpus:
                 torch.cuda.current_stream().synchronize()
 
-        figures[f"{size // MIB} MiB"] = gb_per_s(size, [timed(cross) for _ in range(ROUNDS)])
+        for count in sorted({1, in_a_row(size, sizes)}):
+            seconds = [timed(lambda count=count, cross=cross: cross(count)) for _ in range(ROUNDS)]
+            figures[described(size, count)] = gb_per_s(count * size, seconds)
     distributed.destroy_process_group()
+    return figures
+
+
+def in_a_row(size: int, sizes: list[int]) -> int:
+    """How many of this size are as much as one of the largest."""
+    return max(sizes) // size
+
+
+def described(size: int, count: int = 1) -> str:
+    return f"{size // MIB} MiB" + (f", {count} in a row" if count > 1 else "")
+
+
+def pulls_through(transport: str, block_bytes: int, sizes: list[int]) -> Figures:
+    """As a worker sees pulls that it starts together, from the first one's start until all have ended."""
+    figures: Figures = {}
+    with owner_of(transport, block_bytes, 4 * max(sizes), owner_gpu=1) as near:
+        sink = PeerSink(near.me, [near.reading], near.network)
+
+        def run(pulls: list[Pull]) -> None:
+            for pull in pulls:
+                sink.start(pull)
+            ended = 0
+            while ended < len(pulls):
+                select.select([sink], [], [])
+                done = sink.completed()
+                if any(not each.ok for each in done):
+                    raise SystemExit(done)
+                ended += len(done)
+
+        for size in sizes:
+            count = in_a_row(size, sizes)
+            if count == 1:
+                continue
+            seconds = []
+            for _ in range(ROUNDS):
+                whole, step = scattered(near.pool.blocks, count * size // block_bytes), size // block_bytes
+                parts = [slice(first, first + step) for first in range(0, count * step, step)]
+                pulls = [Pull(i, near.owner, whole.source[part], whole.target[part]) for i, part in enumerate(parts)]
+                seconds.append(timed(lambda pulls=pulls: run(pulls)))
+            figures[described(size, count)] = gb_per_s(count * size, seconds)
+        sink.close()
     return figures
 
 
@@ -93,18 +140,18 @@ def blocks_through(transport: str, block_bytes: int, sizes: list[int]) -> Figure
     """As the reader's thread sees a pull, from its begin to its end; where one kernel does it, that alone as well."""
     figures: Figures = {}
     with opened(transport, block_bytes, 4 * max(sizes), owner_gpu=1) as both:
-        link, pool, _ = both
+        link, pool = both.link, both.pool
         for size in sizes:
             pulls = [scattered(pool, size // block_bytes) for _ in range(ROUNDS)]
-            seconds = [timed(lambda pull=pull, link=link: link.copy([pull])) for pull in pulls]
-            figures[f"{size // MIB} MiB"] = gb_per_s(size, seconds)
+            seconds = [timed(lambda pull=pull: both.copy(pull)) for pull in pulls]
+            figures[described(size)] = gb_per_s(size, seconds)
             if transport == "cuda_ipc":
                 figures[f"{size // MIB} MiB, kernel"] = kernel(link, pool, size)
         if transport == "cuda_ipc":
             for programs in PROGRAMS:
                 figures[f"256 MiB, kernel of {programs} programs"] = kernel(link, pool, 256 * MIB, programs)
         last = scattered(pool, max(sizes) // block_bytes)
-        link.copy([last])
+        both.copy(last)
         both.check(last)
     return figures
 
@@ -138,7 +185,7 @@ def main() -> None:
     for transport in args.transports:
         for block_bytes in BLOCK_BYTES:
             name = f"{transport}, blocks of {block_bytes // 2**10} KiB"
-            result[name] = blocks_through(transport, block_bytes, sizes)
+            result[name] = blocks_through(transport, block_bytes, sizes) | pulls_through(transport, block_bytes, sizes)
             print(name, json.dumps(result[name]), flush=True)
             if args.json:
                 args.json.write_text(json.dumps(result, indent=1))

@@ -30,8 +30,9 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-from baton.kv_transfer.contract import Pool, Pull
+from baton.kv_transfer.contract import Pool, Pull, Transport
 from baton.kv_transfer.greeting import Greeting, greet
+from baton.kv_transfer.pipeline import Pipeline
 from baton.kv_transfer.source import PeerSource
 from baton.kv_transfer.transports import open_transports
 from baton.proto.curve import FILE_NAME, create_key, load_key
@@ -76,8 +77,14 @@ class Opened(NamedTuple):
     """A link to the pool of another process, and the pool of ours that it fills, on GPU 0."""
 
     link: Any
+    pipeline: Pipeline
     pool: Pool
     tensor: torch.Tensor
+
+    def copy(self, pull: Pull) -> None:
+        waiting = [pull]
+        for _ in self.pipeline.copy(lambda: [waiting.pop()] if waiting else []):
+            pass
 
     def check(self, pull: Pull) -> None:
         """That the blocks of the pull, the last one into them, are what the owner has there."""
@@ -92,9 +99,20 @@ def fill(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.uniform_(generator=torch.Generator(tensor.device).manual_seed(0))
 
 
+class Near(NamedTuple):
+    """Another process that offers a pool, and what a reader needs."""
+
+    owner: Peer
+    pool: Any
+    """Ours, of the same size, on GPU 0."""
+    me: Greeting
+    reading: Transport
+    network: Network
+
+
 @contextmanager
-def opened(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> Iterator[Opened]:
-    """To a pool of `size` bytes on `owner_gpu`."""
+def owner_of(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> Iterator[Near]:
+    """A process with a pool of `size` bytes on `owner_gpu`."""
     command = [sys.executable, __file__, "--own", transport, str(block_bytes), str(size), str(owner_gpu)]
     owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=die_with_parent)
     assert owner.stdin is not None
@@ -103,20 +121,28 @@ def opened(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> I
     pool = open_pool(transport, block_bytes, size, gpu=0)
     folder = Path(address.split()[0].removeprefix("unix:")).parent
     network = network_of(transport, folder)
-    name = transport.removeprefix("far ")
-    (reading,) = open_transports(name, pool, folder, network)
+    (reading,) = open_transports(transport.removeprefix("far "), pool, folder, network)
     me = Greeting(layout_of(block_bytes), "reader", 2, pool.num_blocks)
-    with greet(Peer("owner", 1, "", address), me, network) as greeted:
-        link = reading.open(greeted.owner.offers[name], greeted.connection, greeted.memfd)
-        while link.prepare():
-            pass
-        yield Opened(link, pool.blocks, pool.tensor)
-        link.close()
+    yield Near(Peer("owner", 1, "", address), pool, me, reading, network)
     reading.close()
     network.close()
     pool.close()
     owner.stdin.close()
     owner.wait()
+
+
+@contextmanager
+def opened(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> Iterator[Opened]:
+    """A link to the pool of `owner_of`."""
+    with owner_of(transport, block_bytes, size, owner_gpu) as near:
+        reading = near.reading
+        with greet(near.owner, near.me, near.network) as greeted:
+            link = reading.open(greeted.owner.offers[reading.name], greeted.connection, greeted.memfd)
+            while link.prepare():
+                pass
+            pipeline = Pipeline(link, block_bytes, greeted.owner.num_blocks)
+            yield Opened(link, pipeline, near.pool.blocks, near.pool.tensor)
+            link.close()
 
 
 def own(transport: str, block_bytes: int, size: int, gpu: int) -> None:
@@ -152,10 +178,10 @@ def gather(_args: argparse.Namespace) -> Figures:
     figures: Figures = {}
     for block_bytes in (2 * 2**20, 32 * 2**10):
         with opened("cuda_ipc", block_bytes, 4 * GIB) as both:
-            link, pool, _ = both
+            link, pool = both.link, both.pool
             for payload in (GIB, GIB // 2, GIB // 32):
                 pulls = [scattered(pool, payload // block_bytes) for _ in range(20)]
-                seconds = [timed(lambda pull=pull, link=link: link.copy([pull])) for pull in pulls][4:]
+                seconds = [timed(lambda pull=pull, both=both: both.copy(pull)) for pull in pulls][4:]
                 name = f"{block_bytes // 2**10} KiB blocks, {payload // 2**20} MiB"
                 figures[f"{name}: pull, TB/s"] = payload / statistics.median(seconds) / 1e12
                 addresses = [(link._theirs.addresses(pull.source), pool.addresses(pull.target)) for pull in pulls]
@@ -179,9 +205,8 @@ def host(_args: argparse.Namespace) -> Figures:
     figures: Figures = {"memcpy, GB/s": payload / statistics.median(seconds) / 1e9}
     for transport in ("shm", "tcp", "far tcp", "gloo"):
         with opened(transport, block_bytes, 4 * payload) as both:
-            link, pool, _ = both
-            pulls = [scattered(pool, payload // block_bytes) for _ in range(20)]
-            seconds = [timed(lambda pull=pull, link=link: link.copy([pull])) for pull in pulls][4:]
+            pulls = [scattered(both.pool, payload // block_bytes) for _ in range(20)]
+            seconds = [timed(lambda pull=pull, both=both: both.copy(pull)) for pull in pulls][4:]
             both.check(pulls[-1])
             figures[f"{transport}, GB/s"] = payload / statistics.median(seconds) / 1e9
     return figures
@@ -212,9 +237,9 @@ def device_seconds(run: Any) -> float:
 class Arrivals:
     """Blocks that arrive at `rate` bytes a second, `burst` bytes at a time, from a thread as in a worker."""
 
-    def __init__(self, link: Any, pool: Pool, rate: float, burst: int) -> None:
-        self._link, self._rate, self._burst = link, rate, burst
-        self._pull = scattered(pool, burst // pool.block_bytes)
+    def __init__(self, both: Opened, rate: float, burst: int) -> None:
+        self._both, self._rate, self._burst = both, rate, burst
+        self._pull = scattered(both.pool, burst // both.pool.block_bytes)
         self._stop = threading.Event()
         self._copied = 0
         self._started = time.perf_counter()
@@ -223,7 +248,7 @@ class Arrivals:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._link.copy([self._pull])
+            self._both.copy(self._pull)
             self._copied += self._burst
             ahead = self._copied / self._rate - (time.perf_counter() - self._started)
             if ahead > 0:
@@ -248,9 +273,9 @@ def decode(args: argparse.Namespace) -> Figures:
     steps(engine, 1)
     quiet = [steps(engine, n) for n in (2, 3)]
     figures: Figures = {"undisturbed, ms": statistics.median(quiet), "again, ms": quiet}
-    with opened("cuda_ipc", 2 * 2**20, 4 * GIB) as (link, pool, _):
+    with opened("cuda_ipc", 2 * 2**20, 4 * GIB) as both:
         for burst in (512, 64):
-            arrivals = Arrivals(link, pool, 100e9, burst * 2**20)
+            arrivals = Arrivals(both, 100e9, burst * 2**20)
             figures[f"with {burst} MiB at a time, ms"] = beside = steps(engine, 10 + burst)
             figures[f"with {burst} MiB at a time, GB/s"] = arrivals.stop() / 1e9
             figures[f"with {burst} MiB at a time, ratio"] = beside / figures["undisturbed, ms"]

@@ -42,15 +42,18 @@ def copy_blocks(jobs: torch.Tensor, block_bytes: int, programs: int = PROGRAMS) 
     return _copy_blocks[(programs,)](jobs, len(jobs) * per_block, per_block, chunk // 4, num_warps=warps)
 
 
-def prepare_copy(block_bytes: int, programs: int = PROGRAMS) -> Callable[[int, int, int], None]:
+def prepare_copy(block_bytes: int) -> Callable[[int, int, int, int], None]:
     """copy_blocks on the current device, compiled and bound: a launch takes the host a sixth of the time.
 
-    What it returns takes the address of jobs, how many they are, and the handle of a stream.
+    What it returns takes the address of jobs, how many they are, how many programs, and the handle of a stream.
     """
     chunk, per_block = _chunks(block_bytes)
-    kernel = copy_blocks(torch.empty(0, 2, dtype=torch.int64, device="cuda"), block_bytes, programs)
-    launch = kernel[programs, 1, 1]
-    return lambda jobs, count, stream: launch(jobs, count * per_block, per_block, chunk // 4, stream=stream)
+    kernel = copy_blocks(torch.empty(0, 2, dtype=torch.int64, device="cuda"), block_bytes)
+
+    def launch(jobs: int, count: int, programs: int, stream: int) -> None:
+        kernel[programs, 1, 1](jobs, count * per_block, per_block, chunk // 4, stream=stream)
+
+    return launch
 
 
 def _chunks(block_bytes: int) -> tuple[int, int]:

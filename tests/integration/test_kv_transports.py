@@ -13,8 +13,8 @@ from support.transport_suite import MANY, TransportSuite, start_garbage_thread
 from support.worker_bench import BLOCK, Bench, to_scheduler, tokens
 
 from baton.kv_transfer.contract import Pull, TransferError
-from baton.kv_transfer.fetch import Attached, FetchLink, attach
-from baton.kv_transfer.gloo import GlooTransport
+from baton.kv_transfer.fetch import Attached, attach
+from baton.kv_transfer.gloo import GlooLink, GlooTransport
 from baton.kv_transfer.greeting import Greeting
 from baton.kv_transfer.movers import runs
 from baton.kv_transfer.sink import PeerSink
@@ -108,7 +108,7 @@ class NeverMeets(GlooTransport):
         super().__init__(pool.blocks, folder)
         self._owner_first = owner_first
 
-    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> FetchLink:
+    def open(self, offer: msgspec.Raw, connection: socket.socket | None, memfd: int) -> GlooLink:
         assert connection is not None
         attach(connection, self.name)
         if self._owner_first:

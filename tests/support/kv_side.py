@@ -91,10 +91,8 @@ class Side:
 def _size_fetches(small: bool) -> None:
     from baton.kv_transfer import nccl
 
-    ends = nccl._NcclEnd
-    ends.fetch_bytes, ends.edge_bytes = nccl.FETCH_BYTES, nccl.EDGE_BYTES
-    if small:
-        ends.fetch_bytes, ends.edge_bytes = 8 * GROUP.block_bytes, GROUP.block_bytes
+    nccl._NcclEnd.piece_bytes = 8 * GROUP.block_bytes if small else nccl.FETCH_BYTES
+    nccl.NcclLink.edge_bytes = GROUP.block_bytes if small else nccl.EDGE_BYTES
 
 
 def _open_pool(device: str, layout: KVLayout) -> Any:

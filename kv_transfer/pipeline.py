@@ -1,0 +1,91 @@
+"""The pulls from one peer, some blocks at a time, whatever they belong to.
+
+    waiting pulls ─► pieces: small, larger … smaller ─► begin ─► link.window under way ─► end ─► pulls that are whole
+
+What is asked for meanwhile goes behind what is under way, without a gap, and each pull is answered with its last piece.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from baton.kv_transfer.contract import Link, Pull, TransferError, blocks_per_piece
+
+
+class Pipeline:
+    """For one link, and one thread."""
+
+    def __init__(self, link: Link, block_bytes: int, num_blocks: int) -> None:
+        """To an owner that has so many blocks."""
+        self._link = link
+        self._num_blocks = num_blocks
+        self._most = blocks_per_piece(block_bytes, link.piece_bytes)
+        self._edge = blocks_per_piece(block_bytes, link.edge_bytes or link.piece_bytes)
+        self._index = 0
+
+    def copy(self, waiting: Callable[[], Sequence[Pull]]) -> Iterator[Pull]:
+        """Copy the blocks of all pulls that `waiting` returns, each time it is asked, until it returns none and all is
+        done. Yields each when its last byte is in place. Raises TransferError or OSError."""
+        blocks = _Blocks()
+        under_way: deque[tuple[int, np.ndarray, list[Pull]]] = deque()
+        size = 0
+        while True:
+            blocks.put(waiting())
+            if blocks.left and len(under_way) < self._link.window:
+                size = piece_size(blocks.left, size, self._edge, self._most)
+                source, target, whole = blocks.take(size)
+                if len(beyond := source[source.view(np.uint64) >= self._num_blocks]):  # negative ones too
+                    raise TransferError(f"block {beyond[0]} is beyond the owner's pool of {self._num_blocks}")
+                self._link.begin(self._index, source, target, last=not blocks.left)
+                under_way.append((self._index, target, whole))
+                self._index += 1
+            elif under_way:
+                index, target, whole = under_way.popleft()
+                self._link.end(index, target)
+                yield from whole
+                if not under_way:
+                    size = 0
+            else:
+                return
+
+
+def piece_size(left: int, before: int, edge: int, most: int) -> int:
+    """How many of the blocks that are left go next, after a piece of `before`, 0 when nothing is under way.
+
+    A stretch begins with `edge` and ends with about that, and each piece is at most twice as large as the one before or
+    behind it: so none waits long until its blocks are gathered, and the end until they are scattered.
+    """
+    if 2 * left <= 3 * edge:
+        return min(left, most)
+    return min(2 * before or edge, max(edge, 2 * left // 3), most)
+
+
+class _Blocks:
+    """The blocks of pulls, in their order."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        self._pulls: deque[Pull] = deque()
+        self._taken = 0  # of the first pull
+
+    def put(self, pulls: Sequence[Pull]) -> None:
+        self._pulls.extend(pulls)
+        self.left += sum(len(pull.source) for pull in pulls)
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray, list[Pull]]:
+        """The next `count`: source and target, int64 [count] each; and the pulls of which nothing is left."""
+        source, target = np.empty(count, np.int64), np.empty(count, np.int64)
+        whole: list[Pull] = []
+        filled = 0
+        while filled < count:
+            pull = self._pulls[0]
+            end = min(self._taken + count - filled, len(pull.source))
+            room, piece = slice(filled, filled + end - self._taken), slice(self._taken, end)
+            source[room], target[room] = pull.source[piece], pull.target[piece]
+            filled, self._taken = room.stop, end
+            if end == len(pull.source):
+                whole.append(self._pulls.popleft())
+                self._taken = 0
+        self.left -= count
+        return source, target, whole
