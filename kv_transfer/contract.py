@@ -8,7 +8,6 @@ afterwards, by the lease's owner (leases.py), and nobody uses the copy before.
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -20,16 +19,16 @@ MAX_PIECE_BLOCKS = 4096
 """So that what asks for them fits into one packet of a connection."""
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, frozen=True, eq=False)
 class Pull:
     """Copy whole blocks from a peer's pool; answered by PullDone."""
 
     transfer: int
     """Id, unique per batcher."""
     owner: Peer
-    source: tuple[int, ...]
-    """The owner's block ids."""
-    target: tuple[int, ...]
+    source: np.ndarray
+    """The owner's block ids, int64 [n], n > 0."""
+    target: np.ndarray
     """Ours, in the same order."""
 
 
@@ -93,9 +92,9 @@ class Pool:
     handle: bytes = b""
     """By which another process maps `address`, on a GPU, where it is itself a mapping and can't be exported."""
 
-    def addresses(self, blocks: Sequence[int] | np.ndarray) -> np.ndarray:
+    def addresses(self, blocks: np.ndarray) -> np.ndarray:
         """Where these blocks begin, int64 [n]."""
-        return self.address + np.asarray(blocks, dtype=np.int64) * self.block_bytes
+        return self.address + blocks.astype(np.int64, copy=False) * self.block_bytes
 
 
 class TransferError(Exception):

@@ -66,7 +66,7 @@ def decode_fetch(data: bytes | memoryview, pool: Pool, at_most: int) -> np.ndarr
     """The blocks that a reader asks for, int32 [n]. Raises TransferError, or one of UNDECODABLE, when it must not."""
     asked = msgspec.msgpack.decode(data, type=Fetch).blocks
     blocks = np.frombuffer(asked[: len(asked) // 4 * 4], dtype="<i4")
-    if not 0 < len(blocks) <= at_most or not 0 <= blocks.min() <= blocks.max() < pool.num_blocks:
+    if not 0 < len(blocks) <= at_most or blocks.view("<u4").max() >= pool.num_blocks:  # a negative one is larger
         raise TransferError(f"a reader asks for {len(blocks)} blocks up to {blocks.max(initial=-1)}")
     return blocks
 

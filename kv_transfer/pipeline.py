@@ -75,17 +75,17 @@ class _Blocks:
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray, list[Pull]]:
         """The next `count`: source and target, int64 [count] each; and the pulls of which nothing is left."""
-        source, target = np.empty(count, np.int64), np.empty(count, np.int64)
+        source: list[np.ndarray] = []
+        target: list[np.ndarray] = []
         whole: list[Pull] = []
-        filled = 0
-        while filled < count:
-            pull = self._pulls[0]
-            end = min(self._taken + count - filled, len(pull.source))
-            room, piece = slice(filled, filled + end - self._taken), slice(self._taken, end)
-            source[room], target[room] = pull.source[piece], pull.target[piece]
-            filled, self._taken = room.stop, end
-            if end == len(pull.source):
+        self.left -= count
+        while count:
+            pull, first = self._pulls[0], self._taken
+            self._taken = min(first + count, len(pull.source))
+            source.append(pull.source[first : self._taken])
+            target.append(pull.target[first : self._taken])
+            count -= self._taken - first
+            if self._taken == len(pull.source):
                 whole.append(self._pulls.popleft())
                 self._taken = 0
-        self.left -= count
-        return source, target, whole
+        return np.concatenate(source), np.concatenate(target), whole

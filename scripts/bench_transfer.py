@@ -89,7 +89,7 @@ class Opened(NamedTuple):
     def check(self, pull: Pull) -> None:
         """That the blocks of the pull, the last one into them, are what the owner has there."""
         theirs = fill(torch.empty_like(self.tensor))
-        if not torch.equal(self.tensor[list(pull.target)], theirs[list(pull.source)]):
+        if not torch.equal(self.tensor[pull.target], theirs[pull.source]):
             raise SystemExit("blocks have arrived that are not the owner's")
         torch.cuda.empty_cache()  # memory that comes out of it would slow the next copies by 2.5 %
 
@@ -167,7 +167,7 @@ def own(transport: str, block_bytes: int, size: int, gpu: int) -> None:
 
 def scattered(pool: Pool, count: int) -> Pull:
     """`count` blocks at random places, to random places."""
-    source, target = (tuple(random.sample(range(pool.num_blocks), count)) for _ in range(2))
+    source, target = (np.array(random.sample(range(pool.num_blocks), count)) for _ in range(2))
     return Pull(1, NOBODY, source, target)
 
 

@@ -17,6 +17,8 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from baton.kv_transfer.contract import Pull, PullDone
 from baton.proto.config import LeaseConfig
 from baton.proto.lifecycle import Stage
@@ -259,7 +261,8 @@ class Pulls:
         remote.pulling[transfer] = end - first
         self._transfers[transfer] = request
         request.ledger.stages.setdefault(Stage.PULL_ISSUED, now)
-        self._outbox.append(Pull(transfer, remote.owner, remote.source[first:end], tuple(request.blocks[first:end])))
+        source, target = (np.array(blocks[first:end], np.int64) for blocks in (remote.source, request.blocks))
+        self._outbox.append(Pull(transfer, remote.owner, source, target))
 
     def _open(self, request: Request, now: float) -> None:
         remote = _remote(request)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from support.kv_side import DEADLINE_S, LAYOUT, NUM_BLOCKS, Side
 from support.transport_suite import MANY, TransportSuite, start_garbage_thread
@@ -140,7 +141,7 @@ def test_one_that_fails_after_it_took_the_connection_over_gives_way_too(owner_fi
         for transport in both[1]:
             stack.callback(transport.close)
         for number in range(12):
-            sink.start(Pull(number, Peer("worker-0", 1, "", source.address), (3,), (5,)))
+            sink.start(Pull(number, Peer("worker-0", 1, "", source.address), np.array([3]), np.array([5])))
             assert select.select([sink], [], [], DEADLINE_S)[0]
             (done,) = sink.completed()
             assert (done.ok, done.transport) == (True, "tcp"), done.reason

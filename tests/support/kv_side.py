@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from baton.kv_transfer.contract import Pull, PullDone
@@ -62,7 +63,7 @@ class Side:
                 each.unlink()  # as for a peer on another host
 
     def start(self, transfer: int, owner: Peer, source: Sequence[int], target: Sequence[int]) -> None:
-        self.sink.start(Pull(transfer, owner, tuple(source), tuple(target)))
+        self.sink.start(Pull(transfer, owner, np.array(source), np.array(target)))
 
     def wait(self, count: int = 1) -> list[PullDone]:
         """At least so many pulls that have ended."""

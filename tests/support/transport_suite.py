@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 import zmq
@@ -95,7 +96,7 @@ class TransportSuite:
     def test_both_directions_at_once(self, reader: Side, owner: Child) -> None:
         half = range(NUM_BLOCKS // 2)
         rest = range(NUM_BLOCKS // 2, NUM_BLOCKS)
-        owner.start([Pull(i, reader.peer, (block,), (rest[i],)) for i, block in enumerate(half)])
+        owner.start([Pull(i, reader.peer, np.array([block]), np.array([rest[i]])) for i, block in enumerate(half)])
         for i, block in enumerate(half):
             reader.start(i, owner.peer, (block,), (rest[i],))
         assert all(done.ok for done in reader.wait(len(half)))
@@ -209,11 +210,11 @@ class TransportSuite:
     def test_a_reader_killed_amid_pulls_harms_no_other(
         self, reader: Side, owner: Child, child: Callable[..., Child]
     ) -> None:
-        owner.start([Pull(i, reader.peer, (i,), (i,)) for i in range(MANY)])
+        owner.start([Pull(i, reader.peer, np.array([i]), np.array([i])) for i in range(MANY)])
         assert owner.done().ok
         owner.kill()
         again = child("decode-1", 12)
-        again.start([Pull(0, reader.peer, (7,), (8,))])
+        again.start([Pull(0, reader.peer, np.array([7]), np.array([8]))])
         assert again.done().ok
         assert torch.equal(again.blocks()[8], content(22)[7])
 
@@ -265,8 +266,8 @@ class TransportSuite:
         moved = [handoff.begin(n, length=2 * BLOCK, first_token=2 * BLOCK * n) for n in range(MANY)]
         assert moved == [2] * MANY
         assert handoff.decode.batcher.pool.num_used == 2 * MANY
-        source = [block for pull in handoff.pulls for block in pull.source]
-        target = [block for pull in handoff.pulls for block in pull.target]
+        source = np.concatenate([pull.source for pull in handoff.pulls])
+        target = np.concatenate([pull.target for pull in handoff.pulls])
         assert handoff.finish() == []
         assert torch.equal(reader.blocks()[target], content(owner.peer.incarnation)[source])
         assert handoff.prefill.batcher.pool.num_used == handoff.decode.batcher.pool.num_used == 0

@@ -80,7 +80,7 @@ def pair() -> Iterator[Pair]:
 
 def pull(transfer: int, first: int, count: int) -> Pull:
     """To the same places."""
-    return Pull(transfer, OWNER, tuple(range(first, first + count)), tuple(range(first, first + count)))
+    return Pull(transfer, OWNER, np.arange(first, first + count), np.arange(first, first + count))
 
 
 def sizes(count: int, most: int, edge: int) -> list[int]:
@@ -143,7 +143,7 @@ def test_the_last_piece_is_named_as_such(pair: Pair) -> None:
 @pytest.mark.parametrize("block", [OWNERS, -1])
 def test_a_block_that_the_owner_does_not_have_is_not_read(block: int, pair: Pair) -> None:
     with pytest.raises(TransferError, match=f"block {block} is beyond the owner's pool of {OWNERS}"):
-        pair.copy([Pull(1, OWNER, (0, block), (1, 2))])
+        pair.copy([Pull(1, OWNER, np.array([0, block]), np.array([1, 2]))])
     assert (pair.ours.tensor[2] == -1).all()
 
 

@@ -348,7 +348,7 @@ class Worker(Process):
         source = self._memories[pull.owner.kv_endpoint]
         moments = sorted(rng.expovariate(1 / self.spec.copy_s) for _ in range(3))
         ok = rng.random() >= 0.01
-        pairs = list(zip(pull.source, pull.target, strict=True))
+        pairs = list(zip(pull.source.tolist(), pull.target.tolist(), strict=True))
         half = len(pairs) // 2
         self._pulls += 1
 
