@@ -110,6 +110,10 @@ def pulls_through(transport: str, block_bytes: int, sizes: list[int]) -> Figures
     with owner_of(transport, block_bytes, 4 * max(sizes), owner_gpu=1) as near:
         sink = PeerSink(near.me, [near.reading], near.network)
 
+        def parts(whole: Pull, count: int) -> list[Pull]:
+            halves = zip(np.split(whole.source, count), np.split(whole.target, count), strict=True)
+            return [Pull(i, near.owner, *half) for i, half in enumerate(halves)]
+
         def run(pulls: list[Pull]) -> None:
             for pull in pulls:
                 sink.start(pull)
@@ -125,12 +129,8 @@ def pulls_through(transport: str, block_bytes: int, sizes: list[int]) -> Figures
             count = in_a_row(size, sizes)
             if count == 1:
                 continue
-            seconds = []
-            for _ in range(ROUNDS):
-                whole, step = scattered(near.pool.blocks, count * size // block_bytes), size // block_bytes
-                parts = [slice(first, first + step) for first in range(0, count * step, step)]
-                pulls = [Pull(i, near.owner, whole.source[part], whole.target[part]) for i, part in enumerate(parts)]
-                seconds.append(timed(lambda pulls=pulls: run(pulls)))
+            rounds = [parts(scattered(near.pool.blocks, count * size // block_bytes), count) for _ in range(ROUNDS)]
+            seconds = [timed(lambda pulls=pulls: run(pulls)) for pulls in rounds]
             figures[described(size, count)] = gb_per_s(count * size, seconds)
         sink.close()
     return figures
