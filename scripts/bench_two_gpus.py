@@ -10,6 +10,7 @@ prefill + 1 decode worker) and unified (two workers that do both) on the works o
 """
 
 import argparse
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -18,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+import urllib.request
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +27,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from bench_gpu_served import Server, bench
+from bench_gpu_served import PORT, Server, bench
 from bench_transfer import SPLIT, Figures, WatchedServer, handoffs
+from prometheus_client.parser import text_string_to_metric_families
 
 SCRIPTS = Path(__file__).resolve().parent
 TARGETS = ("--goodput", "ttft:300", "tpot:10")
@@ -146,12 +149,12 @@ def serving(args: argparse.Namespace, workers: list[str], sweep: tuple[float, ..
         figures["ready after, s"] = server.ready_s
         bench(max(2, int(scale.seconds)), input_len, output_len, 16)  # clocks and caches
         for input_len, output_len, rate in works:
-            count = round(rate * scale.seconds)
+            count, before = round(rate * scale.seconds), handoff_sums()
             found = bench(
                 count, input_len, output_len, rate, *TARGETS, "--metric-percentiles", "50,90,99", "--save-detailed"
             )
             found["share inside both targets"] = found["request_goodput"] * found["duration"] / count
-            found |= gaps(found.pop("itls"))
+            found |= gaps(found.pop("itls")) | handoff_means(before, handoff_sums())
             for name in ("ttfts", "input_lens", "output_lens", "errors"):
                 del found[name]
             figures[f"{input_len} / {output_len} at {rate:g} req/s"] = found
@@ -160,6 +163,29 @@ def serving(args: argparse.Namespace, workers: list[str], sweep: tuple[float, ..
     inside = [rate for (_, _, rate), found in zip(works, list(figures.values())[1:], strict=True) if good(found)]
     figures["highest rate with enough inside both targets, any lengths, req/s"] = max(inside, default=0)
     return figures
+
+
+def handoff_sums() -> dict[str, float]:
+    """Seconds of all handoffs so far, whole and by part, and how many they were."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=10) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    sums: dict[str, float] = collections.defaultdict(float)
+    for sample in (sample for family in families for sample in family.samples):
+        name = {
+            "baton_handoff_seconds_count": "count",
+            "baton_handoff_seconds_sum": "whole",
+            "baton_handoff_stage_seconds_sum": f"up to {sample.labels.get('stage')}",
+        }.get(sample.name)
+        if name:
+            sums[name] += sample.value
+    return sums
+
+
+def handoff_means(before: dict[str, float], after: dict[str, float]) -> Figures:
+    """Of the handoffs between."""
+    count = after.get("count", 0) - before.get("count", 0)
+    names = [name for name in after if name != "count"] if count else []
+    return {f"handoff, {name}, mean ms": (after[name] - before.get(name, 0)) / count * 1e3 for name in names}
 
 
 def gaps(itls: list[list[float]]) -> Figures:
