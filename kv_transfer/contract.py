@@ -112,7 +112,8 @@ class Link(ABC):
     piece_bytes: int
     """Of one piece at most, unless a block is larger."""
     edge_bytes = 0
-    """Of the first and the last piece of a stretch, where nothing crosses while those are prepared; 0: as of all."""
+    """Of the first piece, when nothing is under way, and about of the last: nothing crosses while those are prepared.
+    0: as of all."""
     window: int
     """So many pieces are under way at most."""
 

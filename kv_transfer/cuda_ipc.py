@@ -72,10 +72,11 @@ class CudaIpcLink(Link):
     """A mapped pool."""
 
     window = WINDOW
+    launch_blocks = LAUNCH_BLOCKS
 
     def __init__(self, pool: Pool, handle: bytes, programs: int) -> None:
         self._pool = pool
-        self.piece_bytes = min(LAUNCH_BYTES, LAUNCH_BLOCKS * pool.block_bytes)
+        self.piece_bytes = min(LAUNCH_BYTES, self.launch_blocks * pool.block_bytes)
         self._most = blocks_per_piece(pool.block_bytes, self.piece_bytes)
         self._mover = GpuMover(pool, WINDOW * self._most, programs)
         self._mapped = MappedMemory(handle)

@@ -39,7 +39,7 @@ EDGE_BYTES = 32 * 2**20
 """95 us of NVLink: the owner's thread takes about as long until the next message is enqueued."""
 BUFFERS = 2
 PROGRAMS = 32
-"""Of a copy beside a message, which more would slow down. A pull's first and last are alone and take the whole GPU."""
+"""Of a copy beside a message, which more would slow down. The first and the last are alone and get the mover's own."""
 MEETING_S = 30.0
 """The library may have to be loaded, and it looks for networks."""
 SPIN_S = 0.001

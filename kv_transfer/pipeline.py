@@ -2,11 +2,12 @@
 
     waiting pulls ─► pieces: small, larger … smaller ─► begin ─► link.window under way ─► end ─► pulls that are whole
 
-What is asked for meanwhile goes behind what is under way, without a gap, and each pull is answered with its last piece.
+What is asked for meanwhile goes behind what is under way, as soon as a piece has ended, and each pull is answered with
+its last piece.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -24,14 +25,15 @@ class Pipeline:
         self._edge = blocks_per_piece(block_bytes, link.edge_bytes or link.piece_bytes)
         self._index = 0
 
-    def copy(self, waiting: Callable[[], Sequence[Pull]]) -> Iterator[Pull]:
-        """Copy the blocks of all pulls that `waiting` returns, each time it is asked, until it returns none and all is
-        done. Yields each when its last byte is in place. Raises TransferError or OSError."""
+    def copy(self, next_pull: Callable[[], Pull | None]) -> Iterator[Pull]:
+        """Copy what `next_pull` returns, which is asked for no more than the next pieces need, until it returns None and
+        all is done. Yields each pull when its last byte is in place. Raises TransferError or OSError."""
         blocks = _Blocks()
         under_way: deque[tuple[int, np.ndarray, list[Pull]]] = deque()
         size = 0
         while True:
-            blocks.put(waiting())
+            while blocks.left < 2 * self._most and (pull := next_pull()) is not None:
+                blocks.put(pull)
             if blocks.left and len(under_way) < self._link.window:
                 size = piece_size(blocks.left, size, self._edge, self._most)
                 source, target, whole = blocks.take(size)
@@ -53,12 +55,13 @@ class Pipeline:
 def piece_size(left: int, before: int, edge: int, most: int) -> int:
     """How many of the blocks that are left go next, after a piece of `before`, 0 when nothing is under way.
 
-    A stretch begins with `edge` and ends with about that, and each piece is at most twice as large as the one before or
-    behind it: so none waits long until its blocks are gathered, and the end until they are scattered.
+    What goes without a pause begins with `edge` and ends with about that or less. In between a piece is at most twice
+    as large as the one before, and as all behind it: so none waits long until its blocks are gathered, and the end
+    until they are scattered.
     """
     if 2 * left <= 3 * edge:
         return min(left, most)
-    return min(2 * before or edge, max(edge, 2 * left // 3), most)
+    return min(max(2 * before, edge), max(edge, 2 * left // 3), most)
 
 
 class _Blocks:
@@ -69,9 +72,10 @@ class _Blocks:
         self._pulls: deque[Pull] = deque()
         self._taken = 0  # of the first pull
 
-    def put(self, pulls: Sequence[Pull]) -> None:
-        self._pulls.extend(pulls)
-        self.left += sum(len(pull.source) for pull in pulls)
+    def put(self, pull: Pull) -> None:
+        assert len(pull.source) == len(pull.target) > 0
+        self._pulls.append(pull)
+        self.left += len(pull.source)
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray, list[Pull]]:
         """The next `count`: source and target, int64 [count] each; and the pulls of which nothing is left."""

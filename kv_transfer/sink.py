@@ -178,15 +178,15 @@ class _Reader:
                 for key, _ in selector.select(0 if more or self._queue else None):
                     if key.fileobj == self._wake:
                         os.eventfd_read(self._wake)
-                for pull in pipeline.copy(lambda: self._take(greeted)):
+                for pull in pipeline.copy(lambda: self._next(greeted)):
                     del self._running[pull.transfer]
                     num_bytes = len(pull.source) * self._block_bytes
                     self._finished(PullDone(pull.transfer, ok=True, transport=transport.name, num_bytes=num_bytes))
 
-    def _take(self, greeted: Greeted) -> list[Pull]:
-        """What waits, if it is to be copied."""
+    def _next(self, greeted: Greeted) -> Pull | None:
+        """Of what waits, if it is still to be copied."""
         if not self._queue or self._stopping or greeted.gone():
-            return []
-        taken = [self._queue.popleft() for _ in range(len(self._queue))]
-        self._running.update((pull.transfer, pull) for pull in taken)
-        return taken
+            return None
+        pull = self._queue.popleft()
+        self._running[pull.transfer] = pull
+        return pull

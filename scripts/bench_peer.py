@@ -3,8 +3,8 @@
 
     scripts/bench_peer.py [--transports cuda_ipc nccl] [--sizes 16 64 256 1024] [--json FILE]
 
-GB/s of payload, medians: of one pull or message at a time, and of as many in a row as are 1 GiB together. Without GPUs:
---transports shm gloo --sizes 16 64.
+GB/s of payload, medians: of one pull or message at a time, and of as many in a row as are one of the largest size.
+Without GPUs: --transports shm gloo --sizes 16 64.
 """
 
 import argparse

@@ -83,7 +83,7 @@ class Opened(NamedTuple):
 
     def copy(self, pull: Pull) -> None:
         waiting = [pull]
-        for _ in self.pipeline.copy(lambda: [waiting.pop()] if waiting else []):
+        for _ in self.pipeline.copy(lambda: waiting.pop() if waiting else None):
             pass
 
     def check(self, pull: Pull) -> None:

@@ -50,6 +50,12 @@ class TestCudaIpc(CudaIpcSuite):
     kind = "cuda cuda_ipc"
 
 
+class TestCudaIpcInManyPieces(GpuSuite):
+    """Rows of the list and events are used again and again within a pull."""
+
+    kind = "small cuda cuda_ipc"
+
+
 class TestTcp(GpuSuite):
     kind = "cuda tcp"
 

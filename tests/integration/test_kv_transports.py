@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from support.kv_side import DEADLINE_S, LAYOUT, NUM_BLOCKS, Side
+from support.kv_side import DEADLINE_S, LAYOUT, NUM_BLOCKS, Child, Side
 from support.transport_suite import MANY, TransportSuite, start_garbage_thread
 from support.worker_bench import BLOCK, Bench, to_scheduler, tokens
 
@@ -44,8 +44,18 @@ class TestFarTcp(TestTcp):
     kind = "far tcp"
 
 
+class TestTcpInManyPieces(TestTcp):
+    """A pull is many pieces, and more of them are under way than go into the window."""
+
+    kind = "small tcp"
+
+
 class TestGloo(TransportSuite):
     kind = "gloo"
+
+
+class TestGlooInManyPieces(TransportSuite):
+    kind = "small gloo"
 
 
 class TestLocal:
@@ -121,6 +131,22 @@ class NeverMeets(GlooTransport):
         if not self._owner_first:
             connection.recv(1)
         raise TransferError("they do not meet")
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
+def test_what_waits_is_not_copied_from_an_owner_that_leaves(kind: str, tmp_path: Path) -> None:
+    """Of 200 pulls of the whole pool nearly all wait when it goes."""
+    reader, owner = Side(kind, tmp_path, "decode-0", 22), Child(kind, tmp_path, "prefill-0", 11)
+    try:
+        for number in range(200):
+            reader.start(number, owner.peer, range(NUM_BLOCKS), range(NUM_BLOCKS))
+        done = reader.wait()
+        owner.leave()
+        done += reader.wait(200 - len(done))
+        assert sum(each.ok for each in done) < 150
+    finally:
+        owner.close()
+        reader.close()
 
 
 @pytest.mark.parametrize("owner_first", [True, False])

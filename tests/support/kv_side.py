@@ -14,7 +14,10 @@ import numpy as np
 import torch
 
 from baton.kv_transfer.contract import Pull, PullDone
+from baton.kv_transfer.fetch import FETCH_BYTES
+from baton.kv_transfer.gloo import GlooLink
 from baton.kv_transfer.greeting import Greeting
+from baton.kv_transfer.tcp import TcpLink
 from baton.kv_transfer.transports import open_halves
 from baton.proto.curve import FILE_NAME, load_key
 from baton.proto.layout import Group, KVLayout
@@ -41,15 +44,14 @@ class Side:
     """A worker in this process. `pool.tensor` starts with `content(incarnation)`.
 
     A kind is a transport after its device: 'shm', 'cuda tcp', 'cuda:1 nccl'; 'far tcp' and 'far cuda tcp' have no Unix
-    sockets for their peers, only TCP endpoints that want the key in `folder`. 'small cuda:1 nccl' fetches 8 blocks at a
-    time, so that a pull is many messages.
+    sockets for their peers, only TCP endpoints that want the key in `folder`. 'small …' copies 8 blocks at a time, so
+    that a pull is many pieces.
     """
 
     def __init__(self, kind: str, folder: Path, name: str, incarnation: int, layout: KVLayout = LAYOUT) -> None:
         far = kind.startswith("far ")
         device, _, transport = kind.removeprefix("far ").removeprefix("small ").rpartition(" ")
-        if transport == "nccl":
-            _size_fetches(small=kind.startswith("small "))
+        _size_pieces(transport, small=kind.startswith("small "))
         self.pool = _open_pool(device, layout)
         self.network = Network(LOOPBACK, load_key(str(folder / FILE_NAME))) if far else Network()
         if layout.groups == LAYOUT.groups:
@@ -89,11 +91,20 @@ class Side:
         self.pool.close()
 
 
-def _size_fetches(small: bool) -> None:
-    from baton.kv_transfer import nccl
+def _size_pieces(transport: str, small: bool) -> None:
+    """Of this process's links."""
+    piece = 8 * GROUP.block_bytes
+    if transport == "nccl":
+        from baton.kv_transfer import nccl
 
-    nccl._NcclEnd.piece_bytes = 8 * GROUP.block_bytes if small else nccl.FETCH_BYTES
-    nccl.NcclLink.edge_bytes = GROUP.block_bytes if small else nccl.EDGE_BYTES
+        nccl._NcclEnd.piece_bytes = piece if small else nccl.FETCH_BYTES
+        nccl.NcclLink.edge_bytes = GROUP.block_bytes if small else nccl.EDGE_BYTES
+    elif transport == "cuda_ipc":
+        from baton.kv_transfer import cuda_ipc
+
+        cuda_ipc.CudaIpcLink.launch_blocks = 8 if small else cuda_ipc.LAUNCH_BLOCKS
+    else:
+        GlooLink.piece_bytes = TcpLink.piece_bytes = piece if small else FETCH_BYTES
 
 
 def _open_pool(device: str, layout: KVLayout) -> Any:
