@@ -26,8 +26,8 @@ class Pipeline:
         self._index = 0
 
     def copy(self, next_pull: Callable[[], Pull | None]) -> Iterator[Pull]:
-        """Copy what `next_pull` returns, which is asked for no more than the next pieces need, until it returns None and
-        all is done. Yields each pull when its last byte is in place. Raises TransferError or OSError."""
+        """Copy what `next_pull` returns, which is asked for no more than the next pieces need, until it returns None
+        and all is done. Yields each pull when its last byte is in place. Raises TransferError or OSError."""
         blocks = _Blocks()
         under_way: deque[tuple[int, np.ndarray, list[Pull]]] = deque()
         size = 0
