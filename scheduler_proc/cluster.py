@@ -31,7 +31,6 @@ from baton.proto.messages import (
     Refused,
     Rejected,
     Retry,
-    SamplingParams,
     Sid,
     Submit,
     WorkerHello,
@@ -44,7 +43,7 @@ from baton.scheduler_proc.orders import Orders
 from baton.scheduler_proc.placement import make_policy
 from baton.scheduler_proc.reconcile import Reconciler
 from baton.scheduler_proc.registry import Frontend, Registry, Worker
-from baton.scheduler_proc.stream import AdmissionQueue, Handoff, State, Stream, room_for
+from baton.scheduler_proc.stream import AdmissionQueue, Handoff, State, Stream
 
 SWEEP_S = 0.25
 """Timers are coarse: all of them are looked at this often."""
@@ -168,11 +167,6 @@ class Cluster:
             arrived = stream.arrived
             self._legs.cancel_all(stream)
             self._forget(stream)
-        num_tokens = memoryview(frames[0]).nbytes // 4
-        rejection = self._rejection(submit, num_tokens, now)
-        if rejection is not None:
-            self._outbox.send(frontend.identity, rejection)
-            return
         stream = Stream(
             sid=submit.sid,
             attempt=submit.attempt,
@@ -182,13 +176,17 @@ class Cluster:
             state=State.QUEUED,
             params=submit.params,
             frames=frames,
-            num_tokens=num_tokens,
+            num_tokens=memoryview(frames[0]).nbytes // 4,
             priority=submit.priority,
             deadline=now + submit.timeout_s if submit.timeout_s > 0 else float("inf"),
             arrived=arrived,
             sibling=(submit.sid[0], submit.sibling) if submit.sibling else None,
             request=submit.request,
         )
+        rejection = self._rejection(stream, now)
+        if rejection is not None:
+            self._outbox.send(frontend.identity, rejection)
+            return
         self.streams[submit.sid] = stream
         self.queue.push(stream)
         self._outbox.send(frontend.identity, Accepted(submit.sid, submit.attempt))
@@ -202,51 +200,65 @@ class Cluster:
             return
         self._outbox.send(stream.frontend, Accepted(stream.sid, stream.attempt))
 
-    def _rejection(self, submit: Submit, num_tokens: int, now: float) -> Rejected | None:
+    def _rejection(self, stream: Stream, now: float) -> Rejected | None:
         code = message = ""
-        if submit.attempt == 1 and len(self.queue) >= self._config.max_waiting:
+        if stream.attempt == 1 and len(self.queue) >= self._config.max_waiting:
             code, message = RejectCode.QUEUE_FULL, f"{len(self.queue)} requests are waiting already"
-        elif too_long := self._too_long(num_tokens, submit.params, now):
-            begun = num_tokens > submit.prompt_len  # so somebody held it, who may come back
-            code, message = RejectCode.NO_WORKERS if begun else RejectCode.TOO_LONG, too_long
-        elif self._unserved_s(num_tokens, submit.params, now) >= self._config.no_workers_s:
+        elif too_long := self._too_long(stream, now):
+            # Somebody held one that has begun, and may come back; and while not all have come, one may yet.
+            passing = stream.begun or not self.registry.complete_once
+            code, message = RejectCode.NO_WORKERS if passing else RejectCode.TOO_LONG, too_long
+        elif self._unserved_s(stream, now) >= self._config.no_workers_s:
             code, message = RejectCode.NO_WORKERS, self.registry.lacking()
         if not code:
             return None
         retry_after_s = QUEUE_FULL_RETRY_S if code == RejectCode.QUEUE_FULL else 0.0
-        return Rejected(submit.sid, submit.attempt, code, message, retry_after_s)
+        return Rejected(stream.sid, stream.attempt, code, message, retry_after_s)
 
-    def _too_long(self, num_tokens: int, params: SamplingParams, now: float) -> str:
-        """Why no worker could ever run so many tokens; empty when one could, or may once it is there (again)."""
-        if self._able(num_tokens, params) or self.registry.lacks_role(bool(params.pooling)):
+    def _too_long(self, stream: Stream, now: float) -> str:
+        """Why no worker could ever run a stream; empty when one could, or may once it is there (again)."""
+        if self._able(stream) or self.registry.lacks_role(stream.pooled):
             return ""
-        if self._membership.may_hold_soon(room_for(num_tokens, params), now):
+        if self._membership.may_hold_soon(stream.room, now):
             return ""
-        return f"{num_tokens} tokens{' and room for output' * bool(params.max_tokens)} are more than any worker holds"
+        output = " and room for output" * (stream.room - stream.num_tokens)
+        return f"{stream.num_tokens} tokens{output} are more than any worker holds"
 
-    def _able(self, num_tokens: int, params: SamplingParams) -> list[Worker]:
-        """Workers from which a stream with so many tokens can go all the way."""
-        ends_there, room = bool(params.pooling), room_for(num_tokens, params)
-        able = [worker for worker in self.registry.prefill_workers(ends_there) if worker.fits(room)]
-        if ends_there:
-            return able
-        return [w for w in able if not self.registry.hands_over(w) or self._takers(w, room)]
+    def _able(self, stream: Stream) -> list[Worker]:
+        """Workers from which a stream can go all the way: as their roles have it, else alone."""
+        able = [worker for worker in self.registry.prefill_workers(stream.pooled) if worker.fits(stream.room)]
+        if not stream.pooled:
+            able = [w for w in able if not self.registry.hands_over(w) or self._takers(w, stream)]
+        return able or self._alone(stream)
 
-    def _takers(self, owner: Worker, room: int) -> list[Worker]:
-        """Who can take over from a worker, and has room for so many tokens."""
-        return [worker for worker in self.registry.decode_workers(owner) if worker.fits(room)]
+    def _alone(self, stream: Stream) -> list[Worker]:
+        """Who holds a stream that those whose role it is do not; or has just room for all of one that has begun, and so
+        can say that this was its end."""
+        stand_ins = self.registry.stand_ins()
+        able = [worker for worker in stand_ins if worker.fits(stream.room)]
+        return able or [worker for worker in stand_ins if stream.begun and worker.fits(stream.num_tokens)]
+
+    def _takers(self, owner: Worker, stream: Stream) -> list[Worker]:
+        """Who can take over from a worker, and has room."""
+        return [worker for worker in self.registry.decode_workers(owner) if worker.fits(stream.room)]
+
+    def _hands_over(self, worker: Worker, stream: Stream) -> bool:
+        """Whether what this worker prefills of a stream goes on elsewhere."""
+        return self.registry.hands_over(worker) and bool(self._takers(worker, stream))
 
     def _roomiest(self, workers: list[Worker], stream: Stream) -> list[Worker]:
         """Those that can hold the stream to its end, if there are any: others would end it where their context ends."""
         assert stream.params is not None
         whole = stream.prompt_len + stream.params.max_tokens
-        return [w for w in workers if self.registry.hands_over(w) or w.fits(whole)] or workers
+        return [w for w in workers if self._hands_over(w, stream) or w.fits(whole)] or workers
 
-    def _unserved_s(self, num_tokens: int, params: SamplingParams, now: float) -> float:
+    def _unserved_s(self, stream: Stream, now: float) -> float:
         """How long nobody has been there who could serve a stream; 0 when somebody is."""
         # Asked of each stream that waits, and nearly always no role lacks: that is known without a look at the workers.
         unserved_s = self._membership.unserved_s(now)
-        return unserved_s if unserved_s and not self._able(num_tokens, params) else 0.0
+        if not unserved_s or self._able(stream) or self._membership.lost_lately(stream.room, now):
+            return 0.0
+        return unserved_s
 
     def _on_close(self, frontend: Frontend, close: Close, _frames: tuple[Frame, ...], now: float) -> None:
         stream = self.streams.get(close.sid)
@@ -348,13 +360,12 @@ class Cluster:
         """Send queued streams to prefill workers, as far as those have room: what waits here can still be placed."""
         stuck: set[bool] = set()
         while (stream := self.queue.peek(stuck)) is not None:
-            assert stream.params is not None  # it was submitted to this scheduler
-            able = self._able(stream.num_tokens, stream.params)
+            able = self._able(stream)
             willing = self._roomiest([worker for worker in able if worker.identity not in stream.refused_by], stream)
             if stream.deadline <= now:
                 text = "the deadline passed in the queue"
                 self._notify(stream, Rejected(stream.sid, stream.attempt, RejectCode.DEADLINE, text), now)
-            elif not able and (too_long := self._too_long(stream.num_tokens, stream.params, now)):
+            elif not able and (too_long := self._too_long(stream, now)):
                 self._retry(stream, too_long, now)  # the next Submit is rejected
             elif not able and self.registry.prefill_workers(stream.pooled):
                 self.queue.discard(stream)  # too long for who is there, unlike others; `_sweep` brings it back
@@ -369,7 +380,8 @@ class Cluster:
                 if home is None and not candidates:
                     return
                 self.queue.discard(stream)
-                self._legs.start_prefill(stream, home or self._policy.prefill(candidates, stream), now, bool(home))
+                worker = home or self._policy.prefill(candidates, stream)
+                self._legs.start_prefill(stream, worker, self._hands_over(worker, stream), now, bool(home))
 
     def _home(self, stream: Stream, willing: list[Worker]) -> Worker | None:
         """The worker where a sibling has the stream's prompt, or will: next to nothing is left to compute there."""
@@ -386,10 +398,8 @@ class Cluster:
         if stream.prefill is None or not stream.frames:
             self._retry(stream, "the prompt was with an earlier scheduler", now)
             return
-        assert stream.params is not None
         owner = self.registry.workers[stream.prefill.worker]
-        room = room_for(stream.num_tokens, stream.params)
-        takers = [worker for worker in self._takers(owner, room) if worker.identity not in stream.refused_by]
+        takers = [worker for worker in self._takers(owner, stream) if worker.identity not in stream.refused_by]
         if willing := self._roomiest(takers, stream):
             sibling = self.streams.get(stream.sibling) if stream.sibling else None
             where = sibling.decode.worker if sibling and sibling.decode else b""
@@ -427,8 +437,7 @@ class Cluster:
         waited = now - stream.since
         match stream.state:
             case State.QUEUED:
-                assert stream.params is not None
-                if min(waited, self._unserved_s(stream.num_tokens, stream.params, now)) >= self._config.no_workers_s:
+                if min(waited, self._unserved_s(stream, now)) >= self._config.no_workers_s:
                     self._retry(stream, self.registry.lacking(), now)
                 elif stream not in self.queue:
                     self.queue.push(stream)

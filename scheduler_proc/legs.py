@@ -18,8 +18,8 @@ class Legs:
         self._outbox = outbox
         self._cmd_seq = 0
 
-    def start_prefill(self, stream: Stream, worker: Worker, now: float, shares: bool = False) -> None:
-        """Send the prompt; who hands over to nobody decodes it too. `shares`: all but its end is there."""
+    def start_prefill(self, stream: Stream, worker: Worker, hands_over: bool, now: float, shares: bool = False) -> None:
+        """Send the prompt; who does not hand over decodes it too. `shares`: all but its end is there."""
         assert stream.params is not None
         self._cmd_seq += 1
         command = StartPrefill(
@@ -30,7 +30,7 @@ class Legs:
             prompt_len=stream.prompt_len,
             params=stream.params,
             reply_to=self._reply_to(stream),
-            continue_decode=not self._registry.hands_over(worker),
+            continue_decode=not hands_over,
             priority=stream.priority,
         )
         self._outbox.send(worker.identity, command, stream.frames)

@@ -73,6 +73,7 @@ class Membership:
         self._status_at = float("-inf")
         self._swept_at: float | None = None
         self._began: float | None = None
+        self._joined_at = 0.0  # the last worker, or this process began
         self._lost: list[tuple[float, Worker]] = []  # who left lately, and when
         self._spares: dict[str, bytes] = {}  # by name: who was turned away for a worker of the same name
         self._asked: dict[bytes, float] = {}
@@ -96,6 +97,7 @@ class Membership:
         if earlier is not None:
             self.lost(earlier.identity, "a newer incarnation has registered", now)
         worker = Worker(sender, hello, joined_at=now, heard_at=now)
+        self._joined_at = now
         self._join(worker, hello.pid, hello.pid_space)
         self._orders.joined(worker)
         self._outbox.happened(EventKind.WORKER_JOINED, worker.name, f"{worker.role}, {worker.settings.duty}")
@@ -228,7 +230,8 @@ class Membership:
     def sweep(self, now: float) -> None:
         """Beats that are overdue."""
         self.unserved_s(now)
-        self._began = now if self._began is None else self._began
+        if self._began is None:
+            self._began = self._joined_at = now
         if not self._config.expected_workers and now - self._began >= self._config.grace_s:
             self._registry.complete_once = True  # restarted: who lives has come back
         self._lost = [(at, worker) for at, worker in self._lost if now - at < self._config.no_workers_s]
@@ -245,8 +248,12 @@ class Membership:
     def may_hold_soon(self, needed: int, now: float) -> bool:
         """Whether a worker with room for so many tokens may come: again, or while not all have had the time to."""
         settled = self._began is not None and now - self._began >= self._config.grace_s
-        lost = any(now - at < self._config.no_workers_s and worker.fits(needed) for at, worker in self._lost)
-        return lost or not settled or not self._registry.complete_once
+        waited_for = not self._registry.complete_once and now - self._joined_at < self._config.no_workers_s
+        return self.lost_lately(needed, now) or not settled or waited_for
+
+    def lost_lately(self, needed: int, now: float) -> bool:
+        """Whether a worker with room for so many tokens was there a while ago: one that stood in may restart, too."""
+        return any(now - at < self._config.no_workers_s and worker.fits(needed) for at, worker in self._lost)
 
     def unserved_s(self, now: float) -> float:
         """For how long a role has lacked; it looks at least once per sweep."""

@@ -253,7 +253,7 @@ class Registry:
         """Workers from which a stream can go all the way; `ends_there`: the prefill is all of it."""
         if not self.lacks_role(ends_there):
             return [w for w in self.workers.values() if w.prefills] if ends_there else self._complete_paths()
-        return self._stand_ins()
+        return self.stand_ins()
 
     def lacks_role(self, ends_there: bool = False) -> bool:
         """Whether nobody is there for something that a stream needs; others may stand in."""
@@ -265,13 +265,13 @@ class Registry:
             self._prefill_workers = [w for w in workers if w.prefills and (w.decodes or self.decode_workers(w))]
         return self._prefill_workers
 
-    def _stand_ins(self) -> list[Worker]:
+    def stand_ins(self) -> list[Worker]:
         """A role says what a worker is sent, not what it can do: each takes streams from prompt to end alone."""
         return [w for w in self.workers.values() if w.active] if self.complete_once else []
 
     def standing_in(self) -> str:
         """Who does what nobody is left for, and why; empty while every role is there."""
-        standing = self._stand_ins() if self.lacks_role() else []
+        standing = self.stand_ins() if self.lacks_role() else []
         if not standing:
             return ""
         return f"{self.lacking()}: {', '.join(worker.name for worker in standing)} does both until then"

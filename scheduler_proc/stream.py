@@ -104,6 +104,16 @@ class Stream:
         return self.params is not None and bool(self.params.pooling)
 
     @property
+    def begun(self) -> bool:
+        """Whether an earlier attempt has brought tokens."""
+        return self.num_tokens > self.prompt_len
+
+    @property
+    def room(self) -> int:
+        """Tokens that it needs room for: those that it has and one of output, if it wants any."""
+        return self.num_tokens + min(self.params.max_tokens if self.params else 0, 1)
+
+    @property
     def legs(self) -> list[Leg]:
         """Where it is."""
         return [leg for leg in (self.prefill, self.decode) if leg is not None]
@@ -116,11 +126,6 @@ class Stream:
         """Change the state."""
         self.state = state
         self.since = now
-
-
-def room_for(num_tokens: int, params: SamplingParams) -> int:
-    """Tokens that a stream needs room for: those that it has and one of output, if it wants any."""
-    return num_tokens + min(params.max_tokens, 1)
 
 
 class AdmissionQueue:

@@ -213,9 +213,16 @@ class Batcher:
 
     def _impossible(self, request: Request) -> str | None:
         """Why this worker could never serve the request."""
+        if request.leg == PREFILL and self._over_already(request):
+            return None
         if len(request.tokens) + min(request.params.max_tokens, 1) > self._max_model_len:
             return f"{len(request.tokens)} tokens and what is to follow: this worker holds {self._max_model_len}"
         return None
+
+    def _over_already(self, request: Request) -> bool:
+        """Whether the frontend has all its tokens from earlier attempts: only the word that it is over was lost."""
+        full = len(request.tokens) == self._max_model_len
+        return request.num_output > 0 and (request.num_output >= request.params.max_tokens or full)
 
     def _start_prefill(self, request: Request, command: StartPrefill, now: float) -> None:
         request.hands_over = not command.continue_decode and not command.params.pooling
@@ -224,8 +231,7 @@ class Batcher:
         if not request.ends_with_prefill:
             request.ledger.decode_worker, request.ledger.transport = self.me.worker, "local"
         self._requests[request.key] = request
-        if 0 < request.params.max_tokens <= request.num_output:
-            # All its tokens reached the frontend in an earlier attempt; only the word that it is over was lost.
+        if self._over_already(request):
             self._emit(request, (), (), FinishReason.LENGTH)
             self._over(request, ended=True)
             return
@@ -286,7 +292,7 @@ class Batcher:
         request.first_rows = rows
         if len(request.tokens) < self._max_model_len:
             self._gate.enter(request, self._steps.arrive)
-        else:  # the owner's limit is higher
+        else:  # the owner, who is asked for no more than one token, had no reason to end it
             self._emit(request, (), (), FinishReason.LENGTH)
             self._over(request, ended=True)
 
@@ -497,7 +503,8 @@ class Batcher:
         if token in request.params.stop_token_ids:
             return FinishReason.STOP
         output = len(request.tokens) - request.prompt_len
-        if output >= request.params.max_tokens or len(request.tokens) >= self._max_model_len:
+        full = len(request.tokens) >= self._max_model_len and not request.hands_over  # another's context may be longer
+        if output >= request.params.max_tokens or full:
             return FinishReason.LENGTH
         return None
 

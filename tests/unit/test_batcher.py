@@ -420,6 +420,15 @@ def test_a_leg_that_arrives_at_this_workers_limit_ends_there() -> None:
     assert reader.batcher.pool.num_used == 0
 
 
+def test_a_leg_that_hands_over_does_not_end_at_this_workers_limit() -> None:
+    owner = Bench("prefill-0", incarnation=1, max_model_len=len(PROMPT) + 1)
+    reader = Bench("decode-0", incarnation=2)
+    owner.prefill(1, PROMPT, max_tokens=3, hand_over=True)
+    (done,) = to_scheduler(owner.run(), PrefillDone)
+    out = carry(reader, owner, reader.decode(owner, done, max_tokens=3)) + reader.run()
+    assert tokens(out, 1) == [1040, 1041, 1042]
+
+
 def test_both_legs_on_one_worker_move_no_byte() -> None:
     bench = Bench("prefill-0", 1)
     bench.prefill(1, PROMPT, hand_over=True)
@@ -443,3 +452,12 @@ def test_a_stream_whose_tokens_all_arrived_earlier_is_only_closed() -> None:
     assert row.finish is not None
     assert (row.tokens, row.finish.reason, row.finish.final) == ((), "length", 2)
     assert bench.batcher.holdings() == ()
+
+
+def test_so_is_one_that_has_come_to_this_workers_limit() -> None:
+    bench = Bench(max_model_len=len(PROMPT) + 2)
+    out = bench.prefill(1, [*PROMPT, 1040, 1041], max_tokens=9, prompt_len=len(PROMPT))
+    (row,) = rows(out, 1)
+    assert row.finish is not None
+    assert (row.tokens, row.finish.reason, row.finish.final) == ((), "length", 2)
+    assert to_scheduler(bench.prefill(2, list(range(len(PROMPT) + 2)), max_tokens=9), Refused)

@@ -135,6 +135,23 @@ def test_a_prompt_that_only_a_lost_worker_could_hold_waits_for_it_and_holds_up_n
     assert [rejected.code for rejected in bench.sent(Rejected)] == ["too_long"]
 
 
+def test_a_prompt_that_only_a_worker_which_never_came_could_hold_does_not_wait_for_ever(
+    make_bench: Callable[..., Bench],
+) -> None:
+    bench = make_bench(no_workers_s=5, expected_workers=2)
+    peers = bench.frontend(), bench.worker("unified-0", num_blocks=4)
+    bench.submit(1, tokens=400)
+    bench.wait(4, *peers)
+    assert bench.sent(Retry) == []
+    bench.wait(2, *peers)
+    assert "more than any worker holds" in bench.sent(Retry)[0].reason
+    bench.submit(1, attempt=2, tokens=400)
+    assert [rejected.code for rejected in bench.sent(Rejected)] == ["no_workers"]
+    bench.worker("unified-1")
+    bench.submit(1, attempt=2, tokens=400)
+    assert bench.recipients(StartPrefill) == ["unified-1"]
+
+
 def test_a_prompt_goes_to_the_worker_that_can_hold_it(bench: Bench) -> None:
     bench.frontend()
     bench.worker("unified-0", num_blocks=4)

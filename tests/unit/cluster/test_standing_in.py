@@ -123,6 +123,30 @@ def test_a_prompt_too_long_for_the_stand_in_waits_for_the_role_and_holds_up_nobo
     assert [start.sid[1] for start in bench.sent(StartPrefill)] == [1]
 
 
+@pytest.mark.parametrize(("small", "large"), [("prefill-0", "decode-0"), ("decode-0", "prefill-0")])
+def test_what_only_one_of_a_pair_can_hold_stays_there(bench: Bench, small: str, large: str) -> None:
+    """New or begun: a stream that grows on a decode worker may come back longer than any prefill worker holds."""
+    bench.frontend()
+    bench.worker(small, num_blocks=8)
+    bench.worker(large)
+    bench.submit(1, tokens=400)
+    bench.submit(2, attempt=2, tokens=400, output=300)
+    starts = bench.sent(StartPrefill, identity(large, 1))
+    assert [(start.sid[1], start.continue_decode) for start in starts] == [(1, True), (2, True)]
+    bench.submit(3)
+    assert [start.continue_decode for start in bench.sent(StartPrefill, identity("prefill-0", 1))] == [False]
+
+
+def test_one_that_has_come_to_the_end_of_every_context_is_told_so_by_a_worker(bench: Bench) -> None:
+    peers = bench.frontend(), bench.worker("prefill-0", num_blocks=8), bench.worker("decode-0", num_blocks=8)
+    bench.wait(3, *peers)
+    bench.submit(1, attempt=2, tokens=8 * 16, output=1)
+    assert len(bench.sent(StartPrefill)) == 1
+    bench.submit(2, tokens=8 * 16)
+    bench.submit(3, attempt=2, tokens=8 * 16 + 1, output=9)
+    assert [rejected.code for rejected in bench.sent(Rejected)] == ["too_long", "no_workers"]
+
+
 def test_it_does_not_wait_for_ever(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(no_workers_s=5)
     frontend, prefill, decode = bench.frontend(), bench.worker("prefill-0", num_blocks=8), bench.worker("decode-0")
@@ -137,6 +161,25 @@ def test_it_does_not_wait_for_ever(make_bench: Callable[..., Bench]) -> None:
     assert [rejected.code for rejected in bench.sent(Rejected)] == ["no_workers"]
     bench.submit(2)
     assert [start.sid[1] for start in bench.sent(StartPrefill)] == [2]
+
+
+def test_a_stand_in_that_was_lost_is_waited_for_as_long_as_others(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(no_workers_s=5)
+    frontend, prefill = bench.frontend(), bench.worker("prefill-0")
+    bench.worker("decode-0")
+    die(bench, "decode-0")
+    bench.wait(60, frontend, prefill)
+    die(bench, "prefill-0")
+    bench.submit(1)
+    bench.wait(4, frontend)
+    assert bench.sent(Rejected) + bench.sent(Retry) == []
+    prefill = bench.worker("prefill-0", incarnation=2)
+    assert [start.continue_decode for start in bench.sent(StartPrefill)] == [True]
+    bench.wait(60, frontend, prefill)
+    bench.instructions += bench.cluster.peer_lost(prefill, "its process has died", bench.now)
+    bench.wait(6, frontend)
+    bench.submit(2)
+    assert [rejected.code for rejected in bench.sent(Rejected)] == ["no_workers"]
 
 
 def test_what_a_stand_in_decodes_goes_on_after_a_restart_of_the_scheduler(make_bench: Callable[..., Bench]) -> None:
