@@ -1,13 +1,14 @@
 """Random histories of a whole cluster: the real streams, cluster, batcher and leases over a simulated network.
 
-Each seed draws workers, requests (of one sample or several, some with a grammar or their prompt's log-probabilities,
-some for a vector instead of tokens), aborts, faults (cut links, crashes, orderly exits, pauses, slow and repeating
-links) and an operator, who drains, resumes and removes workers, changes roles, empties caches and cancels requests. All
-this comes at random times, in some histories also at the very moment at which a message of some kind is sent. The
+Each seed draws workers, whose pools and contexts may differ, requests (of one sample or several, some with a grammar or
+their prompt's log-probabilities, some for a vector instead of tokens), aborts, faults (cut links, crashes, orderly
+exits, pauses, slow and repeating links) and an operator, who drains, resumes and removes workers, changes roles,
+empties caches and cancels requests. In some histories workers that end never come back, at times the largest, seldom
+all. This comes at random times, in some histories also at the very moment at which a message of some kind is sent. The
 workers have pools of their own and copy blocks, or share one pool and swap them. Every token is checked against the
 prefix it must follow from, and every vector against its prompt, through what the simulated KV blocks hold (see
 sim/model.py). When the faults stop, every request has ended exactly once and everything is free again within bounded
-time.
+time; what failed can be held by nobody who is left. Then a few more are asked, of which the outcome is known.
 """
 
 import pytest

@@ -1,13 +1,18 @@
 """What must hold of a worker's blocks at any moment, and of everything when all is quiet."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from baton.keeper.shares import Shares
+from baton.proto.lifecycle import Outcome, RejectCode, Role
 from baton.scheduler_proc.cluster import Cluster
 from baton.worker.batcher import Batcher
 from baton.worker.request import Request
+
+from .frontend import Call
+from .worker import WorkerSpec
 
 
 def audit_blocks(batcher: Batcher) -> None:
@@ -75,3 +80,36 @@ def scheduler_leftovers(cluster: Cluster) -> str:
     streams = {sid: stream.state.name for sid, stream in cluster.streams.items()}
     promised = {w.name: len(w.promises) for w in cluster.registry.workers.values() if w.promises or w.streams}
     return f"scheduler: {streams} {promised}" if streams or promised or len(cluster.queue) else ""
+
+
+def held_until(specs: Sequence[WorkerSpec], call: Call, complete: bool) -> int:
+    """At how many tokens these workers would end a call, as it is now, at the latest; 0 when none can go on with it.
+
+    `complete`: all have been there once, and so may do what is not their role.
+    """
+    owners = [spec for spec in specs if spec.role != Role.DECODE]
+    if call.vector:
+        paths = [(owner, owner) for owner in owners]
+    else:
+        takers = [spec for spec in specs if spec.role != Role.PREFILL]
+        paths = [(one, two) for one in owners for two in takers if one is two or one.role == Role.PREFILL]
+    needed = call.num_tokens + min(call.params.max_tokens, 1)
+    by_roles = [two.max_model_len for one, two in paths if needed <= min(one.max_model_len, two.max_model_len)]
+    alone = [spec.max_model_len for spec in specs if spec.max_model_len >= needed - bool(call.received)]
+    return max(by_roles or alone * complete, default=0)
+
+
+def audit_end(call: Call, left: Sequence[WorkerSpec], complete: bool) -> None:
+    """Who was turned away, or given up, hears why; and only what nobody who is left can hold is given up."""
+    match call.outcome:
+        case Outcome.REJECTED:
+            assert call.message, f"rejected without a reason: {call}"
+            assert call.code in list(RejectCode), f"rejected for {call.code}: {call.message}"
+            needed = call.num_tokens + min(call.params.max_tokens, 1)
+            short = needed <= min(call.contexts, default=0)
+            assert call.code != RejectCode.TOO_LONG or not short, f"anybody could hold it: {call.message}"
+        case Outcome.FAILED:
+            assert call.message.startswith("the request could not be resumed"), f"failed: {call.message}"
+            assert not held_until(left, call, complete), f"given up, and somebody could hold it: {call.message}"
+        case Outcome.IMPOSSIBLE:
+            raise AssertionError(f"sent where it can't be served: {call.message}")

@@ -60,6 +60,11 @@ class Faults:
         self._scheduler = scheduler
         self._workers = workers
         self._processes = processes
+        self._for_good = 0.0
+        """Probability that a worker which ends never comes back."""
+        self._may_go = 0
+        self.gone: list[Worker] = []
+        """Workers that have ended for good, or are about to."""
         self._ambushes: list[tuple[type[Message], int, Callable[[], None]]] = []
         self._sent: Counter[type[Message]] = Counter()
 
@@ -69,6 +74,8 @@ class Faults:
         conditions.delay_s = rng.choice((0.0003, 0.002, 0.02))
         conditions.repeat = rng.choice((0.0, 0.05))
         conditions.dealers_keep = rng.random() < 0.5
+        self._for_good = rng.choice((0.0, 0.0, 0.2, 0.7))
+        self._may_go = len(self._workers) - rng.choice((0, 1, 1, 1, 1))
         faults = (self._cut, self._crash, self._leave, self._pause, self._slow)
         orders = (self._drain, self._change_role, self._cancel, self._flush, self._remove)
         kinds = [kind for kind in (*faults, *orders) if rng.random() < 0.5]
@@ -102,29 +109,56 @@ class Faults:
         process.kill()
         if self._rng.random() < 0.5:
             self._world.at(self._world.now + 0.002, lambda: self._scheduler.process_died(process.name))
+        if isinstance(process, Worker) and self._goes(process):
+            return
         restart_s = self._rng.choice((0.01, 0.8))
         self._world.at(self._world.now + self._rng.expovariate(1 / restart_s), lambda: self._restart(process))
 
+    def _goes(self, worker: Worker) -> bool:
+        """Whether a worker that ends has ended for good."""
+        if worker not in self.gone and len(self.gone) < self._may_go and self._rng.random() < self._for_good:
+            self._trace(f"FOR GOOD {worker.name}")
+            self.gone.append(worker)
+        return worker in self.gone
+
     def _leave(self) -> None:
-        """A worker stops in order, as by SIGTERM, and comes back."""
+        """A worker stops in order, as by SIGTERM, and may come back."""
         worker = self._rng.choice(self._workers)
         if worker.batcher is None or worker.paused:
             return
         self._trace(f"LEAVE {worker.name}")
         worker.say_goodbye()
         worker.kill()
+        if self._goes(worker):
+            return
         self._world.at(self._world.now + self._rng.expovariate(1 / 0.8), lambda: self._restart(worker))
 
     def _drain(self) -> None:
-        """An operator takes a worker out for a while."""
-        name, move = self._rng.choice(self._workers).name, self._rng.random() < 0.5
-        if self._scheduler.operate(lambda operator, now: operator.drain(name, move, now)):
-            self._trace(f"DRAIN {name}{' by moving' if move else ''}")
-            self._world.at(self._world.now + self._rng.expovariate(1 / 0.8), lambda: self._resume(name))
+        """An operator takes a worker out, for a while or for good."""
+        worker, move = self._rng.choice(self._workers), self._rng.random() < 0.5
+        if self._scheduler.operate(lambda operator, now: operator.drain(worker.name, move, now)):
+            self._trace(f"DRAIN {worker.name}{' by moving' if move else ''}")
+            if self._goes(worker):
+                self._see_off(worker, force=False)
+            else:
+                self._world.at(self._world.now + self._rng.expovariate(1 / 0.8), lambda: self._resume(worker))
 
-    def _resume(self, name: str) -> None:
-        if self._scheduler.operate(lambda operator, _: operator.resume(name)):
-            self._trace(f"RESUME {name}")
+    def _resume(self, worker: Worker) -> None:
+        if worker not in self.gone and self._scheduler.operate(lambda operator, _: operator.resume(worker.name)):
+            self._trace(f"RESUME {worker.name}")
+
+    def _see_off(self, worker: Worker, force: bool) -> None:
+        """The operator insists until the worker has gone: orders may be lost together with a scheduler."""
+
+        def remove(operator: Operator, now: float) -> None:
+            if not force:
+                operator.drain(worker.name, False, now)
+            operator.remove(worker.name, force)
+
+        if worker.alive:
+            if self._scheduler.operate(remove):
+                self._trace(f"REMOVE {worker.name}")
+            self._world.at(self._world.now + 0.2, lambda: self._see_off(worker, force))
 
     def _change_role(self) -> None:
         """An operator gives an idle worker another role for a while."""
@@ -139,10 +173,13 @@ class Faults:
             self._trace(f"FLUSH {name}")
 
     def _remove(self) -> None:
-        """An operator ends a worker for good, and another one comes under its name."""
+        """An operator ends a worker for good, and another one may come under its name."""
         worker, force = self._rng.choice(self._workers), self._rng.random() < 0.5
         if self._scheduler.operate(lambda operator, _: operator.remove(worker.name, force)):
             self._trace(f"REMOVE {worker.name}")
+            if self._goes(worker):
+                self._see_off(worker, force)
+                return
             self._world.at(self._world.now + 0.1 + self._rng.expovariate(1 / 0.8), lambda: self._restart(worker))
 
     def _cancel(self) -> None:
@@ -157,7 +194,7 @@ class Faults:
         self._scheduler.operate(cancel)
 
     def _restart(self, process: Process) -> None:
-        if not process.alive:
+        if not process.alive and process not in self.gone:
             self._trace(f"START {process.name}")
             process.start()
 
@@ -180,7 +217,7 @@ class Faults:
         self._world.at(self._world.now + 0.5, lambda: setattr(self._network.conditions, "delay_s", min(usual, 0.02)))
 
     def end(self) -> None:
-        """Everybody is there, and the operator undoes what was ordered."""
+        """Everybody is there who has not gone for good, and the operator undoes what was ordered."""
         self._trace("faults have ended")
         self._network.heal()
         for process in self._processes:
@@ -191,9 +228,11 @@ class Faults:
 
     def _end_orders(self, worker: Worker) -> None:
         """The operator looks until the worker is there, active and what it was."""
+        if worker in self.gone:
+            return
         name, role = worker.name, worker.spec.role
         self._restart(worker)
-        self._resume(name)
+        self._resume(worker)
         self._scheduler.operate(lambda operator, _: operator.set_role(name, role))
         cluster = self._scheduler.cluster
         member = cluster.registry.worker_named(name) if cluster is not None else None

@@ -29,9 +29,13 @@ class Call:
     vector: bytes = b""
     """What must come, where that is wanted instead of tokens."""
     priority: int = 0
+    contexts: frozenset[int] = frozenset()
+    """How long sequences may be at workers: where one ends, its stream ends."""
     received: list[int] = field(default_factory=list)
     outcome: Outcome | None = None
     message: str = ""
+    code: str = ""
+    """Why it was rejected."""
     attempts: int = 1
     orphaned: bool = False
     """Its frontend died: nobody is left to answer."""
@@ -41,6 +45,11 @@ class Call:
         """Whether nothing may follow."""
         received, params = self.received, self.params
         return len(received) == params.max_tokens or (bool(received) and received[-1] in params.stop_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and output."""
+        return len(self.prompt) + len(self.received)
 
 
 class Frontend(Process):
@@ -147,7 +156,9 @@ class Frontend(Process):
     def _finished(self, event: Finished) -> None:
         call = self._calls[event.sid]
         assert call.outcome is None, f"ended twice: {call.outcome}, then {event.outcome}"
-        call.outcome, call.message, call.attempts = event.outcome, event.message, event.ledger.attempts
+        call.outcome, call.message, call.code = event.outcome, event.message, event.reject_code
+        call.attempts = event.ledger.attempts
         if event.outcome in (Outcome.STOP, Outcome.LENGTH):
-            assert call.complete, f"{event.outcome} after {call.received}"
+            cut_off = event.outcome is Outcome.LENGTH and call.num_tokens in call.contexts
+            assert call.complete or cut_off, f"{event.outcome} after {call.received}"
             assert event.vector == call.vector, f"vector {event.vector.hex()} instead of {call.vector.hex()}"

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
+from baton.frontend.streams import Limits
 from baton.proto.config import BatchConfig, CacheConfig, LeaseConfig, PlacementConfig, SchedulerConfig
 from baton.proto.lifecycle import Outcome, Pooling
 from baton.proto.messages import SamplingParams, Sid
 
-from .audit import audit_blocks, audit_keeper, audit_shares, leftovers, scheduler_leftovers
+from .audit import audit_blocks, audit_end, audit_keeper, audit_shares, held_until, leftovers, scheduler_leftovers
 from .faults import FAULTS_UNTIL_S, Faults
 from .frontend import Call, Frontend
 from .keeper import KeeperProcess
@@ -24,8 +25,16 @@ BLOCK_SIZE = 16
 QUIET_WITHIN_S = 24.0
 QUIET_WITHIN_COPIES = 40
 """Once faults have stopped, everything ends and is freed within this time and so many durations of a pull."""
+GIVEN_UP_WITHIN_S = 6.0 + Limits().busy_s
+"""What nobody who is left can hold ends so much later: the scheduler waits for a return, then the frontend."""
 ROLES = {"p": "prefill", "d": "decode", "u": "unified"}
 TOPOLOGIES = ("pd", "pd", "ppdd", "pdd", "ppd", "u", "uu", "pdu")
+LENGTHS = ((9,), (9,), (4, 9), (5, 7, 9))
+"""Blocks that the longest sequences of workers take; not more than 9 are asked for, but at an edge."""
+AT_AN_EDGE = 0.1
+"""Share of prompts that a worker just holds, or just not."""
+PROBES = 3
+"""Requests asked one by one when all is quiet."""
 POOLED = 0.2
 """Share of requests that want a vector instead of tokens."""
 
@@ -51,8 +60,10 @@ class Scenario:
         self.world = World(seed, trace)
         self.rng = self.world.rng
         self.network = Network(self.world)
+        letters = self.rng.choice(TOPOLOGIES)
         config = SchedulerConfig(
             endpoint="scheduler",
+            expected_workers=self.rng.choice((0, len(letters))),
             placement=PlacementConfig(self.rng.choice(("least_loaded", "round_robin"))),
             heartbeat_timeout_s=2.0,
             grace_s=1.0,
@@ -62,7 +73,7 @@ class Scenario:
         )
         self.scheduler = Scheduler(self.world, self.network, config)
         memories: dict[str, Memory] = {}
-        specs = self._draw_workers(depth, shared)
+        specs = self._draw_workers(letters, depth, shared)
         self.keeper = self._draw_keeper(specs) if shared else None
         self.workers = [Worker(self.world, self.network, spec, memories, self.keeper) for spec in specs]
         self.frontends = [Frontend(self.world, self.network, f"frontend-{i}") for i in range(self.rng.choice((1, 2)))]
@@ -80,19 +91,50 @@ class Scenario:
             self.world.run(self.world.now + 0.25)
             self._audit()
         self.faults.end()
-        patience_s = QUIET_WITHIN_S + QUIET_WITHIN_COPIES * max(worker.spec.copy_s for worker in self.workers)
-        deadline = self.world.now + patience_s
-        while left := self._leftovers():
-            assert self.world.now < deadline, f"not quiet {patience_s:.0f} s after the last fault: {left}"
-            self.world.run(self.world.now + 0.25)
-            self._audit()
+        self._until_quiet()
+        report = self._report()
+        for _ in range(PROBES):
+            self._probe()
         if self.keeper is not None and self.keeper.state.shares is not None:
             audit_keeper([worker.batcher for worker in self.workers if worker.batcher], self.keeper.state.shares)
-        return self._report()
+        return report
 
-    def _draw_workers(self, depth: int, shared: bool) -> list[WorkerSpec]:
+    def _until_quiet(self) -> None:
+        patience_s = QUIET_WITHIN_S + QUIET_WITHIN_COPIES * max(worker.spec.copy_s for worker in self.workers)
+        patience_s += GIVEN_UP_WITHIN_S if self.faults.gone else 0.0
+        deadline = self.world.now + patience_s
+        while left := self._leftovers():
+            assert self.world.now < deadline, f"not quiet after {patience_s:.0f} s: {left}"
+            self.world.run(self.world.now + 0.25)
+            self._audit()
+
+    @property
+    def _left(self) -> list[WorkerSpec]:
+        """Workers that are there, or will be again."""
+        return [worker.spec for worker in self.workers if worker not in self.faults.gone]
+
+    @property
+    def _complete(self) -> bool:
+        """Whether all workers have been there once, as far as the scheduler knows."""
+        return self.scheduler.cluster is not None and self.scheduler.cluster.registry.complete_once
+
+    def _probe(self) -> None:
+        """Without faults what comes of a request follows from who is left."""
+        call = self._draw_call()
+        call.timeout_s = 0.0
+        held = held_until(self._left, call, self._complete)
+        self.frontends[0].submit(call)
+        self._until_quiet()
+        if held:
+            assert call.outcome in (Outcome.STOP, Outcome.LENGTH), f"{call.outcome} instead of an end: {call.message}"
+            whole = len(call.prompt) + call.params.max_tokens
+            assert call.complete or whole > held, f"cut off at {call.num_tokens}, and somebody holds {held}"
+        else:
+            assert call.outcome is Outcome.REJECTED, f"{call.outcome}, and nobody can hold it: {call.message}"
+        audit_end(call, self._left, self._complete)
+
+    def _draw_workers(self, letters: str, depth: int, shared: bool) -> list[WorkerSpec]:
         rng = self.rng
-        letters = rng.choice(TOPOLOGIES)
         cache = CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=rng.random() < 0.7 and not shared)
         lease = LeaseConfig(unbound_s=3.0, holder_s=1.5, renew_interval_s=0.3, remember_s=10.0)
         batch = BatchConfig(
@@ -104,17 +146,19 @@ class Scenario:
         )
         early_bind_tokens = rng.choice((32, 1000))
         copy_s = rng.choice((0.0005, 0.01, 0.1, 1.0))
+        lengths = rng.choice(LENGTHS)
         noisy, knows_costs = rng.random() < 0.3, rng.random() < 0.3
+        longest = [rng.choice(lengths) for _ in letters]
         return [
             WorkerSpec(
                 name=f"{ROLES[letter]}-{index}",
                 role=ROLES[letter],
-                num_blocks=rng.choice((9, 12, 40)),
+                num_blocks=longest[index] + rng.choice((0, 3, 31)),
                 cache=cache,
                 batch=batch,
                 lease=lease,
                 early_bind_tokens=early_bind_tokens,
-                max_model_len=9 * BLOCK_SIZE,
+                max_model_len=longest[index] * BLOCK_SIZE - rng.choice((0, 0, 5)),
                 step_s=rng.choice((0.002, 0.01, 0.03)),
                 copy_s=copy_s,
                 noisy=noisy,
@@ -131,24 +175,29 @@ class Scenario:
     def _draw_call(self) -> Call:
         rng = self.rng
         prompt = rng.choice(self._prefixes)[: rng.choice((0, 16, 33, 48))] + _draw_tokens(rng, rng.randint(1, 50))
+        if rng.random() < AT_AN_EDGE:
+            length = rng.choice(self.workers).spec.max_model_len - rng.randint(0, 2)
+            prompt = (prompt + _draw_tokens(rng, length))[:length]
+        contexts = frozenset(worker.spec.max_model_len for worker in self.workers)
         timeout_s = rng.choice((0.0, 0.0, 0.0, 3.0))
         priority = rng.choice((0, 0, 0, 0, -1, 1))
         if rng.random() < POOLED:
             params = SamplingParams(max_tokens=0, pooling=rng.choice(list(Pooling)).value)
             vector = reference_vector(prompt, params.pooling, BLOCK_SIZE)
-            return Call(prompt, params, Reference(prompt, 0, BLOCK_SIZE), timeout_s, vector, priority)
+            return Call(prompt, params, Reference(prompt, 0, BLOCK_SIZE), timeout_s, vector, priority, contexts)
         params = SamplingParams(
             max_tokens=rng.choice((1, 2, 8, 24, 40)),
             stop_token_ids=STOP_TOKENS if rng.random() < 0.5 else (),
             prompt_logprobs=0 if rng.random() < 0.15 else -1,
             grammar=rng.choice(("anything", "anything at all")) if rng.random() < 0.15 else "",
         )
-        return Call(prompt, params, Reference(prompt, params.max_tokens, BLOCK_SIZE), timeout_s, b"", priority)
+        reference = Reference(prompt, params.max_tokens, BLOCK_SIZE)
+        return Call(prompt, params, reference, timeout_s, b"", priority, contexts)
 
     def _sample_of(self, call: Call) -> Call:
         """One of several samples; without noise they are equal."""
         reference = Reference(call.prompt, call.params.max_tokens, BLOCK_SIZE)
-        return Call(call.prompt, call.params, reference, call.timeout_s, call.vector, call.priority)
+        return Call(call.prompt, call.params, reference, call.timeout_s, call.vector, call.priority, call.contexts)
 
     def _plan_requests(self) -> None:
         aborts = self.rng.choice((0.0, 0.0, 0.3))
@@ -174,13 +223,27 @@ class Scenario:
             audit_shares(batchers)
 
     def _leftovers(self) -> list[str]:
-        left = [leftovers(worker.batcher) if worker.batcher else f"{worker.name} is down" for worker in self.workers]
+        left = [self._worker_leftovers(worker) for worker in self.workers]
         left.append(scheduler_leftovers(self.scheduler.cluster) if self.scheduler.cluster else "scheduler is down")
+        if self.scheduler.life and not self._complete:
+            left.append("scheduler waits for others to come back")
         for frontend in self.frontends:
             streams = frontend.streams
             if streams is None or len(streams) or streams.closing:
                 left.append(f"{frontend.name}: {streams.open_sids() if streams else 'down'}")
         return [text for text in left if text]
+
+    def _worker_leftovers(self, worker: Worker) -> str:
+        member = self.scheduler.cluster.registry.worker_named(worker.name) if self.scheduler.cluster else None
+        if worker in self.faults.gone:
+            return f"{worker.name} has not gone" if worker.alive or member is not None else ""
+        if worker.batcher is None:
+            return f"{worker.name} is down"
+        if member is None or member.hello.incarnation != worker.incarnation:
+            return f"{worker.name} is not a member"
+        if not member.active or member.role != worker.spec.role:
+            return f"{worker.name} is not what it was"
+        return leftovers(worker.batcher)
 
     def _report(self) -> Report:
         report = Report(quiet_after_s=self.world.now - FAULTS_UNTIL_S)
@@ -190,7 +253,7 @@ class Scenario:
                 report.outcomes["orphaned" if call.outcome is None else call.outcome.value] += 1
                 report.retries += call.attempts - 1
                 report.vectors += call.outcome is Outcome.STOP and bool(call.vector)
-                assert call.outcome is not Outcome.FAILED, f"failed: {call.message}"
+                audit_end(call, self._left, self._complete)
         return report
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import msgspec
+
 from baton.proto.config import SchedulerConfig
 from baton.proto.messages import Message
 from baton.scheduler_proc.cluster import Cluster
@@ -25,7 +27,9 @@ class Scheduler(Process):
     def start(self) -> None:
         """A new epoch that knows nobody, by a clock that may have been set back."""
         self.alive = True
-        self.cluster = Cluster(self._config, self.world.rng.randrange(1, 2**40))
+        # As the launcher has it: only at first it waits for all.
+        config = msgspec.structs.replace(self._config, expected_workers=0) if self.life else self._config
+        self.cluster = Cluster(config, self.world.rng.randrange(1, 2**40))
         self._watched.clear()
         self._network.bind(self, "scheduler", self._on_message)
         self.turn()
