@@ -228,7 +228,7 @@ class Cluster:
         """Workers from which a stream can go all the way: as their roles have it, else alone."""
         able = [worker for worker in self.registry.prefill_workers(stream.pooled) if worker.fits(stream.room)]
         if not stream.pooled:
-            able = [w for w in able if not self.registry.hands_over(w) or self._takers(w, stream)]
+            able = [w for w in able if not self.registry.hands_over(w) or self._hands_over(w, stream)]
         return able or self._alone(stream)
 
     def _alone(self, stream: Stream) -> list[Worker]:
@@ -244,7 +244,8 @@ class Cluster:
 
     def _hands_over(self, worker: Worker, stream: Stream) -> bool:
         """Whether what this worker prefills of a stream goes on elsewhere."""
-        return self.registry.hands_over(worker) and bool(self._takers(worker, stream))
+        takers = self.registry.decode_workers(worker) if self.registry.hands_over(worker) else []
+        return any(taker.fits(stream.room) for taker in takers)
 
     def _roomiest(self, workers: list[Worker], stream: Stream) -> list[Worker]:
         """Those that can hold the stream to its end, if there are any: others would end it where their context ends."""
