@@ -257,9 +257,10 @@ class Cluster:
         """How long nobody has been there who could serve a stream; 0 when somebody is."""
         # Asked of each stream that waits, and nearly always no role lacks: that is known without a look at the workers.
         unserved_s = self._membership.unserved_s(now)
-        if not unserved_s or self._able(stream) or self._membership.lost_lately(stream.room, now):
+        if not unserved_s or self._able(stream):
             return 0.0
-        return unserved_s
+        stood_in = self.registry.complete_once and self._membership.lost_lately(stream.room, now)
+        return 0.0 if stood_in else unserved_s
 
     def _on_close(self, frontend: Frontend, close: Close, _frames: tuple[Frame, ...], now: float) -> None:
         stream = self.streams.get(close.sid)
@@ -395,7 +396,7 @@ class Cluster:
 
     def _bind(self, stream: Stream, now: float) -> None:
         """Choose the decode worker, as late as this. Where none has room the stream stays in HANDOFF: its lease bounds
-        that. Where nobody decodes any more it starts again."""
+        that. Where nobody who is left could take it over, and somebody could run it anew, it starts again."""
         if stream.prefill is None or not stream.frames:
             self._retry(stream, "the prompt was with an earlier scheduler", now)
             return
@@ -408,7 +409,7 @@ class Cluster:
             self._legs.start_decode(stream, owner, home or self._policy.decode(willing, stream), now)
         elif stream.refused_by:
             self._retry(stream, "; ".join(stream.refused_by.values()), now)
-        elif not self.registry.decode_workers(owner) and self.registry.prefill_workers():
+        elif self._able(stream):
             self._retry(stream, f"nobody is left to take it over from {owner.name}", now)
 
     def _retry(self, stream: Stream, reason: str, now: float) -> None:

@@ -1,5 +1,6 @@
 """From the prefill worker's report to the decode worker's command, and what happens when a leg fails."""
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -87,16 +88,19 @@ def test_without_a_decode_worker_of_the_same_layout_nothing_is_prefilled(bench: 
     assert len(bench.sent(StartPrefill)) == 1
 
 
-def test_a_handoff_waits_for_a_decode_worker_with_room_for_it(split: Bench) -> None:
-    sid = split.submit(1)
-    split.worker("decode-2", num_blocks=2)
-    for decode in split.decode:
-        split.instructions += split.cluster.peer_lost(decode, "its process has died", split.now)
-    split.tell(split.prefill, PrefillDone(sid, 1, 5, 64, (0, 1, 2, 3), ROWS))
-    assert not split.sent(StartDecode)
-    split.worker("decode-0", incarnation=2)
-    split.wait(0.5)
-    assert len(split.sent(StartDecode)) == 1
+def test_a_handoff_waits_for_a_decode_worker_with_room_for_it(make_bench: Callable[..., Bench]) -> None:
+    """While not all have been there: nobody stands in yet."""
+    bench = make_bench(expected_workers=4)
+    bench.frontend()
+    prefill, decode = bench.worker("prefill-0"), bench.worker("decode-0")
+    sid = bench.submit(1)
+    bench.worker("decode-1", num_blocks=2)
+    bench.instructions += bench.cluster.peer_lost(decode, "its process has died", bench.now)
+    bench.tell(prefill, PrefillDone(sid, 1, 5, 64, (0, 1, 2, 3), ROWS))
+    assert not bench.sent(StartDecode)
+    bench.worker("decode-0", incarnation=2)
+    bench.wait(0.5)
+    assert len(bench.sent(StartDecode)) == 1
 
 
 def test_a_refused_decode_leg_goes_to_the_next_worker_under_the_same_attempt(split: Bench) -> None:

@@ -137,6 +137,20 @@ def test_what_only_one_of_a_pair_can_hold_stays_there(bench: Bench, small: str, 
     assert [start.continue_decode for start in bench.sent(StartPrefill, identity("prefill-0", 1))] == [False]
 
 
+def test_what_those_who_are_left_can_not_take_over_starts_again_at_once(bench: Bench) -> None:
+    bench.frontend()
+    bench.worker("prefill-0")
+    bench.worker("decode-0")
+    bench.worker("decode-1", num_blocks=8)
+    sid = bench.submit(1, tokens=400)
+    assert [start.continue_decode for start in bench.sent(StartPrefill)] == [False]
+    die(bench, "decode-0")
+    bench.tell(identity("prefill-0", 1), PrefillDone(sid, 1, 5, 400, tuple(range(25)), ROWS))
+    assert [retry.reason for retry in bench.sent(Retry)] == ["nobody is left to take it over from prefill-0"]
+    bench.submit(1, attempt=2, tokens=400)
+    assert [start.continue_decode for start in bench.sent(StartPrefill)] == [True]
+
+
 def test_one_that_has_come_to_the_end_of_every_context_is_told_so_by_a_worker(bench: Bench) -> None:
     peers = bench.frontend(), bench.worker("prefill-0", num_blocks=8), bench.worker("decode-0", num_blocks=8)
     bench.wait(3, *peers)
@@ -161,6 +175,20 @@ def test_it_does_not_wait_for_ever(make_bench: Callable[..., Bench]) -> None:
     assert [rejected.code for rejected in bench.sent(Rejected)] == ["no_workers"]
     bench.submit(2)
     assert [start.sid[1] for start in bench.sent(StartPrefill)] == [2]
+
+
+def test_one_that_crashes_again_and_again_before_it_could_stand_in_is_not_waited_for(
+    make_bench: Callable[..., Bench],
+) -> None:
+    bench = make_bench(no_workers_s=5, expected_workers=2)
+    frontend = bench.frontend()
+    bench.submit(1)
+    for incarnation in (1, 2, 3):
+        decode = bench.worker("decode-0", incarnation=incarnation)
+        bench.wait(1, frontend, decode)
+        bench.instructions += bench.cluster.peer_lost(decode, "its process has died", bench.now)
+        bench.wait(1, frontend)
+    assert "waiting for a prefill worker" in bench.sent(Retry)[0].reason
 
 
 def test_a_stand_in_that_was_lost_is_waited_for_as_long_as_others(make_bench: Callable[..., Bench]) -> None:
