@@ -238,10 +238,6 @@ class Cluster:
         able = [worker for worker in stand_ins if worker.fits(stream.room)]
         return able or [worker for worker in stand_ins if stream.begun and worker.fits(stream.num_tokens)]
 
-    def _takers(self, owner: Worker, stream: Stream) -> list[Worker]:
-        """Who can take over from a worker, and has room."""
-        return [worker for worker in self.registry.decode_workers(owner) if worker.fits(stream.room)]
-
     def _hands_over(self, worker: Worker, stream: Stream) -> bool:
         """Whether what this worker prefills of a stream goes on elsewhere."""
         takers = self.registry.decode_workers(worker) if self.registry.hands_over(worker) else []
@@ -401,7 +397,8 @@ class Cluster:
             self._retry(stream, "the prompt was with an earlier scheduler", now)
             return
         owner = self.registry.workers[stream.prefill.worker]
-        takers = [worker for worker in self._takers(owner, stream) if worker.identity not in stream.refused_by]
+        able = [worker for worker in self.registry.decode_workers(owner) if worker.fits(stream.room)]
+        takers = [worker for worker in able if worker.identity not in stream.refused_by]
         if willing := self._roomiest(takers, stream):
             sibling = self.streams.get(stream.sibling) if stream.sibling else None
             where = sibling.decode.worker if sibling and sibling.decode else b""
