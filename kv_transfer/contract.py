@@ -123,8 +123,8 @@ class Link(ABC):
 
     @abstractmethod
     def begin(self, index: int, source: np.ndarray, target: np.ndarray, last: bool) -> None:
-        """Begin to copy the owner's blocks, int64 [n], to ours, int64 [n], as piece `index`. Behind the `last` one
-        nothing waits. Raises TransferError or OSError."""
+        """Begin to copy the owner's blocks, int64 [n], to ours, int64 [n], as piece `index`, counted from 0 as
+        long as the link is open. Behind the `last` one nothing waits. Raises TransferError or OSError."""
 
     @abstractmethod
     def end(self, index: int, target: np.ndarray) -> None:

@@ -22,6 +22,7 @@ LAUNCH_BYTES = 512 * 2**20
 LAUNCH_BLOCKS = 1024
 """Of one launch: while these are copied, the addresses of the next are worked out."""
 WINDOW = 4
+"""Launches under way; each has rows of the list and an event of its own."""
 
 
 class CudaIpcOffer(msgspec.Struct, frozen=True):

@@ -107,12 +107,12 @@ def described(size: int, count: int = 1) -> str:
 def pulls_through(transport: str, block_bytes: int, sizes: list[int]) -> Figures:
     """As a worker sees pulls that it starts together, from the first one's start until all have ended."""
     figures: Figures = {}
-    with owner_of(transport, block_bytes, 4 * max(sizes), owner_gpu=1) as near:
-        sink = PeerSink(near.me, [near.reading], near.network)
+    with owner_of(transport, block_bytes, 4 * max(sizes), owner_gpu=1) as remote:
+        sink = PeerSink(remote.me, [remote.reading], remote.network)
 
         def parts(whole: Pull, count: int) -> list[Pull]:
-            halves = zip(np.split(whole.source, count), np.split(whole.target, count), strict=True)
-            return [Pull(i, near.owner, *half) for i, half in enumerate(halves)]
+            blocks = zip(np.split(whole.source, count), np.split(whole.target, count), strict=True)
+            return [Pull(i, remote.owner, source, target) for i, (source, target) in enumerate(blocks)]
 
         def run(pulls: list[Pull]) -> None:
             for pull in pulls:
@@ -129,7 +129,7 @@ def pulls_through(transport: str, block_bytes: int, sizes: list[int]) -> Figures
             count = in_a_row(size, sizes)
             if count == 1:
                 continue
-            rounds = [parts(scattered(near.pool.blocks, count * size // block_bytes), count) for _ in range(ROUNDS)]
+            rounds = [parts(scattered(remote.pool.blocks, count * size // block_bytes), count) for _ in range(ROUNDS)]
             seconds = [timed(lambda pulls=pulls: run(pulls)) for pulls in rounds]
             figures[described(size, count)] = gb_per_s(count * size, seconds)
         sink.close()

@@ -99,7 +99,7 @@ def fill(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.uniform_(generator=torch.Generator(tensor.device).manual_seed(0))
 
 
-class Near(NamedTuple):
+class Remote(NamedTuple):
     """Another process that offers a pool, and what a reader needs."""
 
     owner: Peer
@@ -111,7 +111,7 @@ class Near(NamedTuple):
 
 
 @contextmanager
-def owner_of(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> Iterator[Near]:
+def owner_of(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> Iterator[Remote]:
     """A process with a pool of `size` bytes on `owner_gpu`."""
     command = [sys.executable, __file__, "--own", transport, str(block_bytes), str(size), str(owner_gpu)]
     owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=die_with_parent)
@@ -123,7 +123,7 @@ def owner_of(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) ->
     network = network_of(transport, folder)
     (reading,) = open_transports(transport.removeprefix("far "), pool, folder, network)
     me = Greeting(layout_of(block_bytes), "reader", 2, pool.num_blocks)
-    yield Near(Peer("owner", 1, "", address), pool, me, reading, network)
+    yield Remote(Peer("owner", 1, "", address), pool, me, reading, network)
     reading.close()
     network.close()
     pool.close()
@@ -134,14 +134,14 @@ def owner_of(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) ->
 @contextmanager
 def opened(transport: str, block_bytes: int, size: int, owner_gpu: int = 0) -> Iterator[Opened]:
     """A link to the pool of `owner_of`."""
-    with owner_of(transport, block_bytes, size, owner_gpu) as near:
-        reading = near.reading
-        with greet(near.owner, near.me, near.network) as greeted:
+    with owner_of(transport, block_bytes, size, owner_gpu) as remote:
+        reading = remote.reading
+        with greet(remote.owner, remote.me, remote.network) as greeted:
             link = reading.open(greeted.owner.offers[reading.name], greeted.connection, greeted.memfd)
             while link.prepare():
                 pass
             pipeline = Pipeline(link, block_bytes, greeted.owner.num_blocks)
-            yield Opened(link, pipeline, near.pool.blocks, near.pool.tensor)
+            yield Opened(link, pipeline, remote.pool.blocks, remote.pool.tensor)
             link.close()
 
 
