@@ -121,6 +121,8 @@ class Batcher:
         self._gate = GrammarGate(self.outbox)
         self._requests: dict[tuple[Sid, str], Request] = {}
         self._leased: dict[int, Request] = {}
+        self._handed_over: tuple[float, list[int]] = (0.0, [])
+        """When a step ended that computed prompts for others to the end, and under which leases."""
         self._tombstones = Tombstones(lease.remember_s)
         self._arrivals = 0
         self.epoch = 0
@@ -389,7 +391,7 @@ class Batcher:
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None when `depth` are in flight, nothing can run, or it is too early."""
-        plan = self._steps.schedule(now)
+        plan = self._steps.schedule(now, self._read_since())
         if plan is not None:
             for item in [item for item in self._steps.planned_last if item.request.hands_over and item.samples]:
                 lease = item.request.lease
@@ -399,9 +401,15 @@ class Batcher:
             self.outbox.append(ToKeeper(news))
         return plan
 
+    def _read_since(self) -> float | None:
+        """When the last prompts were computed that others are to copy; None once they all have."""
+        since, leases = self._handed_over
+        return since if any(lease in self._leased for lease in leases) else None
+
     def complete(self, result: StepResult, now: float) -> None:
         """Take in the oldest step's result."""
         planned = self._steps.completed(result)
+        self._handed_over = now, []
         self.computed_tokens += sum(item.end - item.start for item in planned if not item.decodes)
         for index, item in enumerate(planned):
             if item.request.state is State.OVER:
@@ -556,6 +564,7 @@ class Batcher:
         prompt_tokens = len(request.tokens) - len(rows.tokens)
         self.leases.settle(lease, prompt_tokens, request.blocks, rows, now)
         self._leased[lease.id] = request
+        self._handed_over[1].append(lease.id)
         if lease.holder is not None:
             self.outbox.append(ToHolder(lease.holder, self.leases.settled_message(lease, lease.holder)))
         self.outbox.append(ToScheduler(_prefill_done(lease)))

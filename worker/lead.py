@@ -6,9 +6,16 @@
 
 A prompt that comes while step n runs is in step n+1. Planned at once, when step n-1 ended, n+1 would be without it. How
 long the lead must be is learned: a launch that came late makes it longer at once, those in time shorter by and by.
+
+Where only prompts are computed a step is planned at once, but not in the way of those who read what the last one has
+computed: a launch of prompts takes the loop several times as long as a handoff.
 """
 
 _LEAST_S, _MOST_S = 0.002, 0.1
+ANSWERS_S = 0.008
+"""Whoever reads a prompt's KV has said Confirm within so long of its last step, unless there is no room there."""
+LAUNCH_S = 0.015
+"""What a step of thousands of prompt tokens takes to be launched, kernel by kernel; the loop hears nobody meanwhile."""
 _MARGIN_S = 0.002
 """A launch is late when it begins less than this before the device needs it: what a mixed step takes to be launched."""
 _LONGER_S, _SHORTER_S = 0.001, 0.00002
@@ -27,6 +34,10 @@ class Lead:
     def plan_at(self) -> float:
         """When the step behind those in flight is to be planned."""
         return self._ends_at - self.lead_s
+
+    def answers_until(self, since: float) -> float:
+        """Until when its launch leaves the loop to readers of prompts that were computed at `since`."""
+        return min(since + ANSWERS_S, self._ends_at - LAUNCH_S)
 
     def planned(self, now: float, expected_s: float) -> None:
         """A step that should take so long will be launched."""

@@ -112,13 +112,17 @@ class StepScheduler:
         self.tokens_per_s = 1.0
         """Prompt tokens a second, as the last step with a prompt computed them."""
 
-    def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None when `depth` are in flight, nothing can run, or it is too early."""
+    def schedule(self, now: float, read_since: float | None = None) -> StepPlan | None:
+        """The next step, or None when `depth` are in flight, nothing can run, or it is too early. `read_since`: when
+        prompts were computed whose readers are at work."""
         self.held_until = math.inf
         if len(self._in_flight) >= self._depth:
             return None
         if now < self._lead.plan_at and self._can_wait():
             self.held_until = self._lead.plan_at
+            return None
+        if self._in_flight and read_since is not None and now < (at := self._lead.answers_until(read_since)):
+            self.held_until = at
             return None
         if (begins_at := self._begins_at(now)) > now:
             self.held_until = begins_at

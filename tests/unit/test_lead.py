@@ -1,9 +1,11 @@
 """When the next step is planned while one is on the device."""
 
 import pytest
-from support.worker_bench import Bench
+from support.worker_bench import Bench, carry, to_scheduler
 
-from baton.worker.lead import Lead
+from baton.proto.messages import PrefillDone
+from baton.worker.effects import Effect
+from baton.worker.lead import ANSWERS_S, LAUNCH_S, Lead
 from baton.worker.step_costs import StepCosts
 
 STEP_S = 0.04
@@ -55,6 +57,47 @@ def test_prompts_alone_and_offline_work_do_not_wait() -> None:
     assert alone.launch() is not None
     offline = running(prompts_first=True)
     assert offline.launch() is not None
+
+
+def two_prompts_for_others() -> tuple[Bench, Bench, list[Effect]]:
+    """The first has just been computed, the second is on the device, a third waits."""
+    costs = StepCosts([(4, STEP_S), (8, 2 * STEP_S)], 0.0, 0.0, padded_to=8)
+    owner = Bench("prefill-0", 1, depth=2, budget=4, target_itl_ms=15.0, costs=costs)
+    for n in (1, 2, 3):
+        owner.prefill(n, list(range(4 * n, 4 * n + 4)), hand_over=True)
+    assert owner.launch() is not None
+    assert owner.launch() is not None
+    return owner, Bench("decode-0", 2), owner.finish(STEP_S)
+
+
+def test_whoever_reads_a_prompt_is_answered_before_the_next_launch() -> None:
+    owner, reader, out = two_prompts_for_others()
+    assert owner.launch() is None
+    (done,) = to_scheduler(out, PrefillDone)
+    assert isinstance(done, PrefillDone)
+    carry(reader, owner, reader.decode(owner, done))  # to the Confirm
+    assert owner.launch() is not None
+
+
+def test_a_reader_that_takes_long_does_not_hold_up_the_device() -> None:
+    owner, _reader, _out = two_prompts_for_others()
+    assert owner.launch() is None
+    due = owner.batcher.next_deadline()
+    assert owner.now < due <= owner.now + ANSWERS_S
+    owner.now = due
+    assert owner.launch() is not None
+    owner.finish(STEP_S)
+    owner.finish(STEP_S)
+    owner.prefill(4, [1, 2, 3, 4], hand_over=True)
+    assert owner.launch() is not None  # nothing is on the device
+
+
+def test_a_launch_does_not_wait_beyond_what_it_takes_itself() -> None:
+    lead = Lead()
+    lead.planned(10.0, LAUNCH_S + ANSWERS_S / 2)
+    assert lead.answers_until(10.0) == pytest.approx(10.0 + ANSWERS_S / 2)
+    lead.planned(10.0, 1.0)
+    assert lead.answers_until(10.0) == pytest.approx(10.0 + ANSWERS_S)
 
 
 def test_the_lead_grows_when_a_launch_was_late_and_shrinks_slowly() -> None:
