@@ -2,7 +2,7 @@
 
     reader ── Attach ─────────► owner              a thread for this reader
     reader ◄── Attached ─────── owner              where the bytes will come from
-    reader ── Fetch(blocks) ──► owner              at most WINDOW of them unanswered
+    reader ── fetch ──────────► owner              blocks, int32 [n], little-endian; at most WINDOW of them unanswered
     reader ◄══ the blocks' bytes, over the transport's own channel, in the order of the fetches
 
 `tcp` has only the last two, over sockets of its own.
@@ -35,13 +35,6 @@ class Attached(msgspec.Struct, frozen=True):
     """Addresses, as the transport understands them."""
 
 
-class Fetch(msgspec.Struct, frozen=True, array_like=True):
-    """Send these blocks, in this order."""
-
-    blocks: bytes
-    """int32 [n], little-endian."""
-
-
 class Sender(ABC):
     """The owner's end of a channel. All calls come from one thread."""
 
@@ -58,14 +51,15 @@ class Sender(ABC):
 
 
 def encode_fetch(blocks: np.ndarray) -> bytes:
-    """The reader's question."""
-    return msgspec.msgpack.encode(Fetch(blocks.astype("<i4").tobytes()))
+    """The reader's question: send these blocks, int [n], in this order."""
+    return blocks.astype("<i4").tobytes()
 
 
 def decode_fetch(data: bytes | memoryview, pool: Pool, at_most: int) -> np.ndarray:
-    """The blocks that a reader asks for, int32 [n]. Raises TransferError, or one of UNDECODABLE, when it must not."""
-    asked = msgspec.msgpack.decode(data, type=Fetch).blocks
-    blocks = np.frombuffer(asked[: len(asked) // 4 * 4], dtype="<i4")
+    """The blocks that a reader asks for, int32 [n]. Raises TransferError when it must not."""
+    if not data or len(data) % 4:
+        raise TransferError(f"a reader asks for blocks with {len(data)} bytes")
+    blocks = np.frombuffer(data, dtype="<i4")
     if not 0 < len(blocks) <= at_most or blocks.view("<u4").max() >= pool.num_blocks:  # a negative one is larger
         raise TransferError(f"a reader asks for {len(blocks)} blocks up to {blocks.max(initial=-1)}")
     return blocks

@@ -43,17 +43,19 @@ class GpuMover(Mover):
         self.launch(range(len(source)))
         self.finish()
 
-    def note(self, row: int, source: np.ndarray, target: np.ndarray) -> None:
-        """Enqueue what blocks are to be copied, in rows of the list from this on that no copy under way needs."""
+    def note(self, row: int, source: np.ndarray, target: np.ndarray, stream: torch.cuda.Stream | None = None) -> None:
+        """Enqueue what blocks are to be copied, in rows of the list from this on that no copy under way needs; on the
+        mover's stream, or another."""
         count, offset = len(source), row * ROW_BYTES
         self._host_list[row : row + count, 0], self._host_list[row : row + count, 1] = source, target
         device, host = self._list.data_ptr() + offset, self._pinned.data_ptr() + offset
-        enqueue_upload(device, host, count * ROW_BYTES, self.stream.cuda_stream)
+        enqueue_upload(device, host, count * ROW_BYTES, (stream or self.stream).cuda_stream)
 
-    def launch(self, rows: range, programs: int | None = None) -> None:
-        """Enqueue the copy of these rows of the list on `stream`; by other than the usual number of programs."""
+    def launch(self, rows: range, programs: int | None = None, stream: torch.cuda.Stream | None = None) -> None:
+        """Enqueue the copy of these rows of the list, behind their `note`; by other than the usual number of
+        programs."""
         first = self._list.data_ptr() + rows.start * ROW_BYTES
-        self._copy(first, len(rows), programs or self._programs, self.stream.cuda_stream)
+        self._copy(first, len(rows), programs or self._programs, (stream or self.stream).cuda_stream)
 
     def finish(self) -> None:
         """Wait for all that is enqueued."""

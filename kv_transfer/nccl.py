@@ -171,12 +171,15 @@ class NcclSender(_NcclEnd, Sender):
     def send(self, index: int, blocks: np.ndarray) -> None:
         rows, (address, size, places) = self._rows(index, len(blocks)), self._buffer(index, len(blocks))
         copied, crossed = self._copied[index % BUFFERS], self._crossed[index % BUFFERS]
-        alone = self._crossed[(index - 1) % BUFFERS].query()
-        self._mover.note(rows.start, self._pool.addresses(blocks), places)
-        self._mover.stream.wait_event(crossed)
-        self._mover.launch(rows, None if alone else PROGRAMS)
-        copied.record(self._mover.stream)
-        self._wire.wait_event(copied)
+        if self._crossed[(index - 1) % BUFFERS].query():  # nothing is under way: the fewer calls, the sooner it is
+            self._mover.note(rows.start, self._pool.addresses(blocks), places, self._wire)
+            self._mover.launch(rows, None, self._wire)
+        else:
+            self._mover.note(rows.start, self._pool.addresses(blocks), places)
+            self._mover.stream.wait_event(crossed)
+            self._mover.launch(rows, PROGRAMS)
+            copied.record(self._mover.stream)
+            self._wire.wait_event(copied)
         with _as_transfer_error():
             self._communicator.send(address, size, self._wire)
         crossed.record(self._wire)

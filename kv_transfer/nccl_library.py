@@ -74,10 +74,7 @@ class Communicator:
         self._transfer("ncclRecv", address, num_bytes, stream)
 
     def _transfer(self, call: str, address: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
-        where = ctypes.c_void_p(address)
-        size = ctypes.c_size_t(num_bytes)
-        queue = ctypes.c_void_p(stream.cuda_stream)
-        _call(call, where, size, UINT8, self._peer, self._handle, queue)
+        _call(call, address, num_bytes, UINT8, self._peer, self._handle, stream.cuda_stream)
 
     def abort(self) -> None:
         """End at once, with whatever is under way on this side."""
@@ -86,7 +83,10 @@ class Communicator:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL("libnccl.so.2")
+    library = ctypes.CDLL("libnccl.so.2")
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    library.ncclSend.argtypes = library.ncclRecv.argtypes = (pointer, ctypes.c_size_t, number, number, pointer, pointer)
+    return library
 
 
 def _call(name: str, *arguments: Any) -> None:

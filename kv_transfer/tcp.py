@@ -1,6 +1,6 @@
 """Transport `tcp`: blocks as ZeroMQ frames over several connections; the last resort, and never taken silently.
 
-The owner answers each Fetch with the blocks' bytes, from a thread that waits for no reader. Frames of host pools are
+The owner answers each fetch with the blocks' bytes, from a thread that waits for no reader. Frames of host pools are
 sent from the pool itself, without a copy; a GPU's blocks are gathered into pinned memory by one kernel, and scattered
 by one. Between hosts the connections are TCP with the cluster's key; within one they are Unix sockets of the private
 directory.
@@ -31,7 +31,6 @@ from baton.kv_transfer.fetch import (
 from baton.kv_transfer.line import Line
 from baton.kv_transfer.movers import HostMover
 from baton.kv_transfer.staging import Staging
-from baton.proto.errors import UNDECODABLE
 from baton.proto.network import Network
 
 log = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ class TcpServer:
         reader, *rest = router.recv_multipart()
         try:
             blocks = decode_fetch(rest[0] if rest else b"", self._pool, self._at_most)
-        except (TransferError, *UNDECODABLE) as error:
+        except TransferError as error:
             log.warning("a reader is not answered: %s", error)
             return
         # A ROUTER drops what its reader does not take, or is no longer there to take; the reader gives up by itself.

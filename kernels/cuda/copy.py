@@ -1,5 +1,6 @@
 """Copying scattered blocks: the KV of a handoff, out of a peer's pool and into ours."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -49,9 +50,10 @@ def prepare_copy(block_bytes: int) -> Callable[[int, int, int, int], None]:
     """
     chunk, per_block = _chunks(block_bytes)
     kernel = copy_blocks(torch.empty(0, 2, dtype=torch.int64, device="cuda"), block_bytes)
+    by = functools.cache(lambda programs: kernel[programs, 1, 1])
 
     def launch(jobs: int, count: int, programs: int, stream: int) -> None:
-        kernel[programs, 1, 1](jobs, count * per_block, per_block, chunk // 4, stream=stream)
+        by(programs)(jobs, count * per_block, per_block, chunk // 4, stream=stream)
 
     return launch
 
