@@ -57,7 +57,7 @@ class Scale:
 
 FULL = Scale(
     conformance=(
-        "tests/gpu/test_kv_transports.py -k 'BetweenGpus and not killed_owners' {parallel}",
+        "tests/gpu/test_kv_transports.py -k '(BetweenGpus or NcclInManyMessages) and not killed_owners' {parallel}",
         "tests/gpu/test_kv_transports.py -k 'BetweenGpus and killed_owners'",
     ),
     transports=("cuda_ipc", "nccl"),
