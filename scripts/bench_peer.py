@@ -3,7 +3,7 @@
 
     scripts/bench_peer.py [--transports cuda_ipc nccl] [--sizes 16 64 256 1024] [--json FILE]
 
-GB/s of payload, medians: of one pull or message at a time, and of as many in a row as are one of the largest size.
+GB/s of payload, medians: of one pull or message at a time, and of as many in a row as are POOL of the largest size.
 Without GPUs: --transports shm gloo --sizes 16 64.
 """
 
@@ -31,6 +31,8 @@ from baton.proto.supervision import die_with_parent
 MIB = 2**20
 BLOCK_BYTES = (2 * MIB, 64 * 2**10)
 PROGRAMS = (8, 16, 24, 32, 48, 64, 96, 132)
+POOL = 4
+"""Of the largest pulls fit into it."""
 ROUNDS = 20
 WARM_UP = 4
 
@@ -88,7 +90,7 @@ def exchange(meeting: str, rank: int, sizes: list[int]) -> Figures:
             if on_gpus:
                 torch.cuda.current_stream().synchronize()
 
-        for count in sorted({1, in_a_row(size, sizes)}):
+        for count in (1, in_a_row(size, sizes)):
             seconds = [timed(lambda count=count, cross=cross: cross(count)) for _ in range(ROUNDS)]
             figures[described(size, count)] = gb_per_s(count * size, seconds)
     distributed.destroy_process_group()
@@ -96,8 +98,8 @@ def exchange(meeting: str, rank: int, sizes: list[int]) -> Figures:
 
 
 def in_a_row(size: int, sizes: list[int]) -> int:
-    """How many of this size are as much as one of the largest."""
-    return max(sizes) // size
+    """How many of this size are a pool."""
+    return POOL * max(sizes) // size
 
 
 def described(size: int, count: int = 1) -> str:
@@ -107,7 +109,7 @@ def described(size: int, count: int = 1) -> str:
 def pulls_through(transport: str, block_bytes: int, sizes: list[int]) -> Figures:
     """As a worker sees pulls that it starts together, from the first one's start until all have ended."""
     figures: Figures = {}
-    with owner_of(transport, block_bytes, 4 * max(sizes), owner_gpu=1) as remote:
+    with owner_of(transport, block_bytes, POOL * max(sizes), owner_gpu=1) as remote:
         sink = PeerSink(remote.me, [remote.reading], remote.network)
 
         def parts(whole: Pull, count: int) -> list[Pull]:
@@ -127,8 +129,6 @@ def pulls_through(transport: str, block_bytes: int, sizes: list[int]) -> Figures
 
         for size in sizes:
             count = in_a_row(size, sizes)
-            if count == 1:
-                continue
             rounds = [parts(scattered(remote.pool.blocks, count * size // block_bytes), count) for _ in range(ROUNDS)]
             seconds = [timed(lambda pulls=pulls: run(pulls)) for pulls in rounds]
             figures[described(size, count)] = gb_per_s(count * size, seconds)
@@ -139,7 +139,7 @@ def pulls_through(transport: str, block_bytes: int, sizes: list[int]) -> Figures
 def blocks_through(transport: str, block_bytes: int, sizes: list[int]) -> Figures:
     """As the reader's thread sees a pull, from its begin to its end; where one kernel does it, that alone as well."""
     figures: Figures = {}
-    with opened(transport, block_bytes, 4 * max(sizes), owner_gpu=1) as both:
+    with opened(transport, block_bytes, POOL * max(sizes), owner_gpu=1) as both:
         link, pool = both.link, both.pool
         for size in sizes:
             pulls = [scattered(pool, size // block_bytes) for _ in range(ROUNDS)]
