@@ -99,8 +99,6 @@ class Streams:
         self._members: frozenset[Worker] = frozenset()
         self._next_n = 1
         self._epoch = -1
-        self.log_level = ""
-        """What an operator has told this frontend, for later schedulers."""
 
     def __len__(self) -> int:
         """Streams without a terminal event."""
@@ -122,7 +120,7 @@ class Streams:
             for stream in self._streams.values()
             if stream.answered
         )
-        return msgspec.structs.replace(self._hello, claims=claims, log_level=self.log_level)
+        return msgspec.structs.replace(self._hello, claims=claims)
 
     def submit(
         self,
@@ -368,7 +366,11 @@ class Streams:
         return out
 
     def _on_status(self, message: ClusterStatus, now: float) -> None:
-        """The scheduler retries what a dead worker still had; rows that it had sent may have been lost with it."""
+        """The scheduler retries what a dead worker still had; rows that it had sent may have been lost with it. Later
+        schedulers are told the log levels that an operator has set."""
+        self._hello = msgspec.structs.replace(
+            self._hello, log_level=message.log_level, scheduler_log_level=message.scheduler_log_level
+        )
         members = frozenset((worker.worker, worker.incarnation) for worker in message.workers)
         gone, self._members = self._members - members, members
         if not gone:

@@ -28,6 +28,7 @@ from baton.scheduler_proc.instructions import (
     EventKind,
     Observe,
     Outbox,
+    SetLogLevel,
     Unwatch,
     Watch,
     WorkerJoined,
@@ -68,6 +69,7 @@ class Membership:
         self._frontend_lost = frontend_lost
         self._served_at: float | None = None
         self._changed = False
+        self._log_level = ""
         self._standing_in = ""
         self._announced: str | None = None
         self._status_at = float("-inf")
@@ -140,6 +142,8 @@ class Membership:
             self._outbox.log(f"{hello.name} joined with {len(hello.claims)} open streams")
             self._outbox.happened(EventKind.FRONTEND_JOINED, hello.name, f"{len(hello.claims)} open streams")
         self._join(Frontend(sender, hello, now, hello.log_level), hello.pid)
+        if hello.scheduler_log_level and not self._log_level:
+            self.set_log_level(hello.scheduler_log_level)  # of a scheduler before this one
         return True
 
     def _may_join(self, sender: bytes, name: str, incarnation: int, protocol: int, now: float) -> bool:
@@ -261,6 +265,12 @@ class Membership:
             self._served_at = now
         return now - self._served_at
 
+    def set_log_level(self, level: str) -> None:
+        """How much this process logs. Frontends are told it, and tell it a restarted scheduler."""
+        self._log_level = level
+        self._outbox.add(SetLogLevel(level))
+        self.touch()
+
     def touch(self) -> None:
         """What frontends are told has changed."""
         self._changed = True
@@ -279,7 +289,7 @@ class Membership:
             self._outbox.happened(EventKind.NOT_READY if reason else EventKind.READY, "", reason)
         workers = tuple(worker.status() for worker in self._registry.workers.values())
         for peer, frontend in self._registry.frontends.items():
-            status = ClusterStatus(self._epoch, not reason, reason, workers, frontend.log_level)
+            status = ClusterStatus(self._epoch, not reason, reason, workers, frontend.log_level, self._log_level)
             self._outbox.send(peer, status)
 
     def _say_who_stands_in(self) -> None:

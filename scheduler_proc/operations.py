@@ -12,7 +12,7 @@ import msgspec
 
 from baton.proto.lifecycle import Duty, Role
 from baton.proto.messages import KVLink, Sid
-from baton.scheduler_proc.instructions import EventKind, Observe, Outbox, SetLogLevel, WorkerJoined, WorkerLeft
+from baton.scheduler_proc.instructions import EventKind, Observe, Outbox, WorkerJoined, WorkerLeft
 from baton.scheduler_proc.membership import Membership
 from baton.scheduler_proc.orders import Orders
 from baton.scheduler_proc.registry import Registry, Worker
@@ -181,7 +181,7 @@ class Operator:
         self._membership.touch()
         names = [*(worker.name for worker in workers), *(frontend.hello.name for frontend in frontends)]
         if process in ("", SCHEDULER):
-            self._outbox.add(SetLogLevel(level))
+            self._membership.set_log_level(level)
             names.append(SCHEDULER)
         return names
 

@@ -654,3 +654,9 @@ def test_a_lost_vector_is_asked_for_again(frontend: Frontend) -> None:
     assert frontend.ends(sid) == []
     frontend.do(frontend.streams.on_token_batch(vector_batch(sid, b"new!", attempt=2, seq=2), 0.0, (b"new!",)))
     assert [end.vector for end in frontend.ends(sid)] == [b"new!"]
+
+
+def test_a_new_scheduler_is_told_the_log_levels_that_the_last_one_had_set(frontend: Frontend) -> None:
+    frontend.message(ClusterStatus(1, True, "", (), "debug", "error"))
+    (hello,) = sent(frontend.message(WhoAreYou(epoch=2)), FrontendHello)
+    assert (hello.log_level, hello.scheduler_log_level) == ("debug", "error")

@@ -360,3 +360,23 @@ def test_the_log_level_of_one_process(split) -> None:
     assert split.cluster.operator.set_log_level("error", "decode-0") == ["decode-0"]
     refused(Why.NOT_FOUND, lambda: split.cluster.operator.set_log_level("error", "nobody"))
     refused(Why.INVALID_ARGUMENT, lambda: split.cluster.operator.set_log_level("loud", ""))
+
+
+def log_levels(bench) -> list[str]:
+    """That this scheduler has set for itself."""
+    return [i.level for i in bench.instructions if isinstance(i, SetLogLevel)]
+
+
+def test_a_restarted_scheduler_logs_as_the_one_before_it_was_told_to(split, make_bench) -> None:
+    split.cluster.operator.set_log_level("debug", "scheduler")
+    act(split)
+    status = split.sent(ClusterStatus)[-1]
+    assert status.log_level == ""  # the frontend's own is as it was
+    restarted = make_bench()
+    restarted.frontend(scheduler_log_level=status.scheduler_log_level)
+    assert log_levels(restarted) == ["debug"]
+    restarted.frontend("frontend-1", scheduler_log_level="debug")
+    restarted.cluster.operator.set_log_level("error", "scheduler")
+    restarted.frontend("frontend-2", scheduler_log_level="debug")  # has not heard of it yet
+    assert log_levels(restarted) == ["debug", "error"]
+    assert restarted.sent(ClusterStatus)[-1].scheduler_log_level == "error"
