@@ -31,6 +31,7 @@ from baton.proto.messages import (
 )
 from baton.scheduler_proc.instructions import EventKind, Happened, Observe, SetLogLevel, WorkerJoined, WorkerLeft
 from baton.scheduler_proc.operations import RefusedError, Why
+from baton.scheduler_proc.orders import ABSENT_MEMORY
 
 
 def happened(bench) -> list[EventKind]:
@@ -380,3 +381,17 @@ def test_a_restarted_scheduler_logs_as_the_one_before_it_was_told_to(split, make
     restarted.frontend("frontend-2", scheduler_log_level="debug")  # has not heard of it yet
     assert log_levels(restarted) == ["debug", "error"]
     assert restarted.sent(ClusterStatus)[-1].scheduler_log_level == "error"
+
+
+def test_of_a_thousand_workers_that_are_gone_the_oldest_orders_are_forgotten(split) -> None:
+    split.cluster.operator.drain("decode-0", False, split.now)
+    for n in range(ABSENT_MEMORY + 2):
+        split.worker(f"decode-x{n}")
+        split.cluster.operator.drain(f"decode-x{n}", False, split.now)
+        split.tell(identity(f"decode-x{n}", 1), Goodbye(f"decode-x{n}", 1))
+    for name in ("decode-0", "decode-x0", f"decode-x{ABSENT_MEMORY + 1}"):
+        split.worker(name, incarnation=2)
+    operator = split.cluster.operator
+    assert not operator.worker("decode-0").active  # it was there all the time
+    assert operator.worker("decode-x0").active
+    assert not operator.worker(f"decode-x{ABSENT_MEMORY + 1}").active
