@@ -205,8 +205,9 @@ class Cluster:
         if stream.attempt == 1 and len(self.queue) >= self._config.max_waiting:
             code, message = RejectCode.QUEUE_FULL, f"{len(self.queue)} requests are waiting already"
         elif too_long := self._too_long(stream, now):
-            # Somebody held one that has begun, and may come back; and while not all have come, one may yet.
-            passing = stream.begun or not self.registry.complete_once
+            # Somebody held one that has begun, and may come back; while not all have come, one may yet; and who drains
+            # may be resumed.
+            passing = stream.begun or not self.registry.complete_once or bool(self._idling(stream))
             code, message = RejectCode.NO_WORKERS if passing else RejectCode.TOO_LONG, too_long
         elif self._unserved_s(stream, now) >= self._config.no_workers_s:
             code, message = RejectCode.NO_WORKERS, self.registry.lacking()
@@ -222,7 +223,12 @@ class Cluster:
         if self._membership.may_hold_soon(stream.room, now):
             return ""
         output = " and room for output" * (stream.room - stream.num_tokens)
-        return f"{stream.num_tokens} tokens{output} are more than any worker holds"
+        but = "".join(f"; {worker.name} would, and is {worker.settings.duty}" for worker in self._idling(stream))
+        return f"{stream.num_tokens} tokens{output} are more than any worker holds{but}"
+
+    def _idling(self, stream: Stream) -> list[Worker]:
+        """Who could hold a stream, but gets none."""
+        return [w for w in self.registry.workers.values() if not w.active and w.fits(stream.room)]
 
     def _able(self, stream: Stream) -> list[Worker]:
         """Workers from which a stream can go all the way: as their roles have it, else alone."""

@@ -76,7 +76,7 @@ class Membership:
         self._swept_at: float | None = None
         self._began: float | None = None
         self._joined_at = 0.0  # the last worker, or this process began
-        self._lost: list[tuple[float, Worker]] = []  # who left lately, and when
+        self._lost: list[tuple[float, Worker]] = []  # who left lately or began to drain, and when
         self._spares: dict[str, bytes] = {}  # by name: who was turned away for a worker of the same name
         self._asked: dict[bytes, float] = {}
 
@@ -256,7 +256,7 @@ class Membership:
         return self.lost_lately(needed, now) or not settled or waited_for
 
     def lost_lately(self, needed: int, now: float) -> bool:
-        """Whether a worker with room for so many tokens was there a while ago: one that stood in may restart, too."""
+        """Whether a worker with room for so many tokens took streams lately: one that stood in may restart, too."""
         return any(now - at < self._config.no_workers_s and worker.fits(needed) for at, worker in self._lost)
 
     def unserved_s(self, now: float) -> float:
@@ -264,6 +264,10 @@ class Membership:
         if self._served_at is None or not self._registry.lacks_role():
             self._served_at = now
         return now - self._served_at
+
+    def drains(self, worker: Worker, now: float) -> None:
+        """It gets no streams any more. It is waited for as if it had left: it may be resumed, or restart."""
+        self._lost.append((now, worker))
 
     def set_log_level(self, level: str) -> None:
         """How much this process logs. Frontends are told it, and tell it a restarted scheduler."""

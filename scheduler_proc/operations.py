@@ -89,6 +89,7 @@ class Operator:
             )
         if worker.active:
             self._change(worker, "draining", duty=Duty.DRAINING)
+            self._membership.drains(worker, now)
         if move_streams:
             for sid in list(worker.streams):
                 self._retry(self._streams[sid], f"{name} is draining", now)

@@ -395,3 +395,27 @@ def test_of_a_thousand_workers_that_are_gone_the_oldest_orders_are_forgotten(spl
     assert not operator.worker("decode-0").active  # it was there all the time
     assert operator.worker("decode-x0").active
     assert not operator.worker(f"decode-x{ABSENT_MEMORY + 1}").active
+
+
+def test_a_prompt_that_only_a_draining_worker_could_hold_waits_as_for_one_that_restarts(make_bench) -> None:
+    bench = make_bench(no_workers_s=10)
+    peers = bench.frontend(), bench.worker("unified-0", num_blocks=4), bench.worker("unified-1")
+    bench.wait(60, *peers)
+    operator = bench.cluster.operator
+    operator.drain("unified-1", False, bench.now)
+    bench.submit(1, tokens=400)
+    bench.submit(2, tokens=16)
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [2]
+    bench.wait(5, *peers)
+    operator.resume("unified-1")
+    bench.wait(1, *peers)
+    assert bench.recipients(StartPrefill) == ["unified-1"]
+    operator.drain("unified-1", False, bench.now)
+    bench.submit(3, tokens=400)
+    bench.wait(9, *peers)
+    assert bench.sent(Rejected) + bench.sent(Retry) == []
+    bench.wait(2, *peers)
+    assert "unified-1 would, and is draining" in bench.sent(Retry)[0].reason
+    bench.submit(4, tokens=400)
+    bench.submit(5, tokens=4000)
+    assert [rejected.code for rejected in bench.sent(Rejected)] == ["no_workers", "too_long"]
