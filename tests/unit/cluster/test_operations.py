@@ -17,6 +17,7 @@ from baton.proto.messages import (
     Configure,
     Ended,
     FirstRows,
+    FirstToken,
     Goodbye,
     KVLink,
     Ledger,
@@ -419,3 +420,28 @@ def test_a_prompt_that_only_a_draining_worker_could_hold_waits_as_for_one_that_r
     bench.submit(4, tokens=400)
     bench.submit(5, tokens=4000)
     assert [rejected.code for rejected in bench.sent(Rejected)] == ["no_workers", "too_long"]
+
+
+@pytest.mark.parametrize(("tokens", "moves"), [(64, True), (96, True), (97, False), (400, False)])
+def test_streams_move_only_if_others_hold_them_however_long_they_have_grown(bench, tokens: int, moves: bool) -> None:
+    """Of the 16 tokens of output the scheduler does not know how many are there."""
+    bench.frontend()
+    peer = bench.worker("unified-0")
+    bench.worker("unified-1", num_blocks=7)
+    sid = bench.submit(1, tokens=tokens)
+    assert bench.recipients(StartPrefill) == ["unified-0"]
+    bench.tell(peer, FirstToken(sid, 1))
+    operator = bench.cluster.operator
+    if moves:
+        operator.drain("unified-0", True, bench.now)
+        act(bench)
+        assert [retry.sid for retry in bench.sent(Retry)] == [sid]
+        return
+    text = refused(Why.FAILED_PRECONDITION, lambda: operator.drain("unified-0", True, bench.now))
+    assert "nobody else holds 1 of them to their end, 7-1 for one; drain without moving" in text
+    act(bench)
+    assert bench.sent(Retry) == []
+    assert operator.worker("unified-0").active
+    operator.drain("unified-0", False, bench.now)
+    bench.tell(peer, Ended(sid, 1, "prefill"))
+    operator.drain("unified-0", True, bench.now)  # the long ones have ended
