@@ -341,7 +341,6 @@ class EngineClient:
         if isinstance(message, ClusterStatus):
             if message.log_level != (self.status.log_level if self.status else ""):
                 set_log_level(message.log_level)
-                self._streams.log_level = message.log_level
             self.status, self._status_at = message, time.monotonic()
             for callback in self._on_status:
                 callback()

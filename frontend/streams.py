@@ -68,6 +68,11 @@ _OUTCOMES: dict[str, Outcome] = {
 }
 
 
+WORKER_MEMORY = 4096
+"""Worker incarnations whose channels' numbers are remembered, those heard last. The next batch of another one looks as
+if some before it were lost: a stream that then stays without a token goes on under a new attempt."""
+
+
 class Limits(msgspec.Struct, frozen=True):
     """Bounds of the state machine, in seconds unless said otherwise."""
 
@@ -95,12 +100,10 @@ class Streams:
         self._streams: dict[int, Stream] = {}
         self._closing: OrderedDict[int, tuple[float, Close]] = OrderedDict()  # by time of the next resend
         self._timers: list[tuple[float, int]] = []
-        self._seen_seq: dict[Worker, int] = {}
+        self._seen_seq: dict[Worker, int] = {}  # by when they were heard, the last one last
         self._members: frozenset[Worker] = frozenset()
         self._next_n = 1
         self._epoch = -1
-        self.log_level = ""
-        """What an operator has told this frontend, for later schedulers."""
 
     def __len__(self) -> int:
         """Streams without a terminal event."""
@@ -122,7 +125,7 @@ class Streams:
             for stream in self._streams.values()
             if stream.answered
         )
-        return msgspec.structs.replace(self._hello, claims=claims, log_level=self.log_level)
+        return msgspec.structs.replace(self._hello, claims=claims)
 
     def submit(
         self,
@@ -292,9 +295,11 @@ class Streams:
     def _note_seq(self, worker: Worker, batch: TokenBatch, now: float) -> None:
         """A hole in the channel's numbering means lost rows, of streams that nobody can name. One that nothing has come
         for yet shows the loss itself: by a gap, or when the scheduler hears of its end."""
-        seen = self._seen_seq.get(worker, 0)
+        seen = self._seen_seq.pop(worker, 0)
         before = batch.seq - 1 if batch.n else batch.seq
         self._seen_seq[worker] = max(seen, batch.seq)
+        if len(self._seen_seq) > WORKER_MEMORY:
+            del self._seen_seq[next(iter(self._seen_seq))]
         if before <= seen:
             return
         for stream in self._streams.values():
@@ -368,7 +373,11 @@ class Streams:
         return out
 
     def _on_status(self, message: ClusterStatus, now: float) -> None:
-        """The scheduler retries what a dead worker still had; rows that it had sent may have been lost with it."""
+        """The scheduler retries what a dead worker still had; rows that it had sent may have been lost with it. Later
+        schedulers are told the log levels that an operator has set."""
+        self._hello = msgspec.structs.replace(
+            self._hello, log_level=message.log_level, scheduler_log_level=message.scheduler_log_level
+        )
         members = frozenset((worker.worker, worker.incarnation) for worker in message.workers)
         gone, self._members = self._members - members, members
         if not gone:

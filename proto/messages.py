@@ -227,6 +227,8 @@ class FrontendHello(Message):
     claims: tuple[Claim, ...] = ()
     log_level: str = ""
     """What an operator has told it; empty: nothing."""
+    scheduler_log_level: str = ""
+    """As in the last ClusterStatus: a restarted scheduler logs as the one before it was told to."""
 
 
 class Submit(Message):
@@ -335,6 +337,8 @@ class ClusterStatus(Message):
     workers: tuple[WorkerStatus, ...]
     log_level: str = ""
     """How much this frontend is to log: debug | info | warning | error; empty: as at the start."""
+    scheduler_log_level: str = ""
+    """How much the scheduler logs, kept for the next one; empty: as at the start."""
 
 
 # --------------------------------------------------------------------------------------------------- scheduler ⇄ worker

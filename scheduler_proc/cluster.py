@@ -75,7 +75,14 @@ class Cluster:
         )
         self._reconciler = Reconciler(config, self.registry, self.streams, self._legs, self._retry)
         self.operator = Operator(
-            self.registry, self.streams, self._membership, self._orders, self._outbox, self._retry, self._cancel
+            self.registry,
+            self.streams,
+            self._membership,
+            self._orders,
+            self._outbox,
+            self._retry,
+            self._cancel,
+            self._is_held,
         )
         """What it is asked to do is done with the next tick."""
         self._closed: dict[Sid, float] = {}  # sid -> when, oldest first
@@ -205,8 +212,9 @@ class Cluster:
         if stream.attempt == 1 and len(self.queue) >= self._config.max_waiting:
             code, message = RejectCode.QUEUE_FULL, f"{len(self.queue)} requests are waiting already"
         elif too_long := self._too_long(stream, now):
-            # Somebody held one that has begun, and may come back; and while not all have come, one may yet.
-            passing = stream.begun or not self.registry.complete_once
+            # Somebody held one that has begun, and may come back; while not all have come, one may yet; and who drains
+            # may be resumed.
+            passing = stream.begun or not self.registry.complete_once or bool(self._idling(stream))
             code, message = RejectCode.NO_WORKERS if passing else RejectCode.TOO_LONG, too_long
         elif self._unserved_s(stream, now) >= self._config.no_workers_s:
             code, message = RejectCode.NO_WORKERS, self.registry.lacking()
@@ -222,32 +230,43 @@ class Cluster:
         if self._membership.may_hold_soon(stream.room, now):
             return ""
         output = " and room for output" * (stream.room - stream.num_tokens)
-        return f"{stream.num_tokens} tokens{output} are more than any worker holds"
+        but = "".join(f"; {worker.name} would, and is {worker.settings.duty}" for worker in self._idling(stream))
+        return f"{stream.num_tokens} tokens{output} are more than any worker holds{but}"
+
+    def _idling(self, stream: Stream) -> list[Worker]:
+        """Who could hold a stream, but gets none."""
+        return [w for w in self.registry.workers.values() if not w.active and w.fits(stream.room)]
 
     def _able(self, stream: Stream) -> list[Worker]:
-        """Workers from which a stream can go all the way: as their roles have it, else alone."""
-        able = [worker for worker in self.registry.prefill_workers(stream.pooled) if worker.fits(stream.room)]
-        if not stream.pooled:
-            able = [w for w in able if not self.registry.hands_over(w) or self._hands_over(w, stream)]
-        return able or self._alone(stream)
-
-    def _alone(self, stream: Stream) -> list[Worker]:
-        """Who holds a stream that those whose role it is do not; or has just room for all of one that has begun, and so
+        """Workers from which a stream can go all the way; or which have just room for all of one that has begun, and so
         can say that this was its end."""
-        stand_ins = self.registry.stand_ins()
-        able = [worker for worker in stand_ins if worker.fits(stream.room)]
-        return able or [worker for worker in stand_ins if stream.begun and worker.fits(stream.num_tokens)]
+        able = self._holding(stream.room, stream.pooled)
+        return able or [w for w in self.registry.stand_ins() if stream.begun and w.fits(stream.num_tokens)]
 
-    def _hands_over(self, worker: Worker, stream: Stream) -> bool:
-        """Whether what this worker prefills of a stream goes on elsewhere."""
+    def _holding(self, room: int, pooled: bool) -> list[Worker]:
+        """Workers from which so many tokens can go all the way: as their roles have it, else alone."""
+        able = [worker for worker in self.registry.prefill_workers(pooled) if worker.fits(room)]
+        if not pooled:
+            able = [w for w in able if not self.registry.hands_over(w) or self._hands_over(w, room)]
+        return able or [worker for worker in self.registry.stand_ins() if worker.fits(room)]
+
+    def _is_held(self, stream: Stream) -> bool:
+        """Whether a stream can go on, however long it has grown: its rows do not pass here. What no member holds, it
+        can't have become."""
+        longest = max((worker.longest for worker in self.registry.workers.values()), default=0)
+        whole = stream.prompt_len + stream.params.max_tokens if stream.params else longest
+        return bool(self._holding(min(whole, longest), stream.pooled))
+
+    def _hands_over(self, worker: Worker, room: int) -> bool:
+        """Whether what this worker prefills of a stream that needs so much room goes on elsewhere."""
         takers = self.registry.decode_workers(worker) if self.registry.hands_over(worker) else []
-        return any(taker.fits(stream.room) for taker in takers)
+        return any(taker.fits(room) for taker in takers)
 
     def _roomiest(self, workers: list[Worker], stream: Stream) -> list[Worker]:
         """Those that can hold the stream to its end, if there are any: others would end it where their context ends."""
         assert stream.params is not None
         whole = stream.prompt_len + stream.params.max_tokens
-        return [w for w in workers if self._hands_over(w, stream) or w.fits(whole)] or workers
+        return [w for w in workers if self._hands_over(w, stream.room) or w.fits(whole)] or workers
 
     def _unserved_s(self, stream: Stream, now: float) -> float:
         """How long nobody has been there who could serve a stream; 0 when somebody is."""
@@ -379,7 +398,7 @@ class Cluster:
                     return
                 self.queue.discard(stream)
                 worker = home or self._policy.prefill(candidates, stream)
-                self._legs.start_prefill(stream, worker, self._hands_over(worker, stream), now, bool(home))
+                self._legs.start_prefill(stream, worker, self._hands_over(worker, stream.room), now, bool(home))
 
     def _home(self, stream: Stream, willing: list[Worker]) -> Worker | None:
         """The worker where a sibling has the stream's prompt, or will: next to nothing is left to compute there."""

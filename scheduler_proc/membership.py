@@ -28,6 +28,7 @@ from baton.scheduler_proc.instructions import (
     EventKind,
     Observe,
     Outbox,
+    SetLogLevel,
     Unwatch,
     Watch,
     WorkerJoined,
@@ -68,13 +69,14 @@ class Membership:
         self._frontend_lost = frontend_lost
         self._served_at: float | None = None
         self._changed = False
+        self._log_level = ""
         self._standing_in = ""
         self._announced: str | None = None
         self._status_at = float("-inf")
         self._swept_at: float | None = None
         self._began: float | None = None
         self._joined_at = 0.0  # the last worker, or this process began
-        self._lost: list[tuple[float, Worker]] = []  # who left lately, and when
+        self._lost: list[tuple[float, Worker]] = []  # who left lately or began to drain, and when
         self._spares: dict[str, bytes] = {}  # by name: who was turned away for a worker of the same name
         self._asked: dict[bytes, float] = {}
 
@@ -140,6 +142,8 @@ class Membership:
             self._outbox.log(f"{hello.name} joined with {len(hello.claims)} open streams")
             self._outbox.happened(EventKind.FRONTEND_JOINED, hello.name, f"{len(hello.claims)} open streams")
         self._join(Frontend(sender, hello, now, hello.log_level), hello.pid)
+        if hello.scheduler_log_level and not self._log_level:
+            self.set_log_level(hello.scheduler_log_level)  # of a scheduler before this one
         return True
 
     def _may_join(self, sender: bytes, name: str, incarnation: int, protocol: int, now: float) -> bool:
@@ -252,7 +256,7 @@ class Membership:
         return self.lost_lately(needed, now) or not settled or waited_for
 
     def lost_lately(self, needed: int, now: float) -> bool:
-        """Whether a worker with room for so many tokens was there a while ago: one that stood in may restart, too."""
+        """Whether a worker with room for so many tokens took streams lately: one that stood in may restart, too."""
         return any(now - at < self._config.no_workers_s and worker.fits(needed) for at, worker in self._lost)
 
     def unserved_s(self, now: float) -> float:
@@ -260,6 +264,16 @@ class Membership:
         if self._served_at is None or not self._registry.lacks_role():
             self._served_at = now
         return now - self._served_at
+
+    def drains(self, worker: Worker, now: float) -> None:
+        """It gets no streams any more. It is waited for as if it had left: it may be resumed, or restart."""
+        self._lost.append((now, worker))
+
+    def set_log_level(self, level: str) -> None:
+        """How much this process logs. Frontends are told it, and tell it a restarted scheduler."""
+        self._log_level = level
+        self._outbox.add(SetLogLevel(level))
+        self.touch()
 
     def touch(self) -> None:
         """What frontends are told has changed."""
@@ -279,7 +293,7 @@ class Membership:
             self._outbox.happened(EventKind.NOT_READY if reason else EventKind.READY, "", reason)
         workers = tuple(worker.status() for worker in self._registry.workers.values())
         for peer, frontend in self._registry.frontends.items():
-            status = ClusterStatus(self._epoch, not reason, reason, workers, frontend.log_level)
+            status = ClusterStatus(self._epoch, not reason, reason, workers, frontend.log_level, self._log_level)
             self._outbox.send(peer, status)
 
     def _say_who_stands_in(self) -> None:

@@ -12,7 +12,7 @@ import msgspec
 
 from baton.proto.lifecycle import Duty, Role
 from baton.proto.messages import KVLink, Sid
-from baton.scheduler_proc.instructions import EventKind, Observe, Outbox, SetLogLevel, WorkerJoined, WorkerLeft
+from baton.scheduler_proc.instructions import EventKind, Observe, Outbox, WorkerJoined, WorkerLeft
 from baton.scheduler_proc.membership import Membership
 from baton.scheduler_proc.orders import Orders
 from baton.scheduler_proc.registry import Registry, Worker
@@ -52,6 +52,7 @@ class Operator:
         outbox: Outbox,
         retry: Callable[[Stream, str, float], None],
         cancel: Callable[[Stream, str, float], None],
+        is_held: Callable[[Stream], bool],
     ) -> None:
         self.registry = registry
         self._streams = streams
@@ -60,6 +61,7 @@ class Operator:
         self._outbox = outbox
         self._retry = retry
         self._cancel = cancel
+        self._is_held = is_held
 
     def worker(self, name: str) -> Worker:
         """The registered incarnation."""
@@ -89,6 +91,7 @@ class Operator:
             )
         if worker.active:
             self._change(worker, "draining", duty=Duty.DRAINING)
+            self._membership.drains(worker, now)
         if move_streams:
             for sid in list(worker.streams):
                 self._retry(self._streams[sid], f"{name} is draining", now)
@@ -181,7 +184,7 @@ class Operator:
         self._membership.touch()
         names = [*(worker.name for worker in workers), *(frontend.hello.name for frontend in frontends)]
         if process in ("", SCHEDULER):
-            self._outbox.add(SetLogLevel(level))
+            self._membership.set_log_level(level)
             names.append(SCHEDULER)
         return names
 
@@ -198,11 +201,14 @@ class Operator:
         self._outbox.happened(EventKind.WORKER_CHANGED, worker.name, text)
 
     def _missing_without(self, worker: Worker) -> str:
-        """What would be missing if this worker got no streams."""
+        """What would be missing for the streams of this worker to go on if it got none."""
         before = worker.settings
         worker.settings = msgspec.structs.replace(before, duty=Duty.DRAINING)
         self.registry.forget_derived()
         missing = self.registry.missing()
+        stranded = [stream.id for sid in worker.streams if not self._is_held(stream := self._streams[sid])]
+        if stranded and not missing:
+            missing = f"nobody else holds {len(stranded)} of them to their end, {stranded[0]} for one"
         worker.settings = before
         self.registry.forget_derived()
         return missing

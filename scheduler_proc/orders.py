@@ -14,6 +14,9 @@ from baton.proto.messages import Configure, Load, Settings
 from baton.scheduler_proc.instructions import Outbox
 from baton.scheduler_proc.registry import Registry, Worker
 
+ABSENT_MEMORY = 1024
+"""Names of workers that are not there for which orders are kept, those ordered last."""
+
 
 class Orders:
     """Owns the settings of all workers."""
@@ -26,7 +29,7 @@ class Orders:
 
     def change(self, worker: Worker, **changes: Any) -> None:
         """Fields of Settings from now on."""
-        self._standing.setdefault(worker.name, {}).update(changes)
+        self._standing[worker.name] = self._standing.pop(worker.name, {}) | changes
         worker.settings = msgspec.structs.replace(worker.settings, **changes)
         self._registry.forget_derived()
         self._send(worker)
@@ -39,6 +42,9 @@ class Orders:
         worker.settings = msgspec.structs.replace(present, **self._standing.get(worker.name, {}))
         if worker.settings != present:
             self._send(worker)
+        there = {each.name for each in self._registry.workers.values()}
+        for name in [name for name in self._standing if name not in there][:-ABSENT_MEMORY]:
+            del self._standing[name]
 
     def reported(self, worker: Worker, load: Load) -> None:
         """It has said how it is."""

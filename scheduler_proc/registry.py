@@ -136,7 +136,12 @@ class Worker:
 
     def fits(self, needed: int) -> bool:
         """Whether a stream that needs room for so many tokens can ever run here."""
-        return needed <= self.hello.max_model_len and self.blocks_for(needed) <= self.hello.num_blocks
+        return needed <= self.longest
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest stream that can run here."""
+        return min(self.hello.max_model_len, self.hello.num_blocks * self.hello.block_size)
 
     @property
     def shares_prompts(self) -> bool:

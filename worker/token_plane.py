@@ -15,6 +15,8 @@ BEAT_INTERVAL_S = 0.5
 """An idle link repeats its last sequence number this often, so that a frontend sees that a batch was lost."""
 LINK_IDLE_S = 60.0
 """A link without rows for so long is closed; the next row opens it again."""
+FRONTEND_MEMORY = 1024
+"""Frontend incarnations whose channels are numbered on, those that got rows last."""
 
 
 class _Link:
@@ -37,8 +39,10 @@ class TokenPlane:
         self._incarnation = incarnation
         self._clock = clock
         self._links: dict[str, _Link] = {}
-        # By endpoint and incarnation; outlives a link: a reopened one goes on counting.
-        self._seq: dict[tuple[str, int], int] = defaultdict(int)
+        # By endpoint and incarnation, the last used last; outlives a link: a reopened one goes on counting.
+        self._seq: dict[tuple[str, int], int] = {}
+        # The highest number of those forgotten. Others go on from it: from a lower one, a loss would not show.
+        self._forgotten = 0
 
     def send(self, rows: list[Emit], now: float) -> None:
         """Deliver one step's rows, grouped by frontend."""
@@ -48,12 +52,12 @@ class TokenPlane:
         for (endpoint, frontend), group in by_frontend.items():
             link = self._link(endpoint)
             link.frontend = frontend
-            self._seq[endpoint, frontend] += 1
+            seq = self._next_seq(endpoint, frontend)
             link.rows_at = link.sent_at = now
             frames = [row.prompt_logprobs.data for row in group if row.prompt_logprobs]
             if vectors := b"".join(row.vector for row in group):
                 frames.append(vectors)
-            link.dealer.send(self._batch(self._seq[endpoint, frontend], group, frontend), *frames)
+            link.dealer.send(self._batch(seq, group, frontend), *frames)
 
     def beat(self, now: float) -> None:
         """Send the idle beats that are due, and close links that nobody needs."""
@@ -62,7 +66,7 @@ class TokenPlane:
                 self._close(endpoint)
             elif now - link.sent_at >= BEAT_INTERVAL_S:
                 link.sent_at = now
-                seq = self._seq[endpoint, link.frontend]
+                seq = self._seq.get((endpoint, link.frontend), self._forgotten)
                 link.dealer.send(TokenBatch(self._worker, self._incarnation, seq, frontend=link.frontend))
 
     def next_beat(self) -> float:
@@ -88,6 +92,13 @@ class TokenPlane:
             link = self._links[endpoint] = _Link(dealer)
             self._poller.register(dealer.socket, zmq.POLLIN)
         return link
+
+    def _next_seq(self, endpoint: str, frontend: int) -> int:
+        seq = self._seq.pop((endpoint, frontend), self._forgotten) + 1
+        self._seq[endpoint, frontend] = seq
+        if len(self._seq) > FRONTEND_MEMORY:
+            self._forgotten = max(self._forgotten, self._seq.pop(next(iter(self._seq))))
+        return seq
 
     def _close(self, endpoint: str) -> None:
         link = self._links.pop(endpoint)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from baton.frontend.instructions import Deliver, Finished, Instruction, SendToScheduler, SendToWorker
-from baton.frontend.streams import Limits, Streams
+from baton.frontend.streams import WORKER_MEMORY, Limits, Streams
 from baton.proto.hashing import hash_chain, pack_hashes
 from baton.proto.lifecycle import Outcome, RejectCode
 from baton.proto.logprobs import PromptLogprobs
@@ -654,3 +654,24 @@ def test_a_lost_vector_is_asked_for_again(frontend: Frontend) -> None:
     assert frontend.ends(sid) == []
     frontend.do(frontend.streams.on_token_batch(vector_batch(sid, b"new!", attempt=2, seq=2), 0.0, (b"new!",)))
     assert [end.vector for end in frontend.ends(sid)] == [b"new!"]
+
+
+def test_a_new_scheduler_is_told_the_log_levels_that_the_last_one_had_set(frontend: Frontend) -> None:
+    frontend.message(ClusterStatus(1, True, "", (), "debug", "error"))
+    (hello,) = sent(frontend.message(WhoAreYou(epoch=2)), FrontendHello)
+    assert (hello.log_level, hello.scheduler_log_level) == ("debug", "error")
+
+
+def test_of_thousands_of_worker_incarnations_those_heard_last_are_remembered(frontend: Frontend) -> None:
+    sid = frontend.submit()
+    frontend.row(sid, 0, [10])
+    for incarnation in range(WORKER_MEMORY + 1):
+        frontend.beat(("decode-1", incarnation), 0)
+        frontend.beat(DECODE, 1)
+        if incarnation == 0:
+            frontend.row(sid, 1, [11], worker=PREFILL)
+    assert sent(frontend.sleep(LIMITS.suspicion_s + 1.0), Submit) == []
+    frontend.beat(DECODE, 1)  # heard all the time
+    assert sent(frontend.sleep(LIMITS.suspicion_s + 1.0), Submit) == []
+    frontend.beat(PREFILL, 1)  # forgotten: what came before may have been lost, or not
+    assert sent(frontend.sleep(LIMITS.suspicion_s + 1.0), Submit)[0].attempt == 2

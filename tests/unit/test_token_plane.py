@@ -10,7 +10,7 @@ from baton.proto.messages import Sid, ToFrontendTokens, TokenBatch
 from baton.proto.network import Network
 from baton.worker.clock import ClusterClock
 from baton.worker.effects import Emit
-from baton.worker.token_plane import BEAT_INTERVAL_S, TokenPlane
+from baton.worker.token_plane import BEAT_INTERVAL_S, FRONTEND_MEMORY, TokenPlane
 
 DEADLINE_MS = 10_000
 
@@ -57,3 +57,22 @@ def test_rows_and_beats_name_the_incarnation_that_they_are_for_whoever_has_its_p
         assert (beat.frontend, beat.seq, beat.n) == (8, 1, ())
     plane.close()
     network.close()
+
+
+def test_a_frontend_that_was_forgotten_among_a_thousand_others_gets_no_number_twice() -> None:
+    """From a lower number than it has seen, a loss would not show."""
+    network = Network()
+    plane = TokenPlane(network, zmq.Poller(), "decode-0", 1, ClusterClock("", same_host=True))
+    numbers: dict[int, list[int]] = {}
+    with frontend() as router:
+        for incarnation in [7, 7, 8, *(n for other in range(FRONTEND_MEMORY) for n in (100 + other, 8)), 7]:
+            plane.send([row(router.address, (incarnation, 1), 10)], now=0.0)
+            batch = read(router)
+            numbers.setdefault(batch.frontend, []).append(batch.seq)
+        plane.send([row(router.address, (9, 1), 10)], now=0.0)
+        numbers[9] = [read(router).seq]
+    plane.close()
+    network.close()
+    assert numbers[7] == [1, 2, 3]
+    assert numbers[8] == list(range(1, FRONTEND_MEMORY + 2))  # in use all the time
+    assert numbers[9] == [3]  # nothing is known of it: it may be one that was forgotten

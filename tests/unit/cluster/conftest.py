@@ -56,10 +56,19 @@ class Bench:
                 self.tell(peer, IDLE)
             self.instructions += self.cluster.tick(self.now)
 
-    def frontend(self, name: str = "frontend-0", incarnation: int = FRONTEND, claims: tuple[Claim, ...] = ()) -> bytes:
+    def frontend(
+        self,
+        name: str = "frontend-0",
+        incarnation: int = FRONTEND,
+        claims: tuple[Claim, ...] = (),
+        scheduler_log_level: str = "",
+    ) -> bytes:
         """A frontend says hello."""
         me = identity(name, incarnation)
-        self.tell(me, FrontendHello(incarnation, name, f"tokens:{name}", 11, PROTOCOL_VERSION, claims))
+        hello = FrontendHello(
+            incarnation, name, f"tokens:{name}", 11, PROTOCOL_VERSION, claims, "", scheduler_log_level
+        )
+        self.tell(me, hello)
         return me
 
     def worker(

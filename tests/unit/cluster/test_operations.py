@@ -17,6 +17,7 @@ from baton.proto.messages import (
     Configure,
     Ended,
     FirstRows,
+    FirstToken,
     Goodbye,
     KVLink,
     Ledger,
@@ -31,6 +32,7 @@ from baton.proto.messages import (
 )
 from baton.scheduler_proc.instructions import EventKind, Happened, Observe, SetLogLevel, WorkerJoined, WorkerLeft
 from baton.scheduler_proc.operations import RefusedError, Why
+from baton.scheduler_proc.orders import ABSENT_MEMORY
 
 
 def happened(bench) -> list[EventKind]:
@@ -360,3 +362,86 @@ def test_the_log_level_of_one_process(split) -> None:
     assert split.cluster.operator.set_log_level("error", "decode-0") == ["decode-0"]
     refused(Why.NOT_FOUND, lambda: split.cluster.operator.set_log_level("error", "nobody"))
     refused(Why.INVALID_ARGUMENT, lambda: split.cluster.operator.set_log_level("loud", ""))
+
+
+def log_levels(bench) -> list[str]:
+    """That this scheduler has set for itself."""
+    return [i.level for i in bench.instructions if isinstance(i, SetLogLevel)]
+
+
+def test_a_restarted_scheduler_logs_as_the_one_before_it_was_told_to(split, make_bench) -> None:
+    split.cluster.operator.set_log_level("debug", "scheduler")
+    act(split)
+    status = split.sent(ClusterStatus)[-1]
+    assert status.log_level == ""  # the frontend's own is as it was
+    restarted = make_bench()
+    restarted.frontend(scheduler_log_level=status.scheduler_log_level)
+    assert log_levels(restarted) == ["debug"]
+    restarted.frontend("frontend-1", scheduler_log_level="debug")
+    restarted.cluster.operator.set_log_level("error", "scheduler")
+    restarted.frontend("frontend-2", scheduler_log_level="debug")  # has not heard of it yet
+    assert log_levels(restarted) == ["debug", "error"]
+    assert restarted.sent(ClusterStatus)[-1].scheduler_log_level == "error"
+
+
+def test_of_a_thousand_workers_that_are_gone_the_oldest_orders_are_forgotten(split) -> None:
+    split.cluster.operator.drain("decode-0", False, split.now)
+    for n in range(ABSENT_MEMORY + 2):
+        split.worker(f"decode-x{n}")
+        split.cluster.operator.drain(f"decode-x{n}", False, split.now)
+        split.tell(identity(f"decode-x{n}", 1), Goodbye(f"decode-x{n}", 1))
+    for name in ("decode-0", "decode-x0", f"decode-x{ABSENT_MEMORY + 1}"):
+        split.worker(name, incarnation=2)
+    operator = split.cluster.operator
+    assert not operator.worker("decode-0").active  # it was there all the time
+    assert operator.worker("decode-x0").active
+    assert not operator.worker(f"decode-x{ABSENT_MEMORY + 1}").active
+
+
+def test_a_prompt_that_only_a_draining_worker_could_hold_waits_as_for_one_that_restarts(make_bench) -> None:
+    bench = make_bench(no_workers_s=10)
+    peers = bench.frontend(), bench.worker("unified-0", num_blocks=4), bench.worker("unified-1")
+    bench.wait(60, *peers)
+    operator = bench.cluster.operator
+    operator.drain("unified-1", False, bench.now)
+    bench.submit(1, tokens=400)
+    bench.submit(2, tokens=16)
+    assert [start.sid[1] for start in bench.sent(StartPrefill)] == [2]
+    bench.wait(5, *peers)
+    operator.resume("unified-1")
+    bench.wait(1, *peers)
+    assert bench.recipients(StartPrefill) == ["unified-1"]
+    operator.drain("unified-1", False, bench.now)
+    bench.submit(3, tokens=400)
+    bench.wait(9, *peers)
+    assert bench.sent(Rejected) + bench.sent(Retry) == []
+    bench.wait(2, *peers)
+    assert "unified-1 would, and is draining" in bench.sent(Retry)[0].reason
+    bench.submit(4, tokens=400)
+    bench.submit(5, tokens=4000)
+    assert [rejected.code for rejected in bench.sent(Rejected)] == ["no_workers", "too_long"]
+
+
+@pytest.mark.parametrize(("tokens", "moves"), [(64, True), (96, True), (97, False), (400, False)])
+def test_streams_move_only_if_others_hold_them_however_long_they_have_grown(bench, tokens: int, moves: bool) -> None:
+    """Of the 16 tokens of output the scheduler does not know how many are there."""
+    bench.frontend()
+    peer = bench.worker("unified-0")
+    bench.worker("unified-1", num_blocks=7)
+    sid = bench.submit(1, tokens=tokens)
+    assert bench.recipients(StartPrefill) == ["unified-0"]
+    bench.tell(peer, FirstToken(sid, 1))
+    operator = bench.cluster.operator
+    if moves:
+        operator.drain("unified-0", True, bench.now)
+        act(bench)
+        assert [retry.sid for retry in bench.sent(Retry)] == [sid]
+        return
+    text = refused(Why.FAILED_PRECONDITION, lambda: operator.drain("unified-0", True, bench.now))
+    assert "nobody else holds 1 of them to their end, 7-1 for one; drain without moving" in text
+    act(bench)
+    assert bench.sent(Retry) == []
+    assert operator.worker("unified-0").active
+    operator.drain("unified-0", False, bench.now)
+    bench.tell(peer, Ended(sid, 1, "prefill"))
+    operator.drain("unified-0", True, bench.now)  # the long ones have ended
