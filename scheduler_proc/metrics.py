@@ -124,7 +124,7 @@ class Metrics:
                 self._load(event)
             case Submit():  # of a later attempt
                 self._retries.inc()
-            case Close():
+            case Close(part=False):
                 self._closed(event)
 
     def _joined(self, event: WorkerJoined) -> None:
