@@ -32,6 +32,7 @@ from baton.proto.messages import (
     ClusterStatus,
     FrontendHello,
     Goodbye,
+    Ledger,
     MetricsReply,
     MetricsRequest,
     SamplingParams,
@@ -65,13 +66,17 @@ class Output(msgspec.Struct, gc=False):
 class OutputReader:
     """The streams of one client request, for one reader. Leaving the `with` block aborts what has not ended."""
 
-    def __init__(self, client: "EngineClient", received_s: float, request: str | None = None) -> None:
-        """`received_s`: when the request arrived, on CLOCK_MONOTONIC. `request`: what its client calls it."""
+    def __init__(
+        self, client: "EngineClient", received_s: float, request: str | None = None, part: bool = False
+    ) -> None:
+        """`received_s`: when the request arrived, on CLOCK_MONOTONIC. `request`: what its client calls it. `part`:
+        these are not all of its streams; see EngineClient.count."""
         self.on_output: Callable[[], None] = lambda: None
         """Called when something has come after everything was taken."""
         self._client = client
         self._received_s = received_s
         self._request = request or ""
+        self._part = part
         self._sids: list[Sid] = []
         self._open: set[int] = set()
         self._pending: dict[int, Output] = {}
@@ -101,6 +106,7 @@ class OutputReader:
                 received_s=self._received_s,
                 sibling=None if sibling is None else self._sids[sibling],
                 request=self._request,
+                part=self._part,
             )
         )
 
@@ -245,6 +251,7 @@ class EngineClient:
         received_s: float,
         sibling: Sid | None = None,
         request: str = "",
+        part: bool = False,
     ) -> Sid:
         """Open a stream (see Streams.submit) whose tokens and end go to `deliver`."""
         sid, instructions = self._streams.submit(
@@ -258,12 +265,18 @@ class EngineClient:
             client=key_name.get(),
             sibling=sibling,
             request=request,
+            part=part,
         )
         self._deliver[sid] = deliver
         self._carry_out(instructions)
         if self._stopping:
             self.abort(sid, self._stopping)
         return sid
+
+    def count(self, outcome: Outcome, prompt_tokens: int, output_tokens: int, ledger: Ledger | None) -> None:
+        """A request has ended whose streams were parts of it. `ledger`: what is to be told of it, if anything is."""
+        ledger = ledger or Ledger(client=key_name.get())
+        self._carry_out(self._streams.count(outcome, prompt_tokens, output_tokens, ledger, time.monotonic()))
 
     def end(self, sid: Sid, outcome: Outcome, message: str = "") -> None:
         """End a stream from this side."""

@@ -81,7 +81,8 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
     grammars = Grammars(tokenizer, info)
     generator = Generator(client, prompts, grammars, tools, info, config.max_logprobs)
     embedder = Embedder(client, prompts, info, pooling)
-    app = InFlight(build_app(config, client, prompts, info, generator, embedder))
+    requests = InFlight()
+    app = requests.of(build_app(config, client, prompts, info, generator, embedder))
     server = _Server(
         uvicorn.Config(
             app,
@@ -93,11 +94,12 @@ async def _serve(config: FrontendConfig, supervised: Supervised, listener: socke
         )
     )
     try:
-        async with _inference(config, client, prompts, info, generator, embedder), _for_peers(config, app):
+        inference = _inference(config, client, prompts, info, generator, embedder, requests)
+        async with inference, _for_peers(config, app):
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await _until_stopped(client, supervised, serving)
             generator.draining = embedder.draining = True
-            await _drain(client, app, config.shutdown_timeout_s)
+            await _drain(client, requests, config.shutdown_timeout_s)
             server.should_exit = True
             await _stop(client, serving)
     finally:
@@ -148,6 +150,7 @@ async def _inference(
     info: ModelInfo,
     generator: Generator,
     embedder: Embedder,
+    requests: InFlight,
 ) -> AsyncIterator[None]:
     """The gRPC server, where one is wanted: the core installation has no gRPC."""
     if not config.grpc.port:
@@ -155,7 +158,7 @@ async def _inference(
         return
     from baton.frontend.rpc_server import InferenceServer
 
-    server = InferenceServer(config, client, prompts, info, generator, embedder)
+    server = InferenceServer(config, client, prompts, info, generator, embedder, requests)
     await server.start()
     try:
         yield
@@ -188,7 +191,7 @@ async def _until_stopped(client: EngineClient, supervised: Supervised, serving: 
 
 
 async def _drain(client: EngineClient, requests: InFlight, timeout_s: float) -> None:
-    """Let requests finish; then end them. Background responses and gRPC have streams alone."""
+    """Let requests finish; then end them. Background responses have streams alone."""
     if count := max(client.num_streams, len(requests)):
         log.info("%d requests may finish within %.0f s", count, timeout_s)
     try:

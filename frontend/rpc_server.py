@@ -26,6 +26,7 @@ from baton.frontend.api.prompts import Prompts
 from baton.frontend.api.requests import CompletionRequest, DetokenizeRequest, TokenizeRequest, read
 from baton.frontend.bodies import MAX_VALUES
 from baton.frontend.engine_client import EngineClient
+from baton.frontend.in_flight import InFlight
 from baton.frontend.model_info import ModelInfo
 from baton.proto.config import FrontendConfig
 from baton.proto.messages import Ledger, TokenLogprobs
@@ -60,11 +61,13 @@ class InferenceServer:
         info: ModelInfo,
         generator: Generator,
         embedder: Embedder,
+        requests: InFlight,
     ) -> None:
+        """`requests`: counts the calls."""
         self._client = client
         self._generator = generator
         inference = Inference(prompts, info, generator, embedder, config.stalled_client_s)
-        self._server = RpcServer(config.grpc, {"Inference": inference})
+        self._server = RpcServer(config.grpc, {"Inference": inference}, requests.one)
 
     async def start(self) -> None:
         """Listen. Raises UserError when the address is taken or the certificate can't be read."""

@@ -44,6 +44,8 @@ class Stream:
     """See Submit; while this is the first attempt."""
     request: str = ""
     """See Submit."""
+    part: bool = False
+    """See Close."""
     attempt: int = 1
     output: list[int] = field(default_factory=list)
     """Every accepted token."""
@@ -163,4 +165,4 @@ class Stream:
 
     def close_message(self, outcome: Outcome) -> Close:
         """The end of this stream, for the scheduler."""
-        return Close(self.sid, self.attempt, outcome.value, len(self.prompt), len(self.output), self.ledger)
+        return Close(self.sid, self.attempt, outcome.value, len(self.prompt), len(self.output), self.ledger, self.part)

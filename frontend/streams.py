@@ -140,27 +140,33 @@ class Streams:
         client: str = "",
         sibling: Sid | None = None,
         request: str = "",
+        part: bool = False,
     ) -> tuple[Sid, list[Instruction]]:
         """Open a stream for `prompt` (int32 [prompt_len]).
 
         prompt_hashes is the packed hash chain of its full units, computed here when None; timeout_s of 0 is none;
         client names who asks, for the ledger, and request what they call it, for operators.
-        `sibling` is an earlier stream with the same prompt.
+        `sibling` is an earlier stream with the same prompt. A `part` is not counted: `count` is told of the whole.
         """
         prompt = np.ascontiguousarray(prompt, dtype=np.int32)
         if prompt_hashes is None:
             prompt_hashes = pack_hashes(hash_chain(prompt))
-        sid = (self._hello.frontend, self._next_n)
-        self._next_n += 1
+        sid = self._new_sid()
         ledger = Ledger(stages={Stage.RECEIVED.value: now if received_s is None else received_s}, client=client)
         deadline = now + timeout_s if timeout_s > 0 else math.inf
         stream = Stream(sid, prompt, prompt_hashes, params, deadline, priority, ledger, submit_at=now)
         stream.sibling = sibling[1] if sibling is not None else 0
-        stream.request = request
+        stream.request, stream.part = request, part
         self._streams[sid[1]] = stream
         out = [self._send_submit(stream, now)]
         self._arm(stream)
         return sid, out
+
+    def count(
+        self, outcome: Outcome, prompt_tokens: int, output_tokens: int, ledger: Ledger, now: float
+    ) -> list[Instruction]:
+        """The end of a request whose streams were parts of it."""
+        return [self._send_close(Close(self._new_sid(), 1, outcome.value, prompt_tokens, output_tokens, ledger), now)]
 
     def end(self, sid: Sid, outcome: Outcome, now: float, message: str = "") -> list[Instruction]:
         """The frontend itself ends a stream: stop string (STOP), client gone or shutdown (ABORTED). Idempotent."""
@@ -436,14 +442,20 @@ class Streams:
     ) -> list[Instruction]:
         del self._streams[stream.sid[1]]
         stream.ledger.stages[Stage.FINISHED.value] = now
-        close = stream.close_message(outcome)
-        self._closing[stream.sid[1]] = (now + self.limits.resend_interval_s, close)
         return [
-            SendToScheduler(close),
+            self._send_close(stream.close_message(outcome), now),
             Finished(
                 stream.sid, outcome, stream.ledger, len(stream.output), message, code, retry_after_s, stream.vector
             ),
         ]
+
+    def _send_close(self, close: Close, now: float) -> Instruction:
+        self._closing[close.sid[1]] = (now + self.limits.resend_interval_s, close)
+        return SendToScheduler(close)
+
+    def _new_sid(self) -> Sid:
+        self._next_n += 1
+        return (self._hello.frontend, self._next_n - 1)
 
     def _cancel(self, stream: Stream) -> list[Instruction]:
         if stream.source is None:

@@ -260,6 +260,8 @@ class Close(Message):
     prompt_tokens: int
     output_tokens: int
     ledger: Ledger
+    part: bool = False
+    """Of a request that takes many streams, a beam search: it has a Close of its own, and this one is not counted."""
 
 
 class MetricsRequest(Message):

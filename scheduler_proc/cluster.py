@@ -196,6 +196,8 @@ class Cluster:
             return
         self.streams[submit.sid] = stream
         self.queue.push(stream)
+        if submit.attempt > 1:  # whoever ended the one before: this scheduler, an earlier one, or the frontend itself
+            self._outbox.add(Observe(submit))
         self._outbox.send(frontend.identity, Accepted(submit.sid, submit.attempt))
 
     def _again(self, stream: Stream, submit: Submit) -> None:
@@ -430,10 +432,8 @@ class Cluster:
 
     def _retry(self, stream: Stream, reason: str, now: float) -> None:
         """This attempt is over everywhere; the frontend continues it with the next one."""
-        retry = Retry(stream.sid, stream.attempt, reason)
-        self._outbox.add(Observe(retry))
         self._outbox.happened(EventKind.REQUEST_RETRIED, stream.id, reason)
-        self._notify(stream, retry, now)
+        self._notify(stream, Retry(stream.sid, stream.attempt, reason), now)
 
     def _cancel(self, stream: Stream, message: str, now: float) -> None:
         """End it here; its frontend, which owns it, ends it for the client."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from baton.proto.channels import Frame
-from baton.proto.messages import Close, Load, Message, Retry
+from baton.proto.messages import Close, Load, Message, Submit
 
 
 @dataclass(slots=True, frozen=True)
@@ -65,7 +65,7 @@ class LoadReport:
 class Observe:
     """For the metrics."""
 
-    event: Close | Retry | LoadReport | WorkerJoined | WorkerLeft
+    event: Close | Submit | LoadReport | WorkerJoined | WorkerLeft
 
 
 @dataclass(slots=True, frozen=True)

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from baton.proto.config import KV_TRANSFERS
 from baton.proto.lifecycle import HANDOFF_PARTS, Outcome, Role, Stage, handoff_parts
-from baton.proto.messages import Close, Load, Retry
+from baton.proto.messages import Close, Load, Submit
 from baton.scheduler_proc.instructions import LoadReport, WorkerJoined, WorkerLeft
 
 DEPARTED = 64
@@ -107,7 +107,7 @@ class Metrics:
         """Streams that wait at the scheduler for a prefill worker."""
         self._gauges["baton_requests_waiting"].labels(*SCHEDULER_LABELS).set(count)
 
-    def observe(self, event: Close | Retry | LoadReport | WorkerJoined | WorkerLeft) -> None:
+    def observe(self, event: Close | Submit | LoadReport | WorkerJoined | WorkerLeft) -> None:
         """What the cluster asked to have observed."""
         match event:
             case WorkerJoined():
@@ -122,9 +122,9 @@ class Metrics:
                     self._forget(next(iter(self._departed)))
             case LoadReport():
                 self._load(event)
-            case Retry():
+            case Submit():  # of a later attempt
                 self._retries.inc()
-            case Close():
+            case Close(part=False):
                 self._closed(event)
 
     def _joined(self, event: WorkerJoined) -> None:

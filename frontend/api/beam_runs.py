@@ -38,14 +38,19 @@ class BeamRun:
         self._searches = [new_search(params, wishes) for params in self._params]
         self._ledgers: list[Ledger | None] = [None] * len(prompts)
         self._first = True
+        self._outcome = Outcome.ABORTED
+        """Of searches that did not come to their end."""
 
     async def finish(
         self, tokenizer: Tokenizer, plan: OutputPlan | None, deadline: float
     ) -> list[tuple[Choice, Delta]]:
         """The best outputs of each prompt, best first, as the choices of an answer whose text is read as `plan` says.
         `deadline` is on CLOCK_MONOTONIC, infinity for none. Raises ApiError."""
-        while any(not search.done for search in self._searches):
-            await self._step(deadline)
+        try:
+            while any(not search.done for search in self._searches):
+                await self._step(deadline)
+        finally:
+            self._count()
         done: list[tuple[Choice, Delta]] = []
         for index, search in enumerate(self._searches):
             for ended in search.best():
@@ -55,11 +60,22 @@ class BeamRun:
                 done.append((choice, choice.take(beam_output(ended, self._wishes, ledger), _NoStops())))
         return done
 
+    def _count(self) -> None:
+        """A search is one request, however many streams its steps were."""
+        for search, prompt, ledger in zip(self._searches, self._prompts, self._ledgers, strict=True):
+            best = search.best()
+            outcome = self._outcome
+            if search.done:
+                outcome = Outcome.STOP if best[0].by_token else Outcome.LENGTH
+            # Of its first step; none of its workers has a time per output token.
+            told = ledger and msgspec.structs.replace(ledger, decode_worker="")
+            self._client.count(outcome, len(prompt.ids), sum(len(each.beam.tokens) for each in best), told)
+
     async def _step(self, deadline: float) -> None:
         """Every running beam goes on by one token."""
         received_s = self._received_s if self._first else time.monotonic()
         steps: list[_Step] = []
-        with OutputReader(self._client, received_s, self._wishes.request_id) as reader:
+        with OutputReader(self._client, received_s, self._wishes.request_id, part=True) as reader:
             for index, (search, prompt) in enumerate(zip(self._searches, self._prompts, strict=True)):
                 for beam in [] if search.done else search.running:
                     ids = np.concatenate([prompt.ids, np.array(beam.tokens, dtype=np.int32)])
@@ -94,9 +110,11 @@ class BeamRun:
                     self._submit(reader, step, deadline)
                     continue
                 if (error := outcome_error(finished)) is not None:
+                    self._outcome = finished.outcome
                     raise error
                 self._ledgers[step.owner] = self._ledgers[step.owner] or finished.ledger
         if any(step.found is None for step in steps):
+            self._outcome = Outcome.FAILED
             raise unavailable("a beam's step ended without its token")
 
 

@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-from baton.frontend.tools.events import CallBegins
-from baton.frontend.tools.json_calls import MalformedError, arguments
-from baton.frontend.tools.parser import ToolParser, call_sections
+from baton.frontend.tools.events import CallBegins, Content
+from baton.frontend.tools.json_calls import MalformedError, arguments, or_content
+from baton.frontend.tools.parser import ToolParser, call_sections, content
 from baton.frontend.tools.scanner import Finds, Scanner
 
 _CALLS, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -21,8 +21,10 @@ class DeepSeekV31Parser(ToolParser):
         yield from call_sections(scan, _CALLS, _CALL, _CALLS_END, self._to_the_end)
 
     def _to_the_end(self, scan: Scanner) -> Finds[None]:
-        yield from self._call(scan)
-        yield from scan.text_until(_CALL_END)
+        if (yield from or_content(scan, self._call(scan), _CALL)):
+            yield from scan.text_until(_CALL_END)
+        elif (yield from content(scan, _CALL_END)):
+            yield Content(_CALL_END)
 
     def _call(self, scan: Scanner) -> Finds[None]:
         name = yield from scan.text_until(_SEPARATOR)
@@ -30,12 +32,9 @@ class DeepSeekV31Parser(ToolParser):
 
     def _arguments_of(self, scan: Scanner, name: str) -> Finds[None]:
         if not name.strip():
-            return
+            raise MalformedError
         yield CallBegins(name.strip())
-        try:
-            yield from arguments(scan)
-        except MalformedError:
-            return
+        yield from arguments(scan)
 
 
 class DeepSeekV3Parser(DeepSeekV31Parser):

@@ -114,21 +114,31 @@ def call_object(scan: Scanner, names: Container[str] | None = None) -> Finds[Non
 
 
 def or_content(scan: Scanner, calls: Finds[None], before: str = "") -> Finds[bool]:
-    """Run a parser of calls; returns whether a call began. If none did, what it consumed is content.
+    """Run a parser of calls; returns whether all was calls. What can't be read is content from the last event on.
 
+    A name is told with the first arguments: while nothing else has come, all may yet be content.
     `before` was consumed already and belongs to the content then. Raises EndOfTextError.
     """
     scan.record()
+    name: CallBegins | None = None
     begun = False
     try:
         for event in calls:
-            begun = begun or event is not None
+            if isinstance(event, CallBegins):
+                name = event
+                continue
+            if event is not None:
+                if name is not None:
+                    yield name
+                begun, name, before = True, None, ""
+                scan.record()
             yield event
     except MalformedError:
-        if not begun:
-            yield Content(before + scan.recorded())
+        if text := before + scan.recorded():
+            yield Content(text)
+        return False
     except EndOfTextError:
-        if not begun:
+        if name is not None or not begun:
             yield Content(before + scan.recorded() + scan.rest)
         raise
     scan.stop_recording()

@@ -8,6 +8,7 @@ passes, the coroutine is cancelled where it waits, and what it holds is freed by
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,6 +35,8 @@ HEALTH = "/grpc.health.v1.Health/"
 
 Context: TypeAlias = grpc.aio.ServicerContext
 Method = Callable[[Any, Context], Awaitable[Any]]
+Around = Callable[[], AbstractContextManager[None]]
+"""Makes the block in which a call is answered."""
 
 
 class CallError(Exception):
@@ -49,7 +52,12 @@ class CallError(Exception):
 class RpcServer:
     """Owns the listening port; `stop` frees it."""
 
-    def __init__(self, config: RpcConfig, services: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        config: RpcConfig,
+        services: Mapping[str, object],
+        around: Around = nullcontext,
+    ) -> None:
         """`services`: name in the schema -> implementation. Needs a running event loop."""
         descriptors = {schema().service(name): implementation for name, implementation in services.items()}
         self._names = ["", *(service.full_name for service in descriptors)]
@@ -57,7 +65,7 @@ class RpcServer:
         keys = Keyring(config.api_keys, config.api_key_file)
         self._serving: bool | None = None
         self._server = grpc.aio.server(
-            handlers=[_handlers(service, implementation) for service, implementation in descriptors.items()],
+            handlers=[_handlers(service, methods, around) for service, methods in descriptors.items()],
             interceptors=[_RequireKey(keys)] if keys else [],
             options=[
                 ("grpc.max_receive_message_length", config.max_request_bytes),
@@ -105,11 +113,11 @@ def _credentials(config: RpcConfig) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([(key, certificate)])
 
 
-def _handlers(service: ServiceDescriptor, implementation: object) -> grpc.GenericRpcHandler:
+def _handlers(service: ServiceDescriptor, implementation: object, around: Around) -> grpc.GenericRpcHandler:
     methods = {}
     for method in service.methods:
         request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
-        call = _guarded(getattr(implementation, _snake(method.name)), request)
+        call = _guarded(getattr(implementation, _snake(method.name)), request, around)
         make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
         methods[method.name] = make(call, None, response.SerializeToString)
     return grpc.method_handlers_generic_handler(service.full_name, methods)
@@ -119,12 +127,13 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-def _guarded(method: Method, kind: type[Message]) -> Method:
+def _guarded(method: Method, kind: type[Message], around: Around) -> Method:
     """`method` for a request of this kind as it came, in bytes."""
 
     async def call(data: bytes, context: Context) -> Any:
         try:
-            return await method(_read(data, kind), context)
+            with around():
+                return await method(_read(data, kind), context)
         except CallError as error:
             failure = error
         except Exception:

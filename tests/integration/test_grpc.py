@@ -543,6 +543,19 @@ def test_tls_keys_removal_and_a_stream_that_outlives_sigterm(locked: Cluster, ce
     assert locked.wait() == 0
 
 
+def test_sigterm_lets_a_call_finish_that_has_no_stream_just_then(made: Generated, tiny_model: Path) -> None:
+    """A beam search is one stream after the other."""
+    flags = ("--load-format", "dummy", "--num-blocks", "600", "--unified", "1", "--shutdown-timeout", "60")
+    with Cluster(made, *flags, model=str(tiny_model)) as cluster:
+        beams = {"n": 2, "use_beam_search": True, "max_tokens": 1500}
+        call = cluster.generate(prompt=[1, 2, 3], sampling=beams)
+        while not cluster.requests():
+            assert call.is_active()
+        cluster.process.terminate()
+        assert list(call)[-1].usage.completion_tokens == 3000
+        assert cluster.wait() == 0
+
+
 def test_a_drained_worker_stays_so_when_the_scheduler_is_restarted(
     cluster: Cluster, drained: Callable[..., None]
 ) -> None:

@@ -312,6 +312,22 @@ def test_metrics_count_what_happened(served: Deployment) -> None:
     assert served.total("baton_requests_total") == before + 1
 
 
+def test_a_beam_search_counts_as_one_request(served: Deployment) -> None:
+    def counted() -> dict[str, float]:
+        names = ("length", "aborted", "stop")
+        return {name: served.total("baton_requests_total", f'outcome="{name}"') for name in names}
+
+    before, timed = counted(), served.total("baton_ttft_seconds_count")
+    beams = {"use_beam_search": True, "n": 2, "ignore_eos": True}
+    served.complete([1, 2, 3], max_tokens=6, **beams)
+    assert counted() == before | {"length": before["length"] + 1}
+    assert served.total("baton_ttft_seconds_count") == timed + 1
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/completions", json=body(max_tokens=1500, **beams), timeout=0.5)
+    wait_until(lambda: counted() == before | {"length": before["length"] + 1, "aborted": before["aborted"] + 1})
+    served.wait_idle()
+
+
 def test_many_at_once(served: Deployment) -> None:
     barrier = threading.Barrier(16)
 

@@ -86,7 +86,7 @@ def test_sigterm_lets_a_request_finish_that_has_no_stream_just_then(
     search = {"prompt": [1, 2, 3], "max_tokens": 1000, "use_beam_search": True, "n": 2, "ignore_eos": True}
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(http.post, f"{served.url}/v1/completions", json=search, timeout=DEADLINE_S)
-        while "baton_requests_total" not in (said := http.get(f"{served.url}/metrics").text) or not ended(said):
+        while not generated(http.get(f"{served.url}/metrics").text):
             assert not answer.done()
         served.process.terminate()
         response = answer.result()
@@ -95,9 +95,10 @@ def test_sigterm_lets_a_request_finish_that_has_no_stream_just_then(
     assert served.wait() == 0
 
 
-def ended(metrics: str) -> float:
-    """Streams that have."""
-    return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("baton_requests_total{"))
+def generated(metrics: str) -> float:
+    """Tokens."""
+    series = 'baton_tokens_total{role="unified",source="generated"'
+    return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(series))
 
 
 def test_kill_9_of_the_launcher_leaves_nothing(serve: Serve, tiny_model: Path, tmp_path: Path) -> None:

@@ -349,6 +349,20 @@ def test_close_is_resent_until_acknowledged(frontend: Frontend) -> None:
     assert len(frontend.ends(sid)) == 1
 
 
+def test_a_request_of_many_streams_counts_by_a_close_of_its_own(frontend: Frontend) -> None:
+    sid, said = frontend.streams.submit(PROMPT, SamplingParams(max_tokens=1), 0.0, part=True)
+    assert sent(said, Submit)
+    [part] = sent(frontend.streams.abort(sid, 0.0), Close)
+    [whole] = sent(frontend.streams.count(Outcome.LENGTH, 40, 24, Ledger(client="me"), 0.0), Close)
+    assert (part.part, whole.part) == (True, False)
+    assert (whole.outcome, whole.prompt_tokens, whole.output_tokens, whole.ledger.client) == ("length", 40, 24, "me")
+    assert whole.sid != sid
+    frontend.message(CloseAck(sid))
+    assert sent(frontend.sleep(1.0), Close) == [whole], "it may have been lost"
+    frontend.message(CloseAck(whole.sid))
+    assert not frontend.streams.closing
+
+
 @pytest.mark.parametrize("state", ["submitting", "queued", "prefilled", "decoding", "held", "recovering"])
 def test_abort_from_every_state_cancels_and_closes(frontend: Frontend, state: str) -> None:
     sid = frontend.submit(accepted=state != "submitting")

@@ -229,6 +229,38 @@ def test_a_call_that_is_cut_short_keeps_what_it_has() -> None:
     assert found == [("call", "weather", '{"city": "K')]
 
 
+BROKEN = {
+    "hermes": '<tool_call>{"name": "weather", "arguments": }</tool_call> b',
+    "hermes twice": '<tool_call>{"name": "weather", "arguments": "\\x", "name": "a"}</tool_call>',
+    "llama3_json": '{"name": "weather", "parameters": }',
+    "mistral": '[TOOL_CALLS][{"name": "weather", "arguments": }] b',
+    "mistral by name": "[TOOL_CALLS]weather[ARGS]}",
+    "deepseek_v31": DEEPSEEK.format("<｜tool▁call▁begin｜>weather<｜tool▁sep｜>}<｜tool▁call▁end｜>"),
+    "hermes cut short": '<tool_call>{"name": "weather", "argu',
+    "mistral cut short": "[TOOL_CALLS]weather[ARGS]",
+    "glm45 cut short": "<tool_call>weather\n<arg_key>city",
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_call_without_arguments_that_can_be_read_is_text_and_no_call(case: str) -> None:
+    parser, written = find_tool_parser(case.split()[0])(TOOLS), BROKEN[case]
+    expected = written.replace("<｜tool▁calls▁begin｜>", "").replace("<｜tool▁calls▁end｜>", "")
+    assert parse(parser, written) == parse(parser, *written) == [("content", expected)]
+
+
+def test_what_stands_between_a_calls_arguments_and_its_end_is_text() -> None:
+    found = parse(find_tool_parser("hermes")(), '<tool_call>{"name": "f", "arguments": {} oops}</tool_call>')
+    assert found == [("call", "f", "{}"), ("content", " oops}</tool_call>")]
+
+
+def test_a_call_behind_one_that_is_text_is_found() -> None:
+    begin, end = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
+    written = DEEPSEEK.format(f"{begin}a<｜tool▁sep｜>}}{end}\n{begin}b<｜tool▁sep｜>{{}}{end}")
+    found = parse(find_tool_parser("deepseek_v31")(), written)
+    assert found == [("content", f"{begin}a<｜tool▁sep｜>}}{end}"), ("call", "b", "{}")]
+
+
 def test_required_calls() -> None:
     found = parse(RequiredParser(), f'[{{"name": "a", "parameters": {WRITTEN}}}, {{"name": "b", "parameters": {{}}}}]')
     assert calls(found) == [("a", ARGS), ("b", {})]

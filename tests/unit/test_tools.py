@@ -277,6 +277,17 @@ def test_a_call_that_was_cut_short_says_length() -> None:
     assert found["message"]["tool_calls"][0]["function"]["arguments"] == '{"a'
 
 
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_a_call_that_can_not_be_read_is_the_answers_text_whole_and_streamed(step: int) -> None:
+    server = serving(enable_auto_tool_choice=True, tool_call_parser="hermes")
+    text = 'Well. <tool_call>{"name": "time", "arguments": }</tool_call>'
+    found, deltas = answer(text, plan_of(server), step=step)
+    assert (found["message"]["content"], found["message"].get("tool_calls")) == (text, None)
+    assert found["finish_reason"] == "stop"
+    assert "".join(delta.get("content", "") for delta in deltas) == text
+    assert not any("tool_calls" in delta for delta in deltas)
+
+
 def test_reasoning_can_be_left_out() -> None:
     server = serving(reasoning_parser="qwen3")
     request, _ = chat(include_reasoning=False)

@@ -15,6 +15,7 @@ from baton.proto.messages import (
     FirstRows,
     Ledger,
     Load,
+    Message,
     PrefillDone,
     Progress,
     Refused,
@@ -22,6 +23,7 @@ from baton.proto.messages import (
     StartDecode,
     StartPrefill,
 )
+from baton.scheduler_proc.metrics import Metrics
 
 Bench = Any
 ROWS = FirstRows((42,))
@@ -141,6 +143,27 @@ def test_a_retry_is_repeated_until_the_frontend_answers(split: Bench) -> None:
     split.submit(1, attempt=2)
     split.wait(2.5, split.frontend_id)
     assert not split.sent(Retry)
+
+
+def retries(split: Bench) -> float:
+    """baton_retries_total, of everything observed so far."""
+    metrics = Metrics()
+    for event in split.observed(Message):
+        metrics.observe(event)
+    (line,) = [line for line in metrics.text().splitlines() if line.startswith("baton_retries_total ")]
+    return float(line.split()[-1])
+
+
+def test_an_attempt_counts_as_one_retry_whoever_ended_the_one_before(split: Bench) -> None:
+    sid = prefilled(split)
+    assert retries(split) == 0
+    split.submit(1, attempt=2)  # the frontend has lost rows
+    split.submit(1, attempt=2)  # and hears of no answer
+    assert retries(split) == 1
+    split.tell(split.prefill, Ended(sid, 2, "prefill", "the lease on its KV expired"))
+    assert len(split.sent(Retry)) == 1
+    split.submit(1, attempt=3)
+    assert retries(split) == 2
 
 
 def test_the_loss_of_a_prefill_worker_that_has_handed_over_does_not_matter(split: Bench) -> None:

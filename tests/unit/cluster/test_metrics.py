@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from baton.proto.messages import Close, KVLink, Ledger, Load, Retry
+from baton.proto.messages import Close, KVLink, Ledger, Load, SamplingParams, Submit
 from baton.scheduler_proc.instructions import LoadReport, WorkerJoined, WorkerLeft
 from baton.scheduler_proc.metrics import DEPARTED, Metrics
 
@@ -141,8 +141,15 @@ def test_a_request_that_ended_early_is_timed_as_far_as_it_came(metrics: Metrics)
     assert value(metrics, "baton_ttft_seconds_count") == 0
 
 
+def test_a_part_of_a_request_is_no_request(metrics: Metrics) -> None:
+    ledger = Ledger("prefill-0", "decode-0", stages=STAGES, client="me")
+    before = metrics.text()
+    metrics.observe(Close((1, 1), 1, "length", 64, 1, ledger, part=True))
+    assert metrics.text() == before
+
+
 def test_retries_and_the_schedulers_own_queue_are_counted(metrics: Metrics) -> None:
-    metrics.observe(Retry((1, 1), 1, "lost"))
+    metrics.observe(Submit((1, 1), 2, 64, SamplingParams(max_tokens=16)))
     metrics.set_queued(3)
     assert value(metrics, "baton_retries_total") == 1
     assert value(metrics, "baton_requests_waiting", worker="scheduler") == 3
