@@ -2,9 +2,9 @@
 
 import json
 
-from baton.frontend.tools.events import Arguments, CallBegins
-from baton.frontend.tools.json_calls import bare_value
-from baton.frontend.tools.parser import ToolParser, call_sections
+from baton.frontend.tools.events import Arguments, CallBegins, Content
+from baton.frontend.tools.json_calls import MalformedError, bare_value, or_content
+from baton.frontend.tools.parser import ToolParser, call_sections, content
 from baton.frontend.tools.scanner import Finds, Scanner
 
 _TOKEN = "｜DSML｜"
@@ -21,14 +21,18 @@ class DsmlParser(ToolParser):
     markers = (_TOKEN,)
 
     def parse(self, scan: Scanner) -> Finds[None]:
-        yield from call_sections(scan, _CALLS, _CALL, _CALLS_END, _call)
+        yield from call_sections(scan, _CALLS, _CALL, _CALLS_END, _call_or_text)
+
+
+def _call_or_text(scan: Scanner) -> Finds[None]:
+    if not (yield from or_content(scan, _call(scan), _CALL)) and (yield from content(scan, _CALL_END)):
+        yield Content(_CALL_END)
 
 
 def _call(scan: Scanner) -> Finds[None]:
     name = yield from scan.text_until(_TAG_END)
     if not name:
-        yield from scan.text_until(_CALL_END)
-        return
+        raise MalformedError
     yield CallBegins(name)
     yield from _arguments(scan)
 

@@ -20,8 +20,8 @@ class GlmParser(ToolParser):
 
     def parse(self, scan: Scanner) -> Finds[None]:
         while (yield from content(scan, _START)):
-            yield from or_content(scan, self._call(scan), _START)
-            yield from scan.take_space()
+            if (yield from or_content(scan, self._call(scan), _START)):
+                yield from scan.take_space()
 
     def _call(self, scan: Scanner) -> Finds[None]:
         name = ""

@@ -146,13 +146,17 @@ def or_content(scan: Scanner, calls: Finds[None], before: str = "") -> Finds[boo
 
 
 def call_array(scan: Scanner) -> Finds[None]:
-    """Consume a list of call objects. Raises MalformedError, EndOfTextError."""
+    """Consume a list of call objects; each but the first begins a record. Raises MalformedError, EndOfTextError."""
     yield from _expect(scan, "[")
+    behind_a_call = False
     while (char := (yield from scan.skip_space())) != "]":
         if char == ",":
             scan.take(1)
             continue
+        if behind_a_call:
+            scan.record()
         yield from call_object(scan)
+        behind_a_call = True
     scan.take(1)
 
 

@@ -26,8 +26,8 @@ class MistralParser(ToolParser):
             space = yield from scan.take_space()
             listed = yield from scan.starts_with("[")
             calls = call_array(scan) if listed else _named(scan)
-            yield from or_content(scan, calls, _START + space)
-            yield from scan.take_space()
+            if (yield from or_content(scan, calls, _START + space)):
+                yield from scan.take_space()
 
 
 def _named(scan: Scanner) -> Finds[None]:

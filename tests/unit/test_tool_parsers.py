@@ -236,22 +236,41 @@ BROKEN = {
     "mistral": '[TOOL_CALLS][{"name": "weather", "arguments": }] b',
     "mistral by name": "[TOOL_CALLS]weather[ARGS]}",
     "deepseek_v31": DEEPSEEK.format("<｜tool▁call▁begin｜>weather<｜tool▁sep｜>}<｜tool▁call▁end｜>"),
+    "mistral with spaces": "[TOOL_CALLS] [{foo bar}] b",
+    "glm45 without a name": "<tool_call> \n</tool_call> b",
+    "deepseek_v32": '<｜DSML｜function_calls><｜DSML｜invoke name=""></｜DSML｜invoke></｜DSML｜function_calls>',
     "hermes cut short": '<tool_call>{"name": "weather", "argu',
     "mistral cut short": "[TOOL_CALLS]weather[ARGS]",
     "glm45 cut short": "<tool_call>weather\n<arg_key>city",
+    "deepseek_v32 cut short": '<｜DSML｜function_calls><｜DSML｜invoke name="weather"><｜DSML｜parameter name="ci',
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_call_without_arguments_that_can_be_read_is_text_and_no_call(case: str) -> None:
     parser, written = find_tool_parser(case.split()[0])(TOOLS), BROKEN[case]
-    expected = written.replace("<｜tool▁calls▁begin｜>", "").replace("<｜tool▁calls▁end｜>", "")
+    expected = written
+    for section in (
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        "<｜DSML｜function_calls>",
+        "</｜DSML｜function_calls>",
+    ):
+        expected = expected.replace(section, "")
     assert parse(parser, written) == parse(parser, *written) == [("content", expected)]
 
 
 def test_what_stands_between_a_calls_arguments_and_its_end_is_text() -> None:
     found = parse(find_tool_parser("hermes")(), '<tool_call>{"name": "f", "arguments": {} oops}</tool_call>')
     assert found == [("call", "f", "{}"), ("content", " oops}</tool_call>")]
+
+
+def test_of_a_list_only_the_call_that_can_not_be_read_is_text() -> None:
+    good = '{"name": "a", "arguments": {}}'
+    found = parse(find_tool_parser("mistral")(), f"[TOOL_CALLS][{good}, oops] b")
+    assert found == [("call", "a", "{}"), ("content", "oops] b")]
+    twice = parse(find_tool_parser("mistral")(), f"[TOOL_CALLS][{good}\n[TOOL_CALLS][{good}]")
+    assert twice == [("call", "a", "{}"), ("call", "a", "{}")]
 
 
 def test_a_call_behind_one_that_is_text_is_found() -> None:
