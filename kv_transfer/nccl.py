@@ -4,7 +4,8 @@
     reader    recv i ─► scatter i       scatter i runs beside recv i + 1
 
 Each end has two buffers, for the fetches in turn, and two streams, one that copies and one that nccl uses; they wait
-for each other by events. So the memory of a pair is bounded whatever is asked for, and the threads only enqueue.
+for each other by events. What the owner sends while nothing is under way is gathered on nccl's stream: fewer
+calls. So the memory of a pair is bounded whatever is asked for, and the threads only enqueue.
 """
 
 import contextlib
@@ -171,7 +172,7 @@ class NcclSender(_NcclEnd, Sender):
     def send(self, index: int, blocks: np.ndarray) -> None:
         rows, (address, size, places) = self._rows(index, len(blocks)), self._buffer(index, len(blocks))
         copied, crossed = self._copied[index % BUFFERS], self._crossed[index % BUFFERS]
-        if self._crossed[(index - 1) % BUFFERS].query():  # nothing is under way: the fewer calls, the sooner it is
+        if self._crossed[(index - 1) % BUFFERS].query():
             self._mover.note(rows.start, self._pool.addresses(blocks), places, self._wire)
             self._mover.launch(rows, None, self._wire)
         else:

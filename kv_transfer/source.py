@@ -212,7 +212,7 @@ def _serve_reader(transport: Transport, connection: socket.socket) -> None:
     with connection:
         try:
             transport.serve(connection)
-        except (OSError, TransferError, *UNDECODABLE) as error:
+        except (OSError, TransferError) as error:
             log.warning("a reader is served no longer: %s", error)
         except Exception:
             log.exception("a reader is served no longer")
